@@ -1,0 +1,39 @@
+# `make bench` and `make test` are all that a newcomer needs; both create .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+JOBS ?= 2
+# One thread a test process: the processes already fill the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: bench test quick deep lint format clean
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,test,lint]'
+	touch $@
+
+bench: $(READY)  ## compare the layers and their backends: a table, out/bench/bench.json, bench.png
+	$(BIN)/fullattn bench --output out/bench
+
+test: $(READY)  ## every test
+	$(PYTEST)
+
+quick: $(READY)  ## every test but those that compile or time something
+	$(PYTEST) -m 'not slow'
+
+deep: $(READY)  ## every test, with many more hypothesis examples
+	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600
+
+lint: $(READY)  ## formatting, lint and strict types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv out dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,15 @@
+"""Attention layers for 2-D feature maps, and the tools to compare what they cost."""
+
+from fullattn import functional
+from fullattn.attention import BackendError, backend
+from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+
+__all__ = [
+    "BackendError",
+    "ChannelNonLocal",
+    "FullyAttentional",
+    "SpatialNonLocal",
+    "backend",
+    "functional",
+]
+__version__ = "0.1.0"

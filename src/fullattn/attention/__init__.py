@@ -1,0 +1,143 @@
+"""The primitive under all three layers, and the backends that run it.
+
+    attend(query, key, value, scale)
+    query (B, S, N, D)   key (B, S or 1, M, D)   value (B, S or 1, M, E)   ->   (B, S, N, E)
+
+S independent slices of N query tokens and M key tokens; a slice axis of 1 is shared by all slices.
+Under autocast the inputs are cast to the autocast dtype, as PyTorch's own attention does; scores
+and softmax are computed in float32 at least, whatever the dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fullattn.attention import reference
+from fullattn.attention.backend import Backend, Kind, Problem
+from fullattn.attention.dispatch import BackendError, backend, backend_names, choose
+from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Kind",
+    "Problem",
+    "attend",
+    "attend_columns_and_rows",
+    "backend",
+    "backend_names",
+    "choose",
+    "similarity",
+]
+
+
+def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    # As autocast itself does, leave float64 alone.
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    *,
+    kind: Kind = Kind.SOFTMAX,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention in independent slices: softmax(scale · query · keyᵀ) · value.
+
+    Args:
+        query: (B, S, N, D).
+        key: (B, S or 1, M, D).
+        value: (B, S or 1, M, E).
+        scale: factor on the scores, of either sign.
+        kind: softmax attention, or one of the forms without softmax.
+        backend: name of the backend; None for the automatic choice.
+
+    Returns:
+        (B, S, N, E).
+
+    Raises:
+        BackendError: the backend asked for cannot run this.
+
+    Example:
+        >>> import torch
+        >>> query, key = torch.randn(2, 5, 7, 3), torch.randn(2, 1, 4, 3)
+        >>> attend(query, key, key).shape
+        torch.Size([2, 5, 7, 3])
+    """
+    query, key, value = _as_autocast(query, key, value)
+    chosen = choose(Problem.of(kind, query, key), backend)
+    with torch.autocast(query.device.type, enabled=False):
+        return chosen.run[kind](query, key, value, scale)
+
+
+def attend_columns_and_rows(
+    x: Tensor,
+    column_key: Tensor,
+    row_key: Tensor,
+    scale: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The two branches of the fully attentional layer, added.
+
+    Equivalent to `attend` over the columns of x plus `attend` over its rows, with x as query and
+    value. A backend may run both in one pass, which saves copies of x.
+
+    Args:
+        x: feature map, (B, C, H, W).
+        column_key: (B, C, H), shared by all columns.
+        row_key: (B, C, W), shared by all rows.
+        scale: factor on the scores, of either sign.
+        backend: name of the backend; None for the automatic choice.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        BackendError: the backend asked for cannot run this.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 3, 4, 5)
+        >>> attend_columns_and_rows(x, torch.randn(2, 3, 4), torch.randn(2, 3, 5)).shape
+        torch.Size([2, 3, 4, 5])
+    """
+    x, column_key, row_key = _as_autocast(x, column_key, row_key)
+    chosen = choose(Problem.of_columns_and_rows(x), backend)
+    with torch.autocast(x.device.type, enabled=False):
+        if Kind.COLUMNS_AND_ROWS in chosen.run:
+            return chosen.run[Kind.COLUMNS_AND_ROWS](x, column_key, row_key, scale)
+        run = chosen.run[Kind.SOFTMAX]
+        columns, rows = to_columns(x), to_rows(x)
+        attended_columns = run(columns, column_key.unsqueeze(1), columns, scale)
+        attended_rows = run(rows, row_key.unsqueeze(1), rows, scale)
+        return from_columns(attended_columns) + from_rows(attended_rows)
+
+
+def similarity(query: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
+    """The similarity map itself: softmax(scale · query · keyᵀ).
+
+    Args:
+        query: (B, S, N, D).
+        key: (B, S or 1, M, D).
+        scale: factor on the scores, of either sign.
+
+    Returns:
+        (B, S, N, M), in float32 for half-precision inputs; every row sums to 1.
+
+    Example:
+        >>> import torch
+        >>> similarity(torch.randn(2, 5, 7, 3), torch.randn(2, 1, 4, 3)).shape
+        torch.Size([2, 5, 7, 4])
+    """
+    query, key = _as_autocast(query, key)
+    with torch.autocast(query.device.type, enabled=False):
+        return reference.similarity(query, key, scale)

@@ -1,0 +1,124 @@
+"""What a backend is, and what a backend is asked to do: data that dispatch, errors and docs share."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["Backend", "Kind", "Problem"]
+
+FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+class Kind(enum.Enum):
+    """The forms of attention that the layers ask for."""
+
+    SOFTMAX = "softmax attention"
+    COLUMNS_AND_ROWS = "softmax attention over columns plus rows of one feature map"
+    DOT_PRODUCT = "dot-product attention without softmax"
+    CONCATENATION = "concatenation attention without softmax"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the primitive, described by everything that decides which backend can run it.
+
+    Attributes:
+        kind: the form of attention.
+        device: device type, such as "cpu" or "cuda".
+        dtype: dtype in which the inputs arrive, after autocast.
+        map_numbers: numbers in all similarity maps of one image.
+        tensor_numbers: numbers in the query and key tokens that those maps relate, per image.
+        features: D, the length of a query (the longer one, where two branches differ).
+    """
+
+    kind: Kind
+    device: str
+    dtype: torch.dtype
+    map_numbers: int
+    tensor_numbers: int
+    features: int
+
+    @classmethod
+    def of(cls, kind: Kind, query: Tensor, key: Tensor) -> Problem:
+        """Describe attend(query, key, ...) for query (B, S, N, D) and key (B, S or 1, M, D)."""
+        slices, tokens, features = query.shape[1:]
+        return cls(
+            kind=kind,
+            device=query.device.type,
+            dtype=query.dtype,
+            map_numbers=slices * tokens * key.shape[-2],
+            tensor_numbers=slices * (tokens + key.shape[-2]) * features,
+            features=features,
+        )
+
+    @classmethod
+    def of_columns_and_rows(cls, x: Tensor) -> Problem:
+        """Describe the two branches of FullyAttentional on a feature map x (B, C, H, W)."""
+        channels, height, width = x.shape[1:]
+        return cls(
+            kind=Kind.COLUMNS_AND_ROWS,
+            device=x.device.type,
+            dtype=x.dtype,
+            map_numbers=(height + width) * channels * channels,
+            tensor_numbers=4 * channels * height * width,
+            features=max(height, width),
+        )
+
+
+def _always_available() -> str | None:
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """A way to run attention, with its limits declared as data.
+
+    Attributes:
+        name: what `fullattn.backend(...)`, a layer's `backend=` and FULLATTN_BACKEND call it.
+        summary: one line for `fullattn info`.
+        run: the function for each kind of attention. A backend with SOFTMAX but without
+            COLUMNS_AND_ROWS runs the two branches one after the other.
+        builds_map: whether the whole similarity map is in memory at once.
+        devices: device types on which it runs; None for all.
+        dtypes: input dtypes, per device type; "*" stands for the device types not named.
+        unavailable: returns why it cannot run on this machine at all, or None. Asked only when
+            the limits above allow the problem, so that it may be expensive the first time.
+    """
+
+    name: str
+    summary: str
+    run: Mapping[Kind, Callable[..., Tensor]]
+    builds_map: bool = False
+    devices: frozenset[str] | None = None
+    dtypes: Mapping[str, frozenset[torch.dtype]] = field(default_factory=lambda: {"*": FLOATING})
+    unavailable: Callable[[], str | None] = _always_available
+
+    def reasons_against(self, problem: Problem) -> list[str]:
+        """Say why this backend cannot run a problem.
+
+        Args:
+            problem: what is asked.
+
+        Returns:
+            One sentence for each limit that the problem exceeds; empty when it can run.
+        """
+        reasons = []
+        two_branches = problem.kind is Kind.COLUMNS_AND_ROWS and Kind.SOFTMAX in self.run
+        if problem.kind not in self.run and not two_branches:
+            runs = ", ".join(kind.value for kind in self.run)
+            reasons.append(f"runs {runs}, not {problem.kind.value}")
+        if self.devices is not None and problem.device not in self.devices:
+            reasons.append(f"runs on {', '.join(sorted(self.devices))}, not on {problem.device}")
+        dtypes = self.dtypes.get(problem.device, self.dtypes.get("*", frozenset()))
+        if problem.dtype not in dtypes and not (self.devices and reasons):
+            names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+            name = str(problem.dtype).removeprefix("torch.")
+            reasons.append(f"takes {names} on {problem.device}, not {name}")
+        if not reasons and (missing := self.unavailable()) is not None:
+            reasons.append(missing)
+        return reasons

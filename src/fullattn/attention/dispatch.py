@@ -1,0 +1,185 @@
+"""Which backend runs, why the others do not, and how a user overrides the choice.
+
+The rule, on every device: build the similarity map only where it holds fewer numbers than the
+tensors that it relates; otherwise fuse. Among the backends that fuse, the first in `BACKENDS` that
+can run the problem does.
+
+An override is looked for in this order: the `backend` context manager, the layer's or function's
+own `backend=` argument, the environment variable FULLATTN_BACKEND, and then the rule.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fullattn.attention import chunked, reassociated, reference, sdpa
+from fullattn.attention.backend import Backend, Problem
+
+__all__ = ["BACKENDS", "BackendError", "backend", "backend_names", "check_name", "choose"]
+
+# In order of preference among those that fuse; the map-building ones come last. A new backend is
+# one more entry here.
+BACKENDS: tuple[Backend, ...] = (
+    chunked.BACKEND,
+    sdpa.BACKEND,
+    reassociated.BACKEND,
+    reference.BACKEND,
+)
+_BY_NAME = {entry.name: entry for entry in BACKENDS}
+
+_ENVIRONMENT = "FULLATTN_BACKEND"
+# A module global and not a context variable: torch.compile guards on it and retraces when it moves.
+_override: str | None = None
+_from_environment: str | None = os.environ.get(_ENVIRONMENT) or None
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the problem; the message holds all reasons."""
+
+
+def backend_names() -> tuple[str, ...]:
+    """Names of all backends, in order of preference."""
+    return tuple(_BY_NAME)
+
+
+def check_name(name: str | None, source: str = "backend") -> str | None:
+    """Return a backend's name unchanged if it is one.
+
+    Args:
+        name: a backend's name, or None for the automatic choice.
+        source: what the error message calls the place that the name came from.
+
+    Returns:
+        `name`.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    if name is not None and name not in _BY_NAME:
+        raise ValueError(f"{source} must be one of {', '.join(_BY_NAME)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run every layer of this package on one backend, inside a `with` block.
+
+    The override holds for the whole process, not for one thread, and wins over a layer's own
+    `backend=` and over FULLATTN_BACKEND. Backward passes run on the backend of their forward.
+
+    Args:
+        name: "native", "chunked", "sdpa", "reassociated" or "reference"; None for the automatic
+            choice.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: no backend has that name.
+
+    Example:
+        >>> import torch, fullattn
+        >>> layer = fullattn.FullyAttentional(8, project=False)
+        >>> with fullattn.backend("reference"):
+        ...     y = layer(torch.randn(1, 8, 5, 6))
+    """
+    global _override
+    previous, _override = _override, check_name(name)
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def _map_is_smaller(problem: Problem) -> bool:
+    if torch.compiler.is_compiling():
+        # With symbolic sizes the answer must not become a guard, or an export with dynamic sizes
+        # would fail: where it is not known for every size, fuse.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(problem.map_numbers < problem.tensor_numbers)
+    return problem.map_numbers < problem.tensor_numbers
+
+
+def _forced(requested: str | None) -> Backend | None:
+    name = _override or requested
+    if name is None and _from_environment is not None:
+        name = check_name(_from_environment, _ENVIRONMENT)
+    return None if name is None else _BY_NAME[name]
+
+
+def choose(problem: Problem, requested: str | None = None) -> Backend:
+    """The backend that runs a problem.
+
+    Args:
+        problem: what is asked.
+        requested: the layer's own `backend=`; None for the automatic choice.
+
+    Returns:
+        The backend.
+
+    Raises:
+        BackendError: the backend asked for cannot run the problem.
+        ValueError: FULLATTN_BACKEND does not name a backend.
+    """
+    forced = _forced(requested)
+    if forced is not None:
+        reasons = forced.reasons_against(problem)
+        if reasons:
+            others = "; ".join(
+                f"{other.name}: {', '.join(other.reasons_against(problem)) or 'can run it'}"
+                for other in BACKENDS
+                if other is not forced
+            )
+            raise BackendError(
+                f"backend {forced.name!r} cannot run {problem.kind.value} on {problem.device} in "
+                f"{str(problem.dtype).removeprefix('torch.')}: {', '.join(reasons)} ({others})"
+            )
+        return forced
+    if not _map_is_smaller(problem):
+        for candidate in BACKENDS:
+            if not candidate.builds_map and not candidate.reasons_against(problem):
+                return candidate
+    return reference.BACKEND
+
+
+def explain(problem: Problem, requested: str | None = None) -> list[tuple[Backend, str]]:
+    """Say of every backend whether it runs a problem, and why or why not.
+
+    Args:
+        problem: what is asked.
+        requested: the layer's own `backend=`.
+
+    Returns:
+        (backend, sentence) for every backend, in order of preference; exactly one sentence starts
+        with "runs:" unless a backend that cannot run is forced.
+    """
+    forced = _forced(requested)
+    small = _map_is_smaller(problem)
+    chosen = forced or choose(problem, requested)
+    sizes = f"map {problem.map_numbers:,} numbers, tensors {problem.tensor_numbers:,}"
+    rows = []
+    for entry in BACKENDS:
+        reasons = entry.reasons_against(problem)
+        if reasons:
+            sentence = "cannot run: " + ", ".join(reasons)
+        elif entry is chosen and forced is not None:
+            sentence = "runs: asked for by name"
+        elif entry is chosen and entry.builds_map and small:
+            sentence = f"runs: the map is smaller than the tensors it relates ({sizes})"
+        elif entry is chosen:
+            sentence = f"runs: first that can, and the map is not worth building ({sizes})"
+        elif forced is not None:
+            sentence = f"can run, but {forced.name} is asked for by name"
+        elif small:
+            sentence = f"can run, but the map is smaller than the tensors it relates ({sizes})"
+        elif entry.builds_map:
+            sentence = f"can run, but the map is larger than the tensors it relates ({sizes})"
+        else:
+            sentence = f"can run, but {chosen.name} comes first"
+        rows.append((entry, sentence))
+    return rows

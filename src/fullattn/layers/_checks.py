@@ -1,0 +1,120 @@
+"""The shape, dtype and option checks that the layers share, and the errors that they raise."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fullattn.attention import backend_names
+
+T = TypeVar("T")
+
+
+def positive(value: object, name: str) -> int:
+    """Return value if it is a positive integer, or raise naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a positive integer, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value}")
+    return int(value)
+
+
+def number(value: object, name: str) -> float:
+    """Return value as a float if it is a finite real number, or raise naming the argument."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not float("-inf") < float(value) < float("inf"):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def scale(value: object) -> float | None:
+    """Return a scale, which is a number or None for 1/√d, or raise."""
+    return None if value is None else number(value, "scale")
+
+
+def option(value: T, name: str, allowed: tuple[T, ...]) -> T:
+    """Return value if it is one of the allowed ones, or raise listing them."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def backend(value: str | None) -> str | None:
+    """Return a backend's name, or None for the automatic choice, or raise listing the names."""
+    return option(value, "backend", (None, *backend_names()))
+
+
+def module_factory(
+    value: Callable[..., nn.Module] | None, name: str
+) -> Callable[..., nn.Module] | None:
+    """Return a module class or callable, or None, or raise naming the argument."""
+    if value is not None and (not callable(value) or isinstance(value, nn.Module)):
+        raise TypeError(f"{name} must be a module class, a callable or None, got {value!r}")
+    return value
+
+
+def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Tensor, bool]:
+    """Check a layer's input and give it a batch axis.
+
+    Args:
+        x: what the layer was called with.
+        channels: how many channels the layer has.
+        parameter: one of the layer's parameters, for device and dtype; None if it has none.
+
+    Returns:
+        x as (B, C, H, W), and whether the batch axis was added.
+
+    Raises:
+        TypeError: not a tensor, not real floating point, or a dtype other than the parameters'.
+        ValueError: a wrong rank, number of channels, size of 0 or device.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor of shape (B, {channels}, H, W), got {type(x).__name__}")
+    if x.dim() not in (3, 4):
+        raise ValueError(
+            f"expected an input of shape (B, {channels}, H, W) or ({channels}, H, W), "
+            f"got {x.dim()} axes: {tuple(x.shape)}"
+        )
+    if x.shape[-3] != channels:
+        raise ValueError(
+            f"expected {channels} channels in axis {x.dim() - 3}, got {x.shape[-3]}: "
+            f"shape {tuple(x.shape)}"
+        )
+    if x.shape[-2] == 0 or x.shape[-1] == 0:
+        raise ValueError(f"expected H and W of at least 1, got shape {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"expected a real floating-point dtype, got {x.dtype}")
+    if parameter is not None:
+        if x.device != parameter.device:
+            raise ValueError(
+                f"expected an input on the layer's device {parameter.device}, got {x.device}"
+            )
+        if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"expected the layer's dtype {parameter.dtype}, got {x.dtype}; "
+                "convert one of them or use torch.autocast"
+            )
+    return (x.unsqueeze(0), True) if x.dim() == 3 else (x, False)
+
+
+def as_given(y: Tensor, x: Tensor, unbatched: bool) -> Tensor:
+    """Give a result the memory format and rank of the layer's input.
+
+    Args:
+        y: result, (B, C, H, W).
+        x: the layer's input with its batch axis, (B, C, H, W).
+        unbatched: whether to take the batch axis off again.
+
+    Returns:
+        y in channels_last where x is, contiguous where x is.
+    """
+    if x.is_contiguous():
+        y = y.contiguous()
+    elif x.is_contiguous(memory_format=torch.channels_last):
+        y = y.contiguous(memory_format=torch.channels_last)
+    return y.squeeze(0) if unbatched else y

@@ -1,0 +1,134 @@
+"""The channel non-local layer: one map of channels for the whole image.
+
+The channel attention of Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019
+(arXiv 1809.02983); Wang et al.'s non-local block in the channel axis. What it loses is *where*:
+the map is a sum over all positions.
+
+DANet's published code does not compute what its paper writes: it takes softmax(max(S) - S), which
+attends to the *least* similar channels. The default here is the paper's formula; the code's is
+`least_similar=True`. Without a scale the plain form comes close to the identity on features of
+ordinary size, because a channel's product with itself grows with H·W; `scale=None` (1/√(H·W))
+makes it softer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fullattn import functional
+from fullattn.layers import _checks
+
+__all__ = ["ChannelNonLocal"]
+
+
+class ChannelNonLocal(nn.Module):
+    """Attention between channels with one C×C map for the whole image.
+
+    y = gamma · attended + x, where, with p over the H·W positions,
+
+        similarity[b, i, j] = softmax_j( scale · Σ_p x[b, i, p] · x[b, j, p] )
+        attended[b, i, p] = Σ_j similarity[b, i, j] · x[b, j, p]
+
+    Args:
+        channels: C.
+        scale: factor on the scores; None for 1/√(H·W). The paper uses none (1.0).
+        least_similar: take max(S) - S in place of the scores S, as DANet's published code does; it
+            attends to the least similar channels. Off by default, because the paper's formula
+            says otherwise.
+        gamma_init: initial value of gamma. At the paper's 0 the layer is the identity at first.
+        backend: name of the attention backend; None for the automatic choice.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+
+    Shape:
+        x: (B, C, H, W) or (C, H, W).
+        output: as x.
+
+    Raises:
+        ValueError: an option or an input's shape or device does not fit; the message says what was
+            expected and what came.
+        TypeError: an option's type or an input's dtype does not fit.
+
+    Source:
+        Fu et al., CVPR 2019 (arXiv 1809.02983), section 3.3.
+
+    Example:
+        >>> import torch
+        >>> layer = ChannelNonLocal(16)
+        >>> x = torch.randn(2, 16, 9, 7)
+        >>> torch.equal(layer(x), x)  # gamma starts at 0
+        True
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        scale: float | None = 1.0,
+        least_similar: bool = False,
+        gamma_init: float = 0.0,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels = _checks.positive(channels, "channels")
+        self.scale = _checks.scale(scale)
+        self.least_similar = _checks.option(least_similar, "least_similar", (False, True))
+        self.gamma_init = _checks.number(gamma_init, "gamma_init")
+        self.backend = _checks.backend(backend)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.gamma = nn.Parameter(torch.empty(1, **like))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters again."""
+        nn.init.constant_(self.gamma, self.gamma_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: feature map, (B, C, H, W) or (C, H, W).
+
+        Returns:
+            A tensor of x's shape and memory format.
+        """
+        x, unbatched = _checks.feature_map(x, self.channels, self.gamma)
+        y = functional.channel_non_local(
+            x,
+            self.gamma,
+            scale=self.scale,
+            least_similar=self.least_similar,
+            backend=self.backend,
+        )
+        return _checks.as_given(y, x, unbatched)
+
+    def similarity(self, x: Tensor) -> Tensor:
+        """The similarity map that `forward` multiplies with x, built to be looked at.
+
+        Args:
+            x: feature map, (B, C, H, W) or (C, H, W).
+
+        Returns:
+            (B, C, C), without B for an unbatched input.
+        """
+        x, unbatched = _checks.feature_map(x, self.channels, self.gamma)
+        maps = functional.channel_similarity(x, scale=self.scale, least_similar=self.least_similar)
+        return maps.squeeze(0) if unbatched else maps
+
+    def extra_repr(self) -> str:
+        """The options that differ from the paper's."""
+        shown = [f"{self.channels}"]
+        if self.scale != 1.0:
+            shown.append(f"scale={self.scale}")
+        if self.least_similar:
+            shown.append("least_similar=True")
+        if self.gamma_init != 0.0:
+            shown.append(f"gamma_init={self.gamma_init}")
+        if self.backend is not None:
+            shown.append(f"backend={self.backend!r}")
+        return ", ".join(shown)
