@@ -225,9 +225,17 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*grads, None)
 
 
+def _refuse(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    raise RuntimeError(
+        "the second derivative of attention is not implemented by backend 'chunked'; "
+        "use fullattn.backend('reference') for it"
+    )
+
+
 torch.library.register_autograd(
     "fullattn::attend_chunked", _differentiate, setup_context=_save, lib=_library
 )
+torch.library.register_autograd("fullattn::attend_chunked_backward", _refuse, lib=_library)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
