@@ -9,13 +9,11 @@ slices below the 65,536 at which the CUDA grid overflows (pytorch issues 142228 
 
 from __future__ import annotations
 
-from math import prod
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fullattn.attention import flops
 from fullattn.attention.backend import FLOATING, Backend, Kind
 
 __all__ = ["BACKEND", "attend"]
@@ -23,9 +21,18 @@ __all__ = ["BACKEND", "attend"]
 _CUDA_GRID = 65_535
 
 
+def padded_features(device: str, features: int, value_features: int) -> tuple[int, int]:
+    """The lengths to which queries and keys, and values, are padded for the fused kernels."""
+    if device == "cuda":
+        return -(-features // 8) * 8, -(-value_features // 8) * 8
+    longest = max(features, value_features)
+    return longest, longest
+
+
 def _pad_features(x: Tensor, features: int) -> Tensor:
     missing = features - x.shape[-1]
-    return F.pad(x, (0, missing)) if missing else x.contiguous()
+    # Padding keeps the order of the strides, and the columns of an image have channels_last's.
+    return F.pad(x, (0, missing)).contiguous() if missing else x.contiguous()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
@@ -43,11 +50,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     slices, value_features = query.shape[1], value.shape[-1]
     if scale < 0:  # a negative scale has been a source of bugs in the fused kernels
         query, scale = -query, -scale
-    if query.device.type == "cuda":
-        features = -(-query.shape[-1] // 8) * 8
-        value_padded = -(-value_features // 8) * 8
-    else:
-        features = value_padded = max(query.shape[-1], value_features)
+    features, value_padded = padded_features(query.device.type, query.shape[-1], value_features)
     query, key = _pad_features(query, features), _pad_features(key, features)
     value = _pad_features(value, value_padded)
     key = key.expand(-1, slices, -1, -1)
@@ -69,28 +72,13 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     )
 
 
-def _forward_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    *slices, tokens, features = query
-    return 2 * prod(slices) * tokens * key[-2] * (features + value[-1])
-
-
-def _backward_flops(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    # Scores are computed again; then the gradients of scores, query, key and value.
-    *slices, tokens, features = query
-    return 2 * prod(slices) * tokens * key[-2] * (3 * features + 2 * value[-1])
-
-
-def register_flop_formulas() -> None:
-    """Teach PyTorch's FLOP counter the CPU kernel of SDPA, which it otherwise counts as 0."""
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
-
-    for name, formula in (
-        ("_scaled_dot_product_flash_attention_for_cpu", _forward_flops),
-        ("_scaled_dot_product_flash_attention_for_cpu_backward", _backward_flops),
-    ):
-        operator = getattr(torch.ops.aten, name, None)
-        if operator is not None and operator not in flop_registry:
-            register_flop_formula(operator)(formula)
+# PyTorch's FLOP counter knows the CUDA kernels of SDPA; the CPU kernel it counts as 0.
+for _name, _formula in (
+    ("_scaled_dot_product_flash_attention_for_cpu", flops.attend),
+    ("_scaled_dot_product_flash_attention_for_cpu_backward", flops.attend_backward),
+):
+    if hasattr(torch.ops.aten, _name):
+        flops.register(getattr(torch.ops.aten, _name), _formula)
 
 
 BACKEND = Backend(

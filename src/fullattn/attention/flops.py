@@ -1,0 +1,147 @@
+"""FLOPs of attention by formula: 2 for each multiplication with an addition, products alone.
+
+The formulas take the shapes of an operator's arguments, so that PyTorch's FLOP counter and
+`fullattn.costs` share one statement of each. A softmax counts nothing, as in PyTorch's counter.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from math import prod
+from types import ModuleType
+from typing import Any
+
+__all__ = [
+    "attend",
+    "attend_backward",
+    "columns_and_rows",
+    "columns_and_rows_backward",
+    "register",
+]
+
+Shape = Sequence[int]
+
+
+def attend(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Scores and attended values: 2 · B·S·N·M · (D + E).
+
+    Args:
+        query: (B, S, N, D).
+        key: (B, S or 1, M, D).
+        value: (B, S or 1, M, E).
+
+    Returns:
+        FLOPs of the forward pass.
+
+    Example:
+        >>> attend((1, 97, 512, 97), (1, 1, 512, 97), (1, 97, 512, 97))  # columns of 512x97x97
+        9866051584
+    """
+    *slices, tokens, features = query
+    return 2 * prod(slices) * tokens * key[-2] * (features + value[-1])
+
+
+def attend_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Scores again, then the gradients of weights, query, key and value: 2 · B·S·N·M · (3D + 2E).
+
+    Args:
+        grad: (B, S, N, E).
+        query: (B, S, N, D).
+        key: (B, S or 1, M, D).
+        value: (B, S or 1, M, E).
+
+    Returns:
+        FLOPs of the backward pass of a backend that does not keep its map.
+
+    Example:
+        >>> columns, shared = (1, 97, 512, 97), (1, 1, 512, 97)
+        >>> attend_backward(columns, columns, shared, columns) / attend(columns, shared, columns)
+        2.5
+    """
+    *slices, tokens, features = query
+    return 2 * prod(slices) * tokens * key[-2] * (3 * features + 2 * value[-1])
+
+
+def columns_and_rows(x: Shape, *_: Any, **__: Any) -> int:
+    """Two products in each of two branches: 8 · B·C·C·H·W.
+
+    Args:
+        x: (B, C, H, W).
+
+    Returns:
+        FLOPs of the forward pass over all columns and all rows.
+
+    Example:
+        >>> columns_and_rows((1, 512, 97, 97))
+        19732103168
+    """
+    return 8 * prod(x) * x[1]
+
+
+def columns_and_rows_backward(grad: Shape, x: Shape, *_: Any, **__: Any) -> int:
+    """Five products in each of two branches, the scores among them: 20 · B·C·C·H·W.
+
+    Args:
+        grad: (B, C, H, W).
+        x: (B, C, H, W).
+
+    Returns:
+        FLOPs of the backward pass over all columns and all rows.
+
+    Example:
+        >>> columns_and_rows_backward((1, 512, 97, 97), (1, 512, 97, 97))
+        49330257920
+    """
+    return 20 * prod(x) * x[1]
+
+
+_COUNTER = "torch.utils.flop_counter"
+_waiting: list[tuple[Any, Callable[..., int]]] = []
+
+
+def register(operator: Any, formula: Callable[..., int]) -> None:
+    """Teach PyTorch's FLOP counter an operator, unless PyTorch knows it already.
+
+    Importing the counter imports Triton where that is installed, which takes longer than all of
+    `import fullattn`; so the formula waits until the program itself imports the counter.
+
+    Args:
+        operator: an operator of all overloads, such as `torch.ops.fullattn.attend_chunked`.
+        formula: FLOPs from the shapes of the operator's arguments.
+    """
+    _waiting.append((operator, formula))
+    if _COUNTER in sys.modules:
+        _hand_over(sys.modules[_COUNTER])
+
+
+def _hand_over(counter: ModuleType) -> None:
+    while _waiting:
+        operator, formula = _waiting.pop()
+        if operator not in counter.flop_registry:
+            counter.register_flop_formula(operator)(formula)
+
+
+class _CounterImport:
+    """Finder that sees the counter being imported, and hands over the formulas after that."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_hand_over(module: ModuleType) -> None:
+                execute(module)
+                _hand_over(module)
+
+            spec.loader.exec_module = execute_and_hand_over  # type: ignore[method-assign]
+        return spec
+
+
+if _COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _CounterImport())
