@@ -25,7 +25,8 @@ def padded_features(device: str, features: int, value_features: int) -> tuple[in
     """The lengths to which queries and keys, and values, are padded for the fused kernels."""
     if device == "cuda":
         return -(-features // 8) * 8, -(-value_features // 8) * 8
-    longest = max(features, value_features)
+    # A contiguous axis of length 1 may have any stride, and the fused kernel asks for 1.
+    longest = max(features, value_features, 2)
     return longest, longest
 
 
