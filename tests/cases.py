@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fullattn
+import oracle
 from fullattn.attention import Backend, Kind, Problem
 from fullattn.attention.dispatch import BACKENDS
 
@@ -275,7 +275,7 @@ def runs(
 
 
 def _why_not(backend: Backend, problem: Problem) -> str | None:
-    """'' where a backend runs a problem, why the machine keeps it from it, or None by its limits."""
+    """'' if a backend runs a problem, None if its declared limits exclude it, else the reason."""
     reasons = backend.reasons_against(problem)
     if not reasons:
         return ""

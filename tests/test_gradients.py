@@ -1,11 +1,17 @@
-"""Gradients: of every backend against float64, against finite differences, and where they vanish."""
+"""Gradients of every backend: against float64, against finite differences, and where they are 0."""
 
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
+from hypothesis import given
+from torch import Tensor
+from torch.func import functional_call
+
+import fullattn
 from cases import (
     CHANNEL,
     FULLY_ATTENTIONAL,
@@ -16,11 +22,6 @@ from cases import (
     feature_maps,
     runs,
 )
-from hypothesis import given
-from torch import Tensor
-from torch.func import functional_call
-
-import fullattn
 from fullattn.attention import reference
 
 
@@ -102,7 +103,8 @@ def test_second_derivative_is_right_or_a_clear_error(run: Run) -> None:
     try:
         actual = squared_gradient(layer, x, run)
     except RuntimeError as error:
-        assert "not implemented" in str(error)  # noqa: PT017 - either outcome is right
+        # Either outcome is right, as long as the error says what it is about.
+        assert re.search("not implemented|differentiated once", str(error))  # noqa: PT017
         return
     assert_near(actual, expected, run.dtype)
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+
+import fullattn
 from cases import (
     CASES,
     CHANNEL,
@@ -21,9 +24,6 @@ from cases import (
     feature_maps,
     runs,
 )
-from hypothesis import given
-
-import fullattn
 from fullattn.attention import reference, similarity
 
 
