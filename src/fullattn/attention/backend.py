@@ -1,4 +1,4 @@
-"""What a backend is, and what a backend is asked to do: data that dispatch, errors and docs share."""
+"""What a backend is and what it is asked to do: data that dispatch, errors and docs share."""
 
 from __future__ import annotations
 

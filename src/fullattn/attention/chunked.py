@@ -5,18 +5,17 @@ thrown away; its buffer is used again for the next block. Backward builds each b
 saved query and key. Nothing of map size is ever allocated, and every product is one call of
 PyTorch's matrix product, which the CPU's BLAS runs near its peak.
 
-Both directions are operators of their own (`fullattn::attend_chunked`), so that `torch.compile`,
-`torch.export` and PyTorch's FLOP counter see one call with a known cost and not the loop.
+Both directions are operators (`fullattn::attend_chunked`): `torch.compile` sees a call, not a loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fullattn.attention import flops, operators
 from fullattn.attention.backend import Backend, Kind
 
 __all__ = ["BACKEND", "attend"]
@@ -40,7 +39,7 @@ def _suits_blas(x: Tensor) -> bool:
 
 
 def _load(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (n, tokens, features) itself if BLAS can read it, otherwise a contiguous copy."""
+    """The slices x (n, tokens, features) if BLAS can read them, otherwise a contiguous copy."""
     return x if x.dtype == dtype and _suits_blas(x) else x.to(dtype).contiguous()
 
 
@@ -193,49 +192,19 @@ def _accumulate(total: Tensor, block: slice, left: Tensor, right: Tensor) -> Non
         total[block].baddbmm_(left, right)
 
 
-_library = torch.library.Library("fullattn", "FRAGMENT")
-_library.define("attend_chunked(Tensor query, Tensor key, Tensor value, float scale) -> Tensor")
-_library.define(
-    "attend_chunked_backward(Tensor grad, Tensor query, Tensor key, Tensor value, float scale)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-_library.impl("attend_chunked", _forward, "CPU")
-_library.impl("attend_chunked_backward", _backward, "CPU")
-
-
-@torch.library.register_fake("fullattn::attend_chunked", lib=_library)
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _empty_result(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return _like_query(query, value.shape[-1])
 
 
-@torch.library.register_fake("fullattn::attend_chunked_backward", lib=_library)
-def _fake_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.fullattn.attend_chunked_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return (*grads, None)
-
-
-def _refuse(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "the second derivative of attention is not implemented by backend 'chunked'; "
-        "use fullattn.backend('reference') for it"
-    )
-
-
-torch.library.register_autograd(
-    "fullattn::attend_chunked", _differentiate, setup_context=_save, lib=_library
+_operator = operators.register(
+    "attend_chunked",
+    _forward,
+    _backward,
+    _empty_result,
+    ("query", "key", "value"),
+    flops.attend,
+    flops.attend_backward,
 )
-torch.library.register_autograd("fullattn::attend_chunked_backward", _refuse, lib=_library)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
@@ -250,8 +219,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     Returns:
         (B, S, N, E) in the query's dtype, and in its memory layout where E is D.
     """
-    out: Tensor = torch.ops.fullattn.attend_chunked(query, key, value, scale)
-    return out
+    return _operator(query, key, value, scale)
 
 
 BACKEND = Backend(

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fullattn.attention import chunked, reassociated, reference, sdpa
+from fullattn.attention import chunked, native, reassociated, reference, sdpa
 from fullattn.attention.backend import Backend, Problem
 
 __all__ = ["BACKENDS", "BackendError", "backend", "backend_names", "check_name", "choose"]
@@ -24,6 +24,7 @@ __all__ = ["BACKENDS", "BackendError", "backend", "backend_names", "check_name",
 # In order of preference among those that fuse; the map-building ones come last. A new backend is
 # one more entry here.
 BACKENDS: tuple[Backend, ...] = (
+    native.BACKEND,
     chunked.BACKEND,
     sdpa.BACKEND,
     reassociated.BACKEND,

@@ -15,7 +15,7 @@ __all__ = ["BACKEND", "attend"]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · query · (keyᵀ · value) / M.
+    """Dot-product attention: scale · query · (keyᵀ · value) / M.
 
     Args:
         query: (B, S, N, D).

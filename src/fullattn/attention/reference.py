@@ -21,7 +21,7 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def similarity(query: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
-    """softmax over the key tokens of scale · query · keyᵀ.
+    """The similarity map: softmax over the key tokens of scale · query · keyᵀ.
 
     Args:
         query: (B, S, N, D).

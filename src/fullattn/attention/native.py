@@ -1,0 +1,216 @@
+"""The two branches of the fully attentional layer on the CPU, by a C kernel compiled on first use.
+
+`native.c` beside this file reads the feature map by its strides, works on columns and rows in
+threads and adds both into one output; what it does and why is written there. The machine's own C
+compiler builds it the first time that it is wanted (about two seconds) for the processor at hand,
+and the result is kept in a cache folder: FULLATTN_CACHE, or fullattn in the user's cache. Where
+there is no compiler, or FULLATTN_NATIVE=0 forbids it, the next backend runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullattn.attention import flops, operators
+from fullattn.attention.backend import FLOATING, Backend, Kind
+
+__all__ = ["BACKEND", "attend_columns_and_rows"]
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC")
+# Products of numbers below which starting threads costs more than they save.
+_WORTH_THREADS = 1_000_000
+
+
+class _BuildError(Exception):
+    """Why the kernel is not there, in one sentence."""
+
+
+def _processor() -> str:
+    """What the compiler's "native" means here, so that a shared cache serves many machines."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "\n".join(
+        sorted({line for line in text.splitlines() if line.startswith(("flags", "Features"))})
+    )
+
+
+def _cache_folder() -> Path:
+    chosen = os.environ.get("FULLATTN_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fullattn"
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _BuildError(f"the C compiler failed: {error}") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+        raise _BuildError(f"the C compiler failed: {lines[0].strip()}")
+
+
+def _build() -> Path:
+    """Compile the kernel, or find it in the cache."""
+    wanted = os.environ.get("CC", "").split() or ["gcc", "cc", "clang"]
+    compiler = next((found for name in wanted[:3] if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise _BuildError(f"needs a C compiler: found none of {', '.join(wanted)}")
+    source = _SOURCE.read_bytes()
+    parts = (source, " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode())
+    name = f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:20]}.so"
+    folder = _cache_folder()
+    if (folder / name).exists():
+        return folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix="building-", dir=folder))
+    except OSError as error:
+        raise _BuildError(f"its cache folder cannot be written: {error}") from None
+    try:
+        # Linked without an OpenMP library of its own: the one that PyTorch has loaded serves both,
+        # where two would keep two sets of threads that fight for the cores.
+        _run([compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(work / "native.o")])
+        _run([compiler, "-shared", str(work / "native.o"), "-o", str(work / name)])
+        # In one step, so that another process never loads half a file.
+        os.replace(work / name, folder / name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder / name
+
+
+@cache
+def _kernel() -> ctypes.CDLL | str:
+    """The compiled kernel, or why there is none."""
+    if os.environ.get("FULLATTN_NATIVE") == "0":
+        return "switched off by FULLATTN_NATIVE=0"
+    try:
+        return ctypes.CDLL(str(_build()))
+    except _BuildError as error:
+        return str(error)
+    except OSError as error:
+        return f"the compiled kernel cannot be loaded: {error}"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _unavailable() -> str | None:
+    kernel = _kernel()
+    return kernel if isinstance(kernel, str) else None
+
+
+def _integers(values: Any) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * 4)(*values)
+
+
+def _pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def _call(name: str, x: Tensor, *arguments: Any) -> None:
+    kernel = _kernel()
+    if isinstance(kernel, str):
+        raise RuntimeError(f"fullattn's native kernel is not available: {kernel}")
+    batch, channels, height, width = x.shape
+    if x.numel() == 0:
+        return
+    products = batch * channels * channels * height * width
+    threads = torch.get_num_threads() if products > _WORTH_THREADS else 1
+    passed = (_integers(x.shape), _pointer(x), _integers(x.stride()), *arguments, threads)
+    if getattr(kernel, name)(*passed):
+        raise MemoryError(f"fullattn's native kernel ran out of memory at shape {tuple(x.shape)}")
+
+
+def _forward(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
+    keys = [key.float().contiguous() for key in (column_key, row_key)]
+    source = x.float()
+    out = torch.empty_like(source)
+    _call(
+        "fullattn_forward",
+        source,
+        *map(_pointer, keys),
+        ctypes.c_float(scale),
+        _pointer(out),
+        _integers(out.stride()),
+    )
+    return out.to(x.dtype)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, column_key: Tensor, row_key: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys = [key.float().contiguous() for key in (column_key, row_key)]
+    source, upper = x.float(), grad.float()
+    grad_x = torch.empty_like(source)
+    grad_keys = [torch.empty_like(key) for key in keys]
+    _call(
+        "fullattn_backward",
+        source,
+        *map(_pointer, keys),
+        ctypes.c_float(scale),
+        _pointer(upper),
+        _integers(upper.stride()),
+        _pointer(grad_x),
+        _integers(grad_x.stride()),
+        *map(_pointer, grad_keys),
+    )
+    grad_column_key = torch.empty_like(column_key).copy_(grad_keys[0])
+    grad_row_key = torch.empty_like(row_key).copy_(grad_keys[1])
+    return grad_x.to(x.dtype), grad_column_key, grad_row_key
+
+
+def _empty_result(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+_operator = operators.register(
+    "attend_native",
+    _forward,
+    _backward,
+    _empty_result,
+    ("x", "column_key", "row_key"),
+    flops.columns_and_rows,
+    flops.columns_and_rows_backward,
+)
+
+
+def attend_columns_and_rows(
+    x: Tensor, column_key: Tensor, row_key: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Attention over the columns of x plus attention over its rows, in one pass.
+
+    Args:
+        x: feature map, (B, C, H, W), of any strides.
+        column_key: (B, C, H).
+        row_key: (B, C, W).
+        scale: factor on the scores, of either sign.
+
+    Returns:
+        (B, C, H, W) in x's dtype and memory layout.
+    """
+    return _operator(x, column_key, row_key, scale)
+
+
+BACKEND = Backend(
+    name="native",
+    summary="C kernel, compiled on first use: both branches of FullyAttentional, by x's strides",
+    run={Kind.COLUMNS_AND_ROWS: attend_columns_and_rows},
+    devices=frozenset({"cpu"}),
+    dtypes={"*": FLOATING - {torch.float64}},
+    unavailable=_unavailable,
+)
