@@ -1,0 +1,8 @@
+"""`python -m fullattn` is the command line."""
+
+import sys
+
+from fullattn.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""What is compared: our layers on each backend, the copied public form, and users' own modules."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fullattn.attention import Kind, Problem, choose
+from fullattn.attention.dispatch import BACKENDS, backend_names
+from fullattn.bench.conditions import Conditions
+from fullattn.bench.copied_public_form import CopiedPublicForm
+from fullattn.bench.errors import UsageError, describe
+from fullattn.bench.shapes import Shape
+from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+from fullattn.reshape import to_channels, to_positions
+
+__all__ = [
+    "BACKEND_CHOICES",
+    "LAYERS",
+    "PUBLIC",
+    "Contender",
+    "build",
+    "contenders_at",
+    "load_class",
+    "problem_of",
+]
+
+PUBLIC = "public"
+LAYERS = {
+    "fully": "FullyAttentional",
+    "channel": "ChannelNonLocal",
+    "spatial": "SpatialNonLocal",
+}
+# Beside names of backends: what "default" and "auto" stand for is said in `_backends_at`.
+BACKEND_CHOICES = ("default", "auto", "all")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table; plain data, so that it can go to a process.
+
+    Attributes:
+        layer: a key of `LAYERS`, `PUBLIC`, or where to find a user's class: "FILE.py:CLASS" or
+            "package.module:CLASS".
+        backend: the backend that runs it; None for modules that do not have the choice.
+        automatic: whether that is the backend that runs when the user does not choose.
+    """
+
+    layer: str
+    backend: str | None = None
+    automatic: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the command line and the JSON call it."""
+        if self.layer in LAYERS:
+            return f"{self.layer}:{self.backend}"
+        if self.layer == PUBLIC:
+            return PUBLIC
+        place, _, class_name = self.layer.rpartition(":")
+        stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
+        return f"{stem}:{class_name}"
+
+    @property
+    def title(self) -> str:
+        """What the table calls it, without its backend."""
+        if self.layer == PUBLIC:
+            return "copied public form"
+        return LAYERS.get(self.layer, self.name)
+
+    def answers_to(self, name: str) -> bool:
+        """Whether `--baseline name` means this one; a layer's key means its automatic backend."""
+        return name == self.name or (self.automatic and name == self.layer)
+
+
+def problem_of(layer: str, shape: Shape, dtype: torch.dtype, device: str) -> Problem:
+    """What the layer called `layer` in `LAYERS`, built with its defaults, asks of a backend."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    if layer == "fully":
+        problem = Problem.of_columns_and_rows(x)
+    elif layer == "channel":
+        problem = Problem.of(Kind.SOFTMAX, to_channels(x), to_channels(x))
+    else:
+        query = to_positions(x[:, : max(1, shape.channels // 2)])
+        problem = Problem.of(Kind.SOFTMAX, query, query)
+    return replace(problem, device=device)
+
+
+def _backends_at(problem: Problem, layer: str, choice: Sequence[str]) -> list[tuple[str, bool]]:
+    """Backends of one layer at one shape: (name, whether it is the automatic one).
+
+    "auto" is the automatic choice, "all" is every backend that can run, and "default" the automatic
+    one, the first that fuses and the one that builds the map. The two compression layers are run
+    fused and built with "auto" as well: a baseline in its slower form would flatter the others.
+    """
+    try:
+        automatic = choose(problem).name
+    except (RuntimeError, ValueError) as error:  # FULLATTN_BACKEND names one that cannot run
+        raise UsageError(str(error)) from error
+    able = [backend for backend in BACKENDS if not backend.reasons_against(problem)]
+    names = [automatic] if {"auto", "all", "default"} & set(choice) else []
+    if "all" in choice:
+        names += [backend.name for backend in able]
+    if "default" in choice or ("auto" in choice and layer != "fully"):
+        names += [backend.name for backend in able if not backend.builds_map][:1]
+        names += [backend.name for backend in able if backend.builds_map][:1]
+    names += [name for name in choice if name not in BACKEND_CHOICES]
+    return [(name, name == automatic) for name in dict.fromkeys(names)]
+
+
+def contenders_at(
+    shape: Shape,
+    conditions: Conditions,
+    *,
+    layers: Sequence[str],
+    backends: Sequence[str],
+    users: Sequence[str] = (),
+) -> list[Contender]:
+    """The contenders at one shape, the copied public form first.
+
+    Args:
+        shape: of the feature maps.
+        conditions: for their device and dtype.
+        layers: keys of `LAYERS`.
+        backends: names of backends, or of `BACKEND_CHOICES`.
+        users: where users' classes are.
+
+    Returns:
+        Contenders with distinct names.
+
+    Raises:
+        UsageError: a layer or backend has no such name, or two users' classes have one name.
+    """
+    for layer in layers:
+        if layer not in LAYERS:
+            raise UsageError(f"expected layers of {', '.join(LAYERS)}, got {layer!r}")
+    for backend in backends:
+        if backend not in (*BACKEND_CHOICES, *backend_names()):
+            allowed = ", ".join((*BACKEND_CHOICES, *backend_names()))
+            raise UsageError(f"expected backends of {allowed}, got {backend!r}")
+    dtype, device = getattr(torch, conditions.dtype), torch.device(conditions.device).type
+    found = [Contender(PUBLIC)]
+    for layer in dict.fromkeys(layers):
+        problem = problem_of(layer, shape, dtype, device)
+        found += [
+            Contender(layer, name, automatic)
+            for name, automatic in _backends_at(problem, layer, backends)
+        ]
+    found += [Contender(target) for target in users]
+    names = [contender.name for contender in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"expected contenders with distinct names, got {name!r} twice")
+    return found
+
+
+def load_class(target: str) -> Callable[[int], nn.Module]:
+    """Import a user's class.
+
+    Args:
+        target: "FILE.py:CLASS" or "package.module:CLASS"; modules are also looked for in the
+            current folder.
+
+    Returns:
+        The class, or any other callable of the number of channels.
+
+    Raises:
+        UsageError: the file, the module or the class is not there, or importing it failed.
+    """
+    place, colon, class_name = target.rpartition(":")
+    if not (place and colon and class_name):
+        raise UsageError(
+            f"expected a contender as FILE.py:CLASS or package.module:CLASS, got {target!r}"
+        )
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UsageError(f"expected a file at {place!r} for contender {target!r}, found none")
+    try:
+        module = _import(place)
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"contender {target!r} does not import: {describe(error)}") from error
+    factory = getattr(module, class_name, None)
+    if factory is None:
+        raise UsageError(f"expected a class {class_name!r} in {place!r}, found none of that name")
+    if not callable(factory):
+        raise UsageError(f"expected {target!r} to be a class, got {type(factory).__name__}")
+    loaded: Callable[[int], nn.Module] = factory
+    return loaded
+
+
+def _import(place: str) -> Any:
+    if not place.endswith(".py"):
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        return importlib.import_module(place)
+    path = Path(place).resolve()
+    name = f"fullattn_contender_{abs(hash(path))}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{place} is not a Python source file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def build(contender: Contender, channels: int, conditions: Conditions) -> nn.Module:
+    """Build a contender's module, the same in the timing process and in the memory process.
+
+    Args:
+        contender: what to build.
+        channels: C.
+        conditions: device, dtype, memory format, seed, gamma and projection.
+
+    Returns:
+        The module, with seeded parameters.
+
+    Raises:
+        UsageError: a user's class is not there, or building it failed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(conditions.seed)
+        module = _construct(contender, channels, conditions)
+    gamma = getattr(module, "gamma", None)
+    if isinstance(gamma, nn.Parameter):
+        nn.init.constant_(gamma, conditions.gamma)
+    module = module.to(device=conditions.device, dtype=getattr(torch, conditions.dtype))
+    if conditions.memory_format == "channels_last":
+        # nn.Module.to takes it only by this name; the type stubs do not list it.
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
+
+
+def _construct(contender: Contender, channels: int, conditions: Conditions) -> nn.Module:
+    backend = contender.backend
+    match contender.layer:
+        case "fully":
+            return FullyAttentional(channels, project=conditions.project, backend=backend)
+        case "channel":
+            return ChannelNonLocal(channels, backend=backend)
+        case "spatial":
+            # Its output starts at 0 by default, and a benchmark of zeros shows little.
+            return SpatialNonLocal(channels, zero_init=False, backend=backend)
+        case "public":
+            return CopiedPublicForm(channels, project=conditions.project)
+    factory = load_class(contender.layer)
+    try:
+        module = factory(channels)
+    except Exception as error:
+        raise UsageError(
+            f"contender {contender.layer!r} must be callable with the number of channels, "
+            f"got {describe(error)}"
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"expected contender {contender.layer!r} to build a torch.nn.Module, "
+            f"got {type(module).__name__}"
+        )
+    return module

@@ -1,0 +1,87 @@
+"""The feature maps that the contenders are given: noise, or a photograph through a random stem."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fullattn.bench.conditions import MEMORY_FORMATS, Conditions
+from fullattn.bench.errors import UsageError, describe
+from fullattn.bench.shapes import Shape
+
+__all__ = ["check_image", "feature_map", "random_like"]
+
+_STRIDE = 8  # of the stem: three convolutions of stride 2
+
+
+def feature_map(shape: Shape, conditions: Conditions) -> Tensor:
+    """A feature map of exactly the shape asked for, the same for every contender.
+
+    Args:
+        shape: (B, C, H, W).
+        conditions: image or noise, seed, dtype, device and memory format.
+
+    Returns:
+        The feature map, without gradient.
+
+    Raises:
+        UsageError: the image cannot be read.
+    """
+    if conditions.image is None:
+        x = _noise(shape, conditions.seed)
+    else:
+        x = _through_stem(_photograph(conditions.image, shape), shape, conditions.seed)
+    dtype = getattr(torch, conditions.dtype)
+    x = x.to(device=conditions.device, dtype=dtype)
+    return x.contiguous(memory_format=MEMORY_FORMATS[conditions.memory_format])
+
+
+def random_like(x: Tensor, seed: int) -> Tensor:
+    """Normal noise with the shape, dtype, device and memory format of x: the gradient of y."""
+    return torch.empty_like(x).copy_(_noise(Shape(*x.shape), seed + 1))
+
+
+def _noise(shape: Shape, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check_image(path: str) -> None:
+    """Raise UsageError unless the file at `path` is an image that can be read."""
+    _photograph(path, Shape(1, 3, 1, 1))
+
+
+def _photograph(path: str, shape: Shape) -> Tensor:
+    """The image as (B, 3, 8·H, 8·W); every image of a batch is shifted further to the side."""
+    import numpy as np
+    from PIL import Image
+
+    size = (shape.width * _STRIDE, shape.height * _STRIDE)
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(
+            f"expected an image that can be read at {path!r}: {describe(error)}"
+        ) from error
+    photograph = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+    photograph = (photograph - photograph.mean()) / photograph.std().clamp(min=1e-3)
+    shift = size[0] // shape.batch
+    return torch.stack([photograph.roll(n * shift, dims=2) for n in range(shape.batch)])
+
+
+def _through_stem(images: Tensor, shape: Shape, seed: int) -> Tensor:
+    """Three seeded random stages of convolution, normalisation, ReLU; then 1x1 to C channels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(outputs: int, inputs: int, size: int) -> Tensor:
+        kernel = torch.empty(outputs, inputs, size, size)
+        return nn.init.kaiming_normal_(kernel, generator=generator)
+
+    x, inputs = images, 3
+    for outputs in (32, 64, 128):
+        x = F.conv2d(x, weight(outputs, inputs, 3), stride=2, padding=1)
+        # Normalised by its own statistics, as a batch normalisation in training does.
+        x = F.relu(F.batch_norm(x, None, None, training=True))
+        inputs = outputs
+    return F.conv2d(x, weight(shape.channels, inputs, 1))

@@ -1,0 +1,176 @@
+"""The report as a picture: ratios to the baseline, or how cost grows along a sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fullattn.bench.report import Report, Row
+from fullattn.bench.workload import MODES, Mode
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw"]
+
+# Okabe and Ito's colours, which the colour-blind can tell apart and which differ in grey as well.
+_MODE_COLOURS: dict[Mode, str] = {"inference": "#0072B2", "training": "#E69F00"}
+_LINE_COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
+_MARKERS = "os^Dv<>"
+Quantity = Literal["time", "memory"]
+_QUANTITIES: tuple[Quantity, ...] = ("time", "memory")
+
+
+def draw(report: Report, path: Path) -> None:
+    """Draw a report as a PNG.
+
+    Args:
+        report: what to draw; a sweep is drawn as growth, anything else as ratios.
+        path: of the file.
+    """
+    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "font.family": "sans-serif"}):
+        figure = _growth(report) if report.sweep else _ratios(report)
+        figure.supxlabel(
+            "\n".join(report.caption()), fontsize=7, color="#555555", x=0.01, ha="left"
+        )
+        FigureCanvasAgg(figure)
+        figure.savefig(path, format="png", dpi=150)
+
+
+def _label(row: Row) -> str:
+    backend = row.contender.backend
+    return row.contender.title + (f", {backend}" if backend else "")
+
+
+def _ratio(report: Report, row: Row, quantity: Quantity, mode: Mode) -> float | None:
+    of = report.time_ratio if quantity == "time" else report.memory_ratio
+    return of(row, mode)
+
+
+def _ratios(report: Report) -> Figure:
+    """One line of panels per shape: time at the left, memory at the right, a bar per contender."""
+    shapes = report.shapes
+    heights = [0.8 + 0.36 * len(report.at(shape)) for shape in shapes]
+    figure = Figure(figsize=(10, sum(heights) + 1.5), layout="constrained")
+    panels = figure.subplots(
+        len(shapes), 2, squeeze=False, sharex="col", height_ratios=heights, sharey="row"
+    )
+    for line, shape in zip(panels, shapes, strict=True):
+        for panel, quantity in zip(line, _QUANTITIES, strict=True):
+            _bars(panel, report, report.at(shape), quantity)
+            panel.set_title(f"{shape}: {quantity}", loc="left", fontweight="bold")
+    for panel, quantity in zip(panels[-1], _QUANTITIES, strict=True):
+        panel.set_xlabel(f"{quantity} over that of the baseline (left is better)")
+    modes = [mode for mode in MODES if any(mode in row.measured for row in report.rows)]
+    figure.suptitle(
+        f"Cost against the baseline: {_baseline_label(report)}", x=0.01, ha="left", fontsize=12
+    )
+    handles = [matplotlib.patches.Patch(color=_MODE_COLOURS[mode], label=mode) for mode in modes]
+    figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def _baseline_label(report: Report) -> str:
+    rows = [report.baseline_at(shape) for shape in report.shapes]
+    titles = {row.contender.title for row in rows if row is not None}
+    return ", ".join(sorted(titles)) or report.baseline
+
+
+def _bars(panel: Axes, report: Report, rows: list[Row], quantity: Quantity) -> None:
+    panel.set_xscale("log")
+    panel.axvline(1, color="#555555", linewidth=1)
+    height = 0.38
+    for place, row in enumerate(rows):
+        for mode, offset in zip(MODES, (-height / 2, height / 2), strict=True):
+            if mode not in row.measured:
+                continue
+            y, ratio = place + offset, _ratio(report, row, quantity, mode)
+            if ratio:
+                # From 1 outwards: to the left is a gain, to the right a loss.
+                panel.barh(y, ratio - 1, height, left=1, color=_MODE_COLOURS[mode])
+            _write_at(panel, y, ratio, _text(row, ratio, quantity, mode))
+    panel.set_yticks(range(len(rows)), [_label(row) for row in rows])
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.margins(x=0.25)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    panel.xaxis.set_minor_formatter(lambda value, _: "")
+    panel.grid(axis="x", color="#dddddd", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.tick_params(axis="y", length=0)
+
+
+def _text(row: Row, ratio: float | None, quantity: Quantity, mode: Mode) -> str:
+    measurement = row.measured[mode]
+    if measurement.failure is not None:
+        return measurement.failure.kind
+    return f"{ratio:.2f}×" if ratio else f"no ratio of {quantity}"
+
+
+def _write_at(panel: Axes, y: float, ratio: float | None, text: str) -> None:
+    left = ratio is not None and ratio < 1
+    panel.annotate(
+        text,
+        (ratio or 1, y),
+        xytext=(-3 if left else 3, 0),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="center",
+        fontsize=7,
+    )
+
+
+def _growth(report: Report) -> Figure:
+    """Time and memory along the sweep, a line per contender, both axes logarithmic."""
+    modes = [mode for mode in MODES if any(mode in row.measured for row in report.rows)]
+    figure = Figure(figsize=(10, 4 * len(modes) + 1.2), layout="constrained")
+    panels = figure.subplots(len(modes), 2, squeeze=False, sharex=True)
+    labels = list(dict.fromkeys(_label(row) for row in report.rows))
+    axis = "channels" if report.sweep == "channels" else "positions (H·W)"
+    for line, mode in zip(panels, modes, strict=True):
+        for panel, quantity in zip(line, _QUANTITIES, strict=True):
+            for number, label in enumerate(labels):
+                points = [
+                    (_size(report, row), _value(row, quantity, mode))
+                    for row in report.rows
+                    if _label(row) == label and _value(row, quantity, mode)
+                ]
+                if points:
+                    panel.plot(
+                        *zip(*points, strict=True),
+                        color=_LINE_COLOURS[number % len(_LINE_COLOURS)],
+                        marker=_MARKERS[number % len(_MARKERS)],
+                        markersize=4,
+                        label=label,
+                    )
+            panel.set_xscale("log")
+            panel.set_yscale("log")
+            unit = "ms" if quantity == "time" else "MiB over the inputs"
+            panel.set_title(f"{mode}: {quantity}", loc="left", fontweight="bold")
+            panel.set_ylabel(f"{quantity}, {unit}")
+            panel.set_xlabel(axis)
+            ticks = sorted({_size(report, row) for row in report.rows})
+            panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+            panel.minorticks_off()
+            panel.grid(color="#dddddd", linewidth=0.6)
+            panel.spines[["top", "right"]].set_visible(False)
+    first, last = report.shapes[0], report.shapes[-1]
+    figure.suptitle(f"How cost grows from {first} to {last}", x=0.01, ha="left", fontsize=12)
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", frameon=False)
+    return figure
+
+
+def _size(report: Report, row: Row) -> int:
+    return row.shape.channels if report.sweep == "channels" else row.shape.height * row.shape.width
+
+
+def _value(row: Row, quantity: Quantity, mode: Mode) -> float | None:
+    if quantity == "time":
+        return row.time(mode)
+    peak = row.peak(mode)
+    return None if peak is None else peak / 2**20

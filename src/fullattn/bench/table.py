@@ -1,0 +1,171 @@
+"""The report as tables for a terminal of 120 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fullattn.bench.report import Formula, Measurement, Report, Row
+from fullattn.bench.workload import MODES, Mode
+
+__all__ = ["WIDTH", "print_report", "si"]
+
+WIDTH = 120
+NOTHING = "–"
+_MIB = 2**20
+_CALL: dict[Mode, str] = {"inference": "forward", "training": "forward\n+ backward"}
+
+
+def si(number: float | None) -> str:
+    """A number in three digits with K, M, G or T; a dash for None.
+
+    Example:
+        >>> si(525_313), si(19.6e9), si(0), si(None)
+        ('525K', '19.6G', '0', '–')
+    """
+    if number is None:
+        return NOTHING
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        if number >= factor:
+            return f"{_digits(number / factor)}{letter}"
+    return f"{number:g}"
+
+
+def _digits(number: float) -> str:
+    return (
+        f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
+    )
+
+
+def _name(row: Row) -> str:
+    star = "*" if row.contender.automatic else ""
+    return f" {row.contender.title} [cyan]{row.contender.backend or ''}{star}[/cyan]"
+
+
+def _time(measurement: Measurement | None) -> str:
+    if measurement is None:
+        return NOTHING
+    if measurement.failure is not None:
+        return f"[red]{measurement.failure.kind}[/red]"
+    if measurement.median_ms is None:
+        return NOTHING
+    spread = measurement.spread_ms
+    return _digits(measurement.median_ms) + ("" if spread is None else f" ± {_digits(spread)}")
+
+
+def _mebibytes(number: int | None) -> str:
+    return NOTHING if number is None else _digits(number / _MIB)
+
+
+def _times(ratio: float | None) -> str:
+    return NOTHING if ratio is None else f"{_digits(ratio)}×"
+
+
+def _modes(report: Report) -> list[Mode]:
+    return [mode for mode in MODES if any(mode in row.measured for row in report.rows)]
+
+
+def _table(
+    report: Report, title: str, headings: list[str], cells: Callable[[Row], list[str]]
+) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("contender, backend", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for shape in report.shapes:
+        table.add_section()
+        table.add_row(f"[bold]{shape}[/bold]")
+        for row in report.at(shape):
+            table.add_row(_name(row), *cells(row))
+    return table
+
+
+def _measured(report: Report) -> Table:
+    modes = _modes(report)
+
+    def cells(row: Row) -> list[str]:
+        found = []
+        for mode in modes:
+            slower = report.time_ratio(row, mode)
+            found += [
+                _time(row.measured.get(mode)),
+                _times(1 / slower if slower else None),
+                _mebibytes(row.peak(mode)),
+                _times(report.memory_ratio(row, mode)),
+            ]
+        return found
+
+    headings = [
+        heading
+        for mode in modes
+        for heading in (f"{_CALL[mode]}\nms", "speed\n× base", "peak\nMiB", "peak\n× base")
+    ]
+    return _table(report, "Measured", headings, cells)
+
+
+def _by_formula(report: Report) -> Table:
+    headings = [
+        "parameters",
+        "FLOPs by\nformula",
+        "FLOPs by\nPyTorch",
+        "numbers\nin maps",
+        "maps\nMiB",
+        "peak MiB\ninference",
+        "peak MiB\ntraining",
+    ]
+    return _table(report, "By formula", headings, lambda row: _formula(row.formula))
+
+
+def _formula(formula: Formula) -> list[str]:
+    return [
+        si(formula.parameters),
+        si(formula.flops),
+        si(formula.counted_flops),
+        si(formula.map_numbers),
+        _mebibytes(formula.map_bytes),
+        _mebibytes(formula.inference_bytes),
+        _mebibytes(formula.training_bytes),
+    ]
+
+
+def _notes(report: Report) -> list[str]:
+    notes = [
+        "Times are medians ± interquartile range of calls taken in turns. "
+        f"Peaks are over the inputs. Base: {report.baseline}; "
+        "a speed above 1× is faster than it, a peak below 1× smaller.",
+        "* runs when no backend is asked for. FLOPs are 2 × multiply-accumulate, of one forward.",
+    ]
+    for shape in report.shapes:
+        base = report.baseline_at(shape)
+        if base is None:
+            notes.append(
+                f"{shape}: no ratios, because the baseline {report.baseline} is not there."
+            )
+            continue
+        for mode in _modes(report):
+            if mode in base.measured and base.time(mode) is None:
+                notes.append(f"{shape}, {mode}: no ratios, because the baseline has no time.")
+    for row in report.rows:
+        for mode, measurement in row.measured.items():
+            if measurement.failure is not None:
+                name, reason = row.contender.name, measurement.failure.reason
+                notes.append(f"{name} at {row.shape}, {mode}: {reason}")
+    return notes
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print both tables with the conditions and notes.
+
+    Args:
+        report: what to print.
+        console: where to.
+    """
+    console.print()
+    for table in (_by_formula(report), _measured(report)):
+        console.print(table)
+        console.print()
+    for line in (*report.caption(), *_notes(report)):
+        console.print(line, style="dim", highlight=False, markup=False)

@@ -1,0 +1,364 @@
+"""The command line: `fullattn bench` and `fullattn info`.
+
+Whatever the user asks for that cannot be done ends with one sentence on standard error and exit
+status 2; Ctrl-C ends with 130. In neither case is anything written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import NoReturn
+
+import einops
+import torch
+
+import fullattn
+from fullattn.attention import dispatch
+from fullattn.bench.conditions import (
+    DTYPES,
+    MEMORY_FORMATS,
+    Conditions,
+    device_name,
+    parse_device,
+    parse_dtype,
+)
+from fullattn.bench.contenders import LAYERS, PUBLIC, problem_of
+from fullattn.bench.errors import UsageError
+from fullattn.bench.shapes import NAMED, Shape, parse_shape, sweep_shapes
+
+__all__ = ["main"]
+
+_EXTRA = ("rich", "matplotlib", "pillow")
+
+_BENCH_EXAMPLES = f"""\
+examples:
+  fullattn bench
+  fullattn bench --shapes 512x97x97 8x512x96x96 cityscapes --mode inference
+  fullattn bench --layers fully --backends all --dtype bfloat16
+  fullattn bench --layers fully --sweep resolution --shapes 512x128x128
+  fullattn bench --shapes 97 --contender my_block.py:MyBlock --baseline my_block:MyBlock
+  fullattn bench --image street.jpg
+  fullattn bench --output out/now --compare out/before/bench.json
+
+shapes by name:
+{chr(10).join(f"  {name:<15} {shape!s:<14} {what}" for name, (shape, what) in NAMED.items())}
+"""
+
+_INFO_EXAMPLES = """\
+examples:
+  fullattn info
+  fullattn info --shape 4x128x64x64 --dtype bfloat16 --layer fully
+  FULLATTN_BACKEND=sdpa fullattn info
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return value
+
+
+def _words(values: Sequence[str]) -> list[str]:
+    """Values given one by one or with commas between them."""
+    return [word for value in values for word in value.split(",") if word]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fullattn",
+        description="Attention layers for 2-D feature maps: what they cost, and what runs them.",
+    )
+    parser.add_argument("--version", action="version", version=f"fullattn {fullattn.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_bench(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_conditions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (float32)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (cpu)")
+
+
+def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="compare what layers and backends cost",
+        description="Compare the layers, their backends, the copied public form and your own "
+        "modules: parameters, FLOPs, time, peak memory. Prints tables, writes JSON and a picture.",
+        epilog=_BENCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = bench.add_argument_group("what is compared")
+    what.add_argument(
+        "--layers", nargs="+", default=list(LAYERS), metavar="LAYER", help=f"{', '.join(LAYERS)}"
+    )
+    what.add_argument(
+        "--backends",
+        nargs="+",
+        default=["default"],
+        metavar="BACKEND",
+        help="names of backends; auto: the one that runs when none is asked for; all: every one "
+        "that can run; default: the automatic one, and the map built and fused. With auto, channel "
+        "and spatial are still run both built and fused",
+    )
+    what.add_argument(
+        "--contender",
+        action="append",
+        default=[],
+        metavar="FILE.py:CLASS",
+        help="your own module, or package.module:CLASS; the class is called with the number of "
+        "channels, the module with a (B, C, H, W) tensor. May be given several times",
+    )
+    what.add_argument(
+        "--baseline",
+        default=PUBLIC,
+        metavar="NAME",
+        help="the contender that ratios refer to: public (the copied public form), fully, "
+        "channel:reference, my_block:MyBlock, ... (public)",
+    )
+    what.add_argument(
+        "--project",
+        action="store_true",
+        help="with the 3x3 projection of FullyAttentional and of the public form, which is left "
+        "out so that attention is compared with attention",
+    )
+    at = bench.add_argument_group("at which shapes and conditions")
+    at.add_argument(
+        "--shapes", nargs="+", metavar="SHAPE", help="CxHxW, BxCxHxW or names, listed below"
+    )
+    at.add_argument(
+        "--sweep",
+        choices=("resolution", "channels"),
+        help="five sizes up to the shape given, with a picture of how cost grows",
+    )
+    at.add_argument(
+        "--mode",
+        choices=("inference", "training", "both"),
+        help="forward, forward and backward, or both (both; without --shapes the two cheaper "
+        "shapes of the default are run in both)",
+    )
+    _add_conditions(at)  # type: ignore[arg-type]
+    at.add_argument(
+        "--memory-format",
+        default="contiguous",
+        metavar="FORMAT",
+        help=f"{' or '.join(MEMORY_FORMATS)} (contiguous)",
+    )
+    at.add_argument(
+        "--image",
+        metavar="PHOTO",
+        help="make the inputs from a photograph, through a small random convolutional stem",
+    )
+    at.add_argument("--seed", type=_seed, default=0, help="of parameters and inputs (0)")
+    at.add_argument("--threads", type=_count, help="PyTorch's threads (PyTorch's own choice)")
+    how = bench.add_argument_group("how it is measured")
+    how.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=2.0,
+        help="to spend on timing one contender at one shape in one mode; 3 to 20 calls (2)",
+    )
+    how.add_argument("--repeats", type=_count, help="time exactly so many calls of each instead")
+    how.add_argument(
+        "--limit",
+        type=_seconds,
+        default=10.0,
+        help="leave a row out where one call takes more seconds than this (10)",
+    )
+    how.add_argument(
+        "--no-memory",
+        action="store_true",
+        help="do not measure peak memory; saves one process and one call for every figure, and the "
+        "check that a row fits into memory before it is timed",
+    )
+    out = bench.add_argument_group("what comes out")
+    out.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out/bench"),
+        metavar="DIR",
+        help="folder of bench.json and bench.png, or sweep.json and sweep.png (out/bench)",
+    )
+    out.add_argument(
+        "--compare",
+        metavar="OLD.json",
+        help="show what became slower than in an earlier run, beyond the noise",
+    )
+    bench.set_defaults(run=_bench)
+
+
+def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
+    info = commands.add_parser(
+        "info",
+        help="say which backend runs, and why the others do not",
+        description="Versions, the device, and for a shape, dtype and device which backend runs "
+        "and why each other one does not.",
+        epilog=_INFO_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    info.add_argument(
+        "--shape", default="512x97x97", metavar="SHAPE", help="CxHxW or BxCxHxW (512x97x97)"
+    )
+    info.add_argument(
+        "--layer", nargs="+", default=list(LAYERS), metavar="LAYER", help=f"{', '.join(LAYERS)}"
+    )
+    _add_conditions(info)
+    info.set_defaults(run=_info)
+
+
+def _conditions(args: argparse.Namespace) -> Conditions:
+    parse_dtype(args.dtype)
+    parse_device(args.device)
+    if args.memory_format not in MEMORY_FORMATS:
+        allowed = " or ".join(MEMORY_FORMATS)
+        raise UsageError(f"expected a memory format of {allowed}, got {args.memory_format!r}")
+    return Conditions(
+        device=args.device,
+        dtype=args.dtype,
+        memory_format=args.memory_format,
+        project=args.project,
+        threads=args.threads or torch.get_num_threads(),
+        seed=args.seed,
+        image=args.image,
+    )
+
+
+def _bench(args: argparse.Namespace) -> None:
+    missing = [name for name in ("rich", "matplotlib", "PIL") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UsageError(f"the benchmark needs {', '.join(missing)}: pip install 'fullattn[bench]'")
+    from rich.console import Console
+
+    from fullattn.bench.measure import Plan
+    from fullattn.bench.report import read_report
+    from fullattn.bench.run import DEFAULT_SHAPES, Options, bench
+    from fullattn.bench.table import WIDTH
+    from fullattn.bench.workload import MODES, Mode
+
+    chosen: dict[str | None, tuple[Mode, ...]] = {
+        "inference": ("inference",),
+        "training": ("training",),
+    }
+    modes = chosen.get(args.mode, MODES)
+    given = [parse_shape(text) for text in _words(args.shapes or [])]
+    shapes: list[tuple[Shape, tuple[Mode, ...]]]
+    if args.sweep:
+        if len(given) > 1:
+            raise UsageError(f"expected one shape for --sweep to end at, got {len(given)}")
+        largest = given[0] if given else Shape(1, 128, 96, 96)
+        shapes = [(shape, modes) for shape in sweep_shapes(largest, args.sweep)]
+    elif given:
+        shapes = [(shape, modes) for shape in dict.fromkeys(given)]
+    else:
+        shapes = [
+            (parse_shape(text), modes if args.mode else default) for text, default in DEFAULT_SHAPES
+        ]
+    options = Options(
+        shapes=shapes,
+        conditions=_conditions(args),
+        layers=_words(args.layers),
+        backends=_words(args.backends),
+        users=args.contender,
+        baseline=args.baseline,
+        sweep=args.sweep,
+        plan=Plan(seconds=args.seconds, repeats=args.repeats, limit=args.limit),
+        memory=not args.no_memory,
+    )
+    old = None if args.compare is None else read_report(args.compare)
+    console = Console()
+    if not console.is_terminal or console.width < WIDTH:
+        console = Console(width=WIDTH)
+    bench(options, args.output, old, console)
+
+
+def _info(args: argparse.Namespace) -> None:
+    shape = parse_shape(args.shape)
+    dtype = parse_dtype(args.dtype)
+    device = parse_device(args.device)
+    layers = _words(args.layer)
+    for layer in layers:
+        if layer not in LAYERS:
+            raise UsageError(f"expected layers of {', '.join(LAYERS)}, got {layer!r}")
+    lines = [
+        f"fullattn {fullattn.__version__}, torch {torch.__version__}, "
+        f"einops {einops.__version__}, Python {platform.python_version()}",
+        f"device: {device}, {device_name(device)}"
+        + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),
+        f"benchmark: {_extra_versions()}",
+        "backends:",
+        *(f"  {entry.name:<13} {entry.summary}" for entry in dispatch.BACKENDS),
+    ]
+    for layer in layers:
+        lines += ["", f"{LAYERS[layer]} at {shape}, {args.dtype}, {device}:"]
+        try:
+            explained = dispatch.explain(problem_of(layer, shape, dtype, device.type))
+        except ValueError as error:  # FULLATTN_BACKEND does not name a backend
+            raise UsageError(str(error)) from error
+        lines += [f"  {entry.name:<13} {sentence}" for entry, sentence in explained]
+    print("\n".join(lines))  # noqa: T201
+
+
+def _extra_versions() -> str:
+    versions = []
+    for name in _EXTRA:
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            return f"{name} is missing: pip install 'fullattn[bench]'"
+    return ", ".join(versions)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments without the program's name; None for the process's own.
+
+    Returns:
+        Exit status: 0; 2 for bad input; 130 for an interruption.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+    except SystemExit as end:  # argparse has printed its help or its sentence
+        return end.code if isinstance(end.code, int) else 2
+    except UsageError as error:
+        print(f"fullattn: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        print("fullattn: interrupted, nothing was written", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0
