@@ -10,6 +10,8 @@ and softmax are computed in float32 at least, whatever the dtype.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,14 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.get_autocast_dtype(device)
     # As autocast itself does, leave float64 alone.
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _autocast_off(x: Tensor) -> AbstractContextManager[None]:
+    # The casts are made; inside, autocast would take the scores out of float32. Where it is off
+    # already, saying so again would only stand in the way of an export.
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
 
 
 def attend(
@@ -74,7 +84,7 @@ def attend(
     """
     query, key, value = _as_autocast(query, key, value)
     chosen = choose(Problem.of(kind, query, key), backend)
-    with torch.autocast(query.device.type, enabled=False):
+    with _autocast_off(query):
         return chosen.run[kind](query, key, value, scale)
 
 
@@ -112,7 +122,7 @@ def attend_columns_and_rows(
     """
     x, column_key, row_key = _as_autocast(x, column_key, row_key)
     chosen = choose(Problem.of_columns_and_rows(x), backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with _autocast_off(x):
         if Kind.COLUMNS_AND_ROWS in chosen.run:
             return chosen.run[Kind.COLUMNS_AND_ROWS](x, column_key, row_key, scale)
         run = chosen.run[Kind.SOFTMAX]
@@ -139,5 +149,5 @@ def similarity(query: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
         torch.Size([2, 5, 7, 4])
     """
     query, key = _as_autocast(query, key)
-    with torch.autocast(query.device.type, enabled=False):
+    with _autocast_off(query):
         return reference.similarity(query, key, scale)

@@ -9,9 +9,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Kind", "Problem"]
+__all__ = ["Backend", "Kind", "Problem", "known"]
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def known(condition: bool) -> bool:
+    """Whether a condition on sizes holds, without making it a condition of a traced program.
+
+    While PyTorch traces with symbolic sizes, a Python branch on a size becomes a guard, and an
+    export with dynamic sizes fails. A condition that does not hold for every size is then False.
+    """
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return condition
 
 
 class Kind(enum.Enum):
@@ -84,6 +97,8 @@ class Backend:
         run: the function for each kind of attention. A backend with SOFTMAX but without
             COLUMNS_AND_ROWS runs the two branches one after the other.
         builds_map: whether the whole similarity map is in memory at once.
+        own_operators: whether it calls operators of this package, without which a program that
+            `torch.export` made of it could not be loaded.
         devices: device types on which it runs; None for all.
         dtypes: input dtypes, per device type; "*" stands for the device types not named.
         unavailable: returns why it cannot run on this machine at all, or None. Asked only when
@@ -94,6 +109,7 @@ class Backend:
     summary: str
     run: Mapping[Kind, Callable[..., Tensor]]
     builds_map: bool = False
+    own_operators: bool = False
     devices: frozenset[str] | None = None
     dtypes: Mapping[str, frozenset[torch.dtype]] = field(default_factory=lambda: {"*": FLOATING})
     unavailable: Callable[[], str | None] = _always_available

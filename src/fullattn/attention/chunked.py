@@ -226,5 +226,6 @@ BACKEND = Backend(
     name="chunked",
     summary="a few slices of the map at a time, in reused buffers, by PyTorch's matrix products",
     run={Kind.SOFTMAX: attend},
+    own_operators=True,
     devices=frozenset({"cpu"}),
 )

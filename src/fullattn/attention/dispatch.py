@@ -2,7 +2,8 @@
 
 The rule, on every device: build the similarity map only where it holds fewer numbers than the
 tensors that it relates; otherwise fuse. Among the backends that fuse, the first in `BACKENDS` that
-can run the problem does.
+can run the problem does. In a program that `torch.export` writes it is the first that is made of
+PyTorch's own operators, so that the program can be loaded without this package.
 
 An override is looked for in this order: the `backend` context manager, the layer's or function's
 own `backend=` argument, the environment variable FULLATTN_BACKEND, and then the rule.
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 import torch
 
 from fullattn.attention import chunked, native, reassociated, reference, sdpa
-from fullattn.attention.backend import Backend, Problem
+from fullattn.attention.backend import Backend, Problem, known
 
 __all__ = ["BACKENDS", "BackendError", "backend", "backend_names", "check_name", "choose"]
 
@@ -31,6 +32,9 @@ BACKENDS: tuple[Backend, ...] = (
     reference.BACKEND,
 )
 _BY_NAME = {entry.name: entry for entry in BACKENDS}
+
+# Not in PyTorch before 2.7, where an exported program may need this package to be loaded.
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 
 _ENVIRONMENT = "FULLATTN_BACKEND"
 # A module global and not a context variable: torch.compile guards on it and retraces when it moves.
@@ -97,13 +101,12 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 def _map_is_smaller(problem: Problem) -> bool:
-    if torch.compiler.is_compiling():
-        # With symbolic sizes the answer must not become a guard, or an export with dynamic sizes
-        # would fail: where it is not known for every size, fuse.
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
+    # Where it is not known for every size of a traced program, fuse.
+    return known(problem.map_numbers < problem.tensor_numbers)
 
-        return statically_known_true(problem.map_numbers < problem.tensor_numbers)
-    return problem.map_numbers < problem.tensor_numbers
+
+def _suits(candidate: Backend) -> bool:
+    return not candidate.builds_map and not (candidate.own_operators and _is_exporting())
 
 
 def _forced(requested: str | None) -> Backend | None:
@@ -143,7 +146,7 @@ def choose(problem: Problem, requested: str | None = None) -> Backend:
         return forced
     if not _map_is_smaller(problem):
         for candidate in BACKENDS:
-            if not candidate.builds_map and not candidate.reasons_against(problem):
+            if _suits(candidate) and not candidate.reasons_against(problem):
                 return candidate
     return reference.BACKEND
 

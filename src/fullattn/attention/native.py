@@ -210,6 +210,7 @@ BACKEND = Backend(
     name="native",
     summary="C kernel, compiled on first use: both branches of FullyAttentional, by x's strides",
     run={Kind.COLUMNS_AND_ROWS: attend_columns_and_rows},
+    own_operators=True,
     devices=frozenset({"cpu"}),
     dtypes={"*": FLOATING - {torch.float64}},
     unavailable=_unavailable,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fullattn.attention import flops
-from fullattn.attention.backend import FLOATING, Backend, Kind
+from fullattn.attention.backend import FLOATING, Backend, Kind, known
 
 __all__ = ["BACKEND", "attend"]
 
@@ -26,6 +26,8 @@ def padded_features(device: str, features: int, value_features: int) -> tuple[in
     if device == "cuda":
         return -(-features // 8) * 8, -(-value_features // 8) * 8
     # A contiguous axis of length 1 may have any stride, and the fused kernel asks for 1.
+    if known(features == value_features) and known(features > 1):
+        return features, features
     longest = max(features, value_features, 2)
     return longest, longest
 
@@ -33,7 +35,7 @@ def padded_features(device: str, features: int, value_features: int) -> tuple[in
 def _pad_features(x: Tensor, features: int) -> Tensor:
     missing = features - x.shape[-1]
     # Padding keeps the order of the strides, and the columns of an image have channels_last's.
-    return F.pad(x, (0, missing)).contiguous() if missing else x.contiguous()
+    return x.contiguous() if known(missing == 0) else F.pad(x, (0, missing)).contiguous()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
@@ -56,20 +58,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     value = _pad_features(value, value_padded)
     key = key.expand(-1, slices, -1, -1)
     value = value.expand(-1, slices, -1, -1)
-    if query.device.type == "cuda" and query.shape[0] * slices > _CUDA_GRID:
+    if query.device.type == "cuda" and known(query.shape[0] * slices > _CUDA_GRID):
         out = _in_parts(query, key, value, scale)
     else:
         out = F.scaled_dot_product_attention(query, key, value, scale=scale)
-    return out if value_padded == value_features else out[..., :value_features]
+    return out if known(value_padded == value_features) else out[..., :value_features]
 
 
 def _in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     batch, slices = query.shape[:2]
     axis = 0 if batch >= slices else 1
     step = max(1, _CUDA_GRID // (slices if axis == 0 else batch))
-    parts = zip(*(x.split(step, axis) for x in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(x, step, axis) for x in (query, key, value)), strict=True)
     return torch.cat(
-        [F.scaled_dot_product_attention(*part, scale=scale) for part in parts], dim=axis
+        [F.scaled_dot_product_attention(q, k, v, scale=scale) for q, k, v in parts], dim=axis
     )
 
 
