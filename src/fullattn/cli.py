@@ -30,7 +30,14 @@ from fullattn.bench.conditions import (
 )
 from fullattn.bench.contenders import LAYERS, PUBLIC, problem_of
 from fullattn.bench.errors import UsageError
-from fullattn.bench.shapes import NAMED, Shape, parse_shape, sweep_shapes
+from fullattn.bench.shapes import (
+    DEFAULT_BUDGET,
+    DEFAULT_SHAPES,
+    NAMED,
+    Shape,
+    parse_shape,
+    sweep_shapes,
+)
 
 __all__ = ["main"]
 
@@ -199,6 +206,12 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="leave a row out where one call takes more seconds than this (10)",
     )
     how.add_argument(
+        "--budget",
+        type=_seconds,
+        help="begin nothing new after so many seconds; what is left is marked as left out "
+        f"({DEFAULT_BUDGET:g} without --shapes and --sweep, otherwise none)",
+    )
+    how.add_argument(
         "--no-memory",
         action="store_true",
         help="do not measure peak memory; saves one process and one call for every figure, and the "
@@ -264,7 +277,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     from fullattn.bench.measure import Plan
     from fullattn.bench.report import read_report
-    from fullattn.bench.run import DEFAULT_SHAPES, Options, bench
+    from fullattn.bench.run import Options, bench
     from fullattn.bench.table import WIDTH
     from fullattn.bench.workload import MODES, Mode
 
@@ -273,6 +286,7 @@ def _bench(args: argparse.Namespace) -> None:
         "training": ("training",),
     }
     modes = chosen.get(args.mode, MODES)
+    budget = args.budget
     given = [parse_shape(text) for text in _words(args.shapes or [])]
     shapes: list[tuple[Shape, tuple[Mode, ...]]]
     if args.sweep:
@@ -283,8 +297,10 @@ def _bench(args: argparse.Namespace) -> None:
     elif given:
         shapes = [(shape, modes) for shape in dict.fromkeys(given)]
     else:
+        budget = args.budget or DEFAULT_BUDGET
         shapes = [
-            (parse_shape(text), modes if args.mode else default) for text, default in DEFAULT_SHAPES
+            (parse_shape(text), modes if args.mode else by_default)
+            for text, by_default in DEFAULT_SHAPES
         ]
     options = Options(
         shapes=shapes,
@@ -294,7 +310,7 @@ def _bench(args: argparse.Namespace) -> None:
         users=args.contender,
         baseline=args.baseline,
         sweep=args.sweep,
-        plan=Plan(seconds=args.seconds, repeats=args.repeats, limit=args.limit),
+        plan=Plan(args.seconds, args.repeats, args.limit, budget),
         memory=not args.no_memory,
     )
     old = None if args.compare is None else read_report(args.compare)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from fullattn.bench.errors import UsageError
 from fullattn.bench.report import Measurement, Report, Row
+from fullattn.bench.table import digits
 from fullattn.bench.workload import Mode
 
 __all__ = ["Change", "changes", "check_comparable", "lost", "print_changes"]
@@ -170,8 +172,8 @@ def print_changes(old: Report, new: Report, console: Console) -> None:
     machines = sorted({change.machine for change in found} - {1.0})
     if machines:
         lines.append(
-            f"Times are taken over the baseline's, which itself took {machines[0]:.2f} to "
-            f"{machines[-1]:.2f} times as long as then."
+            f"Times are taken over the baseline's, which itself took {machines[0]:.3g} to "
+            f"{machines[-1]:.3g} times as long as then."
         )
     else:
         lines.append("The runs have no baseline in common, so milliseconds are compared.")
@@ -194,7 +196,7 @@ def _differences(old: Report, new: Report) -> list[tuple[str, str, str]]:
 
 
 def _table(shown: list[Change]) -> Table:
-    table = Table(title="Changes", title_justify="left", pad_edge=False)
+    table = Table(title="Changes", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("contender", "shape", "mode"):
         table.add_column(heading, no_wrap=True)
     for heading in ("then\nms", "now\nms", "time\nover then", "noise", "memory\nover then"):
@@ -216,8 +218,8 @@ def _table(shown: list[Change]) -> Table:
             change.row.contender.name,
             str(change.row.shape),
             change.mode,
-            f"{then.median_ms:.3g}",
-            f"{now.median_ms:.3g}",
+            digits(then.median_ms or 0),
+            digits(now.median_ms or 0),
             f"{change.time:.2f}×",
             f"±{change.noise:.0%}",
             str(peaks or "–"),

@@ -45,3 +45,8 @@ class Failure:
             else f"one call would take about {seconds:.0f} s by its FLOPs, the limit is {limit:g} s"
         )
         return cls("too slow", f"{took} (--limit)")
+
+    @classmethod
+    def no_time_left(cls, budget: float) -> Failure:
+        """The run has used up its time before this row."""
+        return cls("no time left", f"not begun within {budget:g} s of the run (--budget)")

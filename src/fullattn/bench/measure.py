@@ -69,7 +69,9 @@ class Plan:
     Attributes:
         seconds: what one contender may take in all, for one shape and mode.
         repeats: exactly so many calls; None to fit them into `seconds`.
-        limit: seconds that one call may take at most.
+        limit: seconds that one call may take at most; a contender that has spent as much on calls
+            is timed no more.
+        budget: seconds after which nothing new is begun; None for no end.
         at_least: calls however slow they are.
         at_most: calls however fast they are.
     """
@@ -77,6 +79,7 @@ class Plan:
     seconds: float = 2.0
     repeats: int | None = None
     limit: float = 10.0
+    budget: float | None = None
     at_least: int = 3
     at_most: int = 20
 
@@ -129,7 +132,9 @@ def take_turns(
     calls: Mapping[str, int],
     mode: Mode,
     clock: Clock,
+    *,
     step: Callable[[str], object] = lambda name: None,
+    enough: Callable[[list[float]], bool] = lambda times: False,
 ) -> tuple[dict[str, list[float]], dict[str, Failure]]:
     """Time all contenders, round by round.
 
@@ -142,6 +147,7 @@ def take_turns(
         mode: "inference" or "training".
         clock: of their device.
         step: told after every call whose it was.
+        enough: told a contender's times after its first call, says whether to time it no more.
 
     Returns:
         Milliseconds of each call in the order they were made, and the contenders that failed;
@@ -153,6 +159,8 @@ def take_turns(
     for turn in range(rounds):
         for name, workload in workloads.items():
             if name in failures or not _takes_part(turn, rounds, calls[name]):
+                continue
+            if times[name] and enough(times[name]):
                 continue
             try:
                 workload.prepare(mode)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator
 
 from fullattn.bench.report import Report, Row
 from fullattn.bench.workload import MODES, Mode
@@ -54,7 +56,7 @@ def _ratio(report: Report, row: Row, quantity: Quantity, mode: Mode) -> float | 
 def _ratios(report: Report) -> Figure:
     """One line of panels per shape: time at the left, memory at the right, a bar per contender."""
     shapes = report.shapes
-    heights = [0.8 + 0.36 * len(report.at(shape)) for shape in shapes]
+    heights = [0.8 + 0.32 * len(report.at(shape)) for shape in shapes]
     figure = Figure(figsize=(10, sum(heights) + 1.5), layout="constrained")
     panels = figure.subplots(
         len(shapes), 2, squeeze=False, sharex="col", height_ratios=heights, sharey="row"
@@ -67,17 +69,11 @@ def _ratios(report: Report) -> Figure:
         panel.set_xlabel(f"{quantity} over that of the baseline (left is better)")
     modes = [mode for mode in MODES if any(mode in row.measured for row in report.rows)]
     figure.suptitle(
-        f"Cost against the baseline: {_baseline_label(report)}", x=0.01, ha="left", fontsize=12
+        f"Cost against the baseline: {report.baseline_title()}", x=0.01, ha="left", fontsize=12
     )
-    handles = [matplotlib.patches.Patch(color=_MODE_COLOURS[mode], label=mode) for mode in modes]
+    handles = [Patch(color=_MODE_COLOURS[mode], label=mode) for mode in modes]
     figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
     return figure
-
-
-def _baseline_label(report: Report) -> str:
-    rows = [report.baseline_at(shape) for shape in report.shapes]
-    titles = {row.contender.title for row in rows if row is not None}
-    return ", ".join(sorted(titles)) or report.baseline
 
 
 def _bars(panel: Axes, report: Report, rows: list[Row], quantity: Quantity) -> None:
@@ -85,10 +81,10 @@ def _bars(panel: Axes, report: Report, rows: list[Row], quantity: Quantity) -> N
     panel.axvline(1, color="#555555", linewidth=1)
     height = 0.38
     for place, row in enumerate(rows):
-        for mode, offset in zip(MODES, (-height / 2, height / 2), strict=True):
-            if mode not in row.measured:
-                continue
-            y, ratio = place + offset, _ratio(report, row, quantity, mode)
+        modes = [mode for mode in MODES if mode in row.measured]
+        for number, mode in enumerate(modes):
+            y = place + height * (number - (len(modes) - 1) / 2)
+            ratio = _ratio(report, row, quantity, mode)
             if ratio:
                 # From 1 outwards: to the left is a gain, to the right a loss.
                 panel.barh(y, ratio - 1, height, left=1, color=_MODE_COLOURS[mode])
@@ -97,8 +93,9 @@ def _bars(panel: Axes, report: Report, rows: list[Row], quantity: Quantity) -> N
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.margins(x=0.25)
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    panel.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     panel.xaxis.set_minor_formatter(lambda value, _: "")
-    panel.grid(axis="x", color="#dddddd", linewidth=0.6)
+    panel.grid(axis="x", which="both", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.tick_params(axis="y", length=0)

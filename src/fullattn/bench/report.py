@@ -122,6 +122,12 @@ class Report:
         """The row that the ratios of a shape refer to."""
         return next((r for r in self.at(shape) if r.contender.answers_to(self.baseline)), None)
 
+    def baseline_title(self) -> str:
+        """What the tables and pictures call the baseline."""
+        rows = [self.baseline_at(shape) for shape in self.shapes]
+        titles = dict.fromkeys(row.contender.title for row in rows if row is not None)
+        return ", ".join(titles) or self.baseline
+
     def time_ratio(self, row: Row, mode: Mode) -> float | None:
         """Time of a row over the baseline's, where both were measured."""
         base = self.baseline_at(row.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,16 +29,7 @@ from fullattn.bench.shapes import Shape
 from fullattn.bench.table import print_report
 from fullattn.bench.workload import Mode, ShapeError, Workload
 
-__all__ = ["DEFAULT_SHAPES", "Options", "bench", "measure_all"]
-
-# What `fullattn bench` runs when no shape is given, in 2 minutes on 2 cores: the paper's size and a
-# batch in full, the others forward only.
-DEFAULT_SHAPES: list[tuple[str, tuple[Mode, ...]]] = [
-    ("512x97x97", ("inference", "training")),
-    ("4x128x64x64", ("inference", "training")),
-    ("512x65x65", ("inference",)),
-    ("512x128x256", ("inference",)),
-]
+__all__ = ["Options", "bench", "measure_all"]
 
 
 @dataclass(frozen=True)
@@ -200,7 +192,10 @@ def _progress(total: int) -> Iterator[_Bar]:
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         yield _Bar(progress, total)
 
 
@@ -213,6 +208,7 @@ class _Runner:
         self.clock = clock_for(self.device)
         # Seconds per FLOP of each contender and mode, from the last shape.
         self.rates: dict[tuple[str, Mode], float] = {}
+        self.start = time.monotonic()
 
     def rows(self, shape: Shape, modes: Sequence[Mode], contenders: list[Contender]) -> list[Row]:
         conditions = self.options.conditions
@@ -246,6 +242,8 @@ class _Runner:
             name = contender.name
             self.bar.add(0, f"{shape} {mode}: {name}")
             try:
+                if plan.budget is not None and self._out_of_time():
+                    raise _LeftOutError(Failure.no_time_left(plan.budget))
                 flops = formulas[name].flops
                 forecast = self._forecast(contender, shape, mode, flops)
                 if self.memory is not None:
@@ -277,13 +275,23 @@ class _Runner:
             calls,
             mode,
             self.clock,
-            lambda name: self.bar.add(0.75 / calls[name], f"{shape} {mode}: taking turns"),
+            step=lambda name: self.bar.add(0.75 / calls[name], f"{shape} {mode}: taking turns"),
+            enough=self._is_enough,
         )
         failures |= failed
         return {
             name: Measurement(times.get(name, []), peaks.get(name), failures.get(name))
             for name in workloads
         }
+
+    def _is_enough(self, times_ms: list[float]) -> bool:
+        if self.options.plan.repeats is not None:
+            return False
+        return self._out_of_time() or sum(times_ms) > self.options.plan.limit * 1e3
+
+    def _out_of_time(self) -> bool:
+        budget = self.options.plan.budget
+        return budget is not None and time.monotonic() - self.start > budget
 
     def _forecast(
         self, contender: Contender, shape: Shape, mode: Mode, flops: int | None

@@ -6,7 +6,15 @@ from typing import Literal, NamedTuple
 
 from fullattn.bench.errors import UsageError
 
-__all__ = ["NAMED", "Shape", "SweepAxis", "parse_shape", "sweep_shapes"]
+__all__ = [
+    "DEFAULT_BUDGET",
+    "DEFAULT_SHAPES",
+    "NAMED",
+    "Shape",
+    "SweepAxis",
+    "parse_shape",
+    "sweep_shapes",
+]
 
 SweepAxis = Literal["resolution", "channels"]
 
@@ -35,6 +43,16 @@ NAMED: dict[str, tuple[Shape, str]] = {
     "batch": (Shape(4, 128, 64, 64), "Four images of a small head."),
     "small": (Shape(1, 64, 16, 16), "A small map, where overhead counts most."),
 }
+
+# What `fullattn bench` runs when no shape is given: the paper's size and a batch in full, the
+# others forward only, and seconds after which it begins nothing new.
+DEFAULT_SHAPES: list[tuple[str, tuple[Literal["inference", "training"], ...]]] = [
+    ("512x97x97", ("inference", "training")),
+    ("4x128x64x64", ("inference", "training")),
+    ("512x65x65", ("inference",)),
+    ("512x128x256", ("inference",)),
+]
+DEFAULT_BUDGET = 140.0
 
 
 def parse_shape(text: str) -> Shape:

@@ -11,7 +11,7 @@ from rich.table import Table
 from fullattn.bench.report import Formula, Measurement, Report, Row
 from fullattn.bench.workload import MODES, Mode
 
-__all__ = ["WIDTH", "print_report", "si"]
+__all__ = ["WIDTH", "digits", "print_report", "si"]
 
 WIDTH = 120
 NOTHING = "–"
@@ -30,11 +30,12 @@ def si(number: float | None) -> str:
         return NOTHING
     for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
         if number >= factor:
-            return f"{_digits(number / factor)}{letter}"
+            return f"{digits(number / factor)}{letter}"
     return f"{number:g}"
 
 
-def _digits(number: float) -> str:
+def digits(number: float) -> str:
+    """A number in three digits, or all of those before its point."""
     return (
         f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
     )
@@ -53,15 +54,15 @@ def _time(measurement: Measurement | None) -> str:
     if measurement.median_ms is None:
         return NOTHING
     spread = measurement.spread_ms
-    return _digits(measurement.median_ms) + ("" if spread is None else f" ± {_digits(spread)}")
+    return digits(measurement.median_ms) + ("" if spread is None else f" ± {digits(spread)}")
 
 
 def _mebibytes(number: int | None) -> str:
-    return NOTHING if number is None else _digits(number / _MIB)
+    return NOTHING if number is None else digits(number / _MIB)
 
 
 def _times(ratio: float | None) -> str:
-    return NOTHING if ratio is None else f"{_digits(ratio)}×"
+    return NOTHING if ratio is None else f"{digits(ratio)}×"
 
 
 def _modes(report: Report) -> list[Mode]:
@@ -133,9 +134,8 @@ def _formula(formula: Formula) -> list[str]:
 
 def _notes(report: Report) -> list[str]:
     notes = [
-        "Times are medians ± interquartile range of calls taken in turns. "
-        f"Peaks are over the inputs. Base: {report.baseline}; "
-        "a speed above 1× is faster than it, a peak below 1× smaller.",
+        "Times: median ± interquartile range of calls taken in turns. Peaks: over the inputs.",
+        f"Base: {report.baseline_title()}. A speed above 1× is faster, a peak below 1× smaller.",
         "* runs when no backend is asked for. FLOPs are 2 × multiply-accumulate, of one forward.",
     ]
     for shape in report.shapes:
