@@ -30,13 +30,19 @@ __all__ = [
     "backend",
     "backend_names",
     "choose",
+    "is_autocast_enabled",
     "similarity",
 ]
 
 
+def is_autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a device type; never for one that has none, such as "meta"."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     # As autocast itself does, leave float64 alone.
@@ -46,7 +52,7 @@ def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _autocast_off(x: Tensor) -> AbstractContextManager[None]:
     # The casts are made; inside, autocast would take the scores out of float32. Where it is off
     # already, saying so again would only stand in the way of an export.
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fullattn.attention import backend_names
+from fullattn.attention import backend_names, is_autocast_enabled
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Ten
             raise ValueError(
                 f"expected an input on the layer's device {parameter.device}, got {x.device}"
             )
-        if x.dtype != parameter.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != parameter.dtype and not is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"expected the layer's dtype {parameter.dtype}, got {x.dtype}; "
                 "convert one of them or use torch.autocast"

@@ -98,7 +98,7 @@ class FullyAttentional(nn.Module):
         self.row_key = nn.Linear(channels, channels, **like)
         self.gamma = nn.Parameter(torch.empty(1, **like))
         self.project: nn.Sequential | None = None
-        if project:
+        if _checks.option(project, "project", (False, True)):
             steps: OrderedDict[str, nn.Module] = OrderedDict()
             steps["conv"] = nn.Conv2d(
                 channels, channels, 3, padding=1, bias=norm_layer is None, **like
