@@ -21,6 +21,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -58,7 +62,13 @@ INLINE vec all(float x) { return x - (vec){0}; }
 INLINE vec choose(ivec mask, vec yes, vec no) {
     return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
 }
+#if defined(__AVX512F__)
+INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+INLINE vec larger(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
+#endif
 
 /* exp(x) for x <= 0, to 2 units in the last place; not-a-number stays. Below -87 it is 1e-38.
  * Cephes' polynomial for |r| <= ln(2)/2. */
@@ -114,10 +124,14 @@ INLINE void tile(const Product *p, const int rows, const int down, const int add
 #pragma GCC unroll 12
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
+        for (int v = 0; v < 2; v++) store(p->c + r * c_stride + v * VECTOR, sum[r][v]);
+    if (maximum)
+#pragma GCC unroll 2
         for (int v = 0; v < 2; v++) {
-            store(p->c + r * c_stride + v * VECTOR, sum[r][v]);
-            if (maximum)
-                store(maximum + v * VECTOR, larger(sum[r][v], load(maximum + v * VECTOR)));
+            vec top = load(maximum + v * VECTOR);
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++) top = larger(sum[r][v], top);
+            store(maximum + v * VECTOR, top);
         }
 }
 
