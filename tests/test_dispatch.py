@@ -1,0 +1,220 @@
+"""Which backend runs: the rule, the four ways to override it, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fullattn
+from cases import CASES, FULLY_ATTENTIONAL, SPATIAL, Case
+from fullattn.attention import Backend, BackendError, Kind, Problem, backend_names, choose, sdpa
+from fullattn.attention.backend import FLOATING
+from fullattn.attention.dispatch import BACKENDS, explain
+
+BY_NAME = {backend.name: backend for backend in BACKENDS}
+dtypes = st.sampled_from(sorted(FLOATING, key=str))
+sizes = st.integers(1, 2**20)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    return Problem(
+        kind=draw(st.sampled_from(Kind)),
+        device=draw(st.sampled_from(["cpu", "cuda", "meta", "mps"])),
+        dtype=draw(dtypes),
+        map_numbers=draw(sizes),
+        tensor_numbers=draw(sizes),
+        features=draw(st.integers(1, 512)),
+    )
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_backend_runs_on_this_machine(backend: Backend) -> None:
+    # Where a backend cannot, this line of the report says why, and its tests are not there.
+    if reason := backend.unavailable():
+        pytest.skip(f"{backend.name}: {reason}")
+    problems = (case.problem(dtype) for case in CASES for dtype in FLOATING)
+    assert any(not backend.reasons_against(problem) for problem in problems)
+
+
+@given(problem=problems())
+def test_the_map_is_built_only_where_it_is_smaller_or_nothing_else_can(problem: Problem) -> None:
+    chosen = choose(problem)
+    can = [backend for backend in BACKENDS if not backend.reasons_against(problem)]
+    fused = [backend for backend in can if not backend.builds_map]
+    if problem.map_numbers < problem.tensor_numbers or not fused:
+        assert chosen.builds_map
+    else:
+        assert chosen is fused[0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "builds_map"),
+    [
+        (fullattn.FullyAttentional(16, project=False), (1, 16, 4, 4), False),  # 2048 : 1024
+        (fullattn.FullyAttentional(16, project=False), (1, 16, 9, 9), True),  # 4608 : 5184
+        (fullattn.ChannelNonLocal(16), (1, 16, 4, 4), True),  # 256 : 512
+        (fullattn.ChannelNonLocal(16), (1, 16, 2, 2), False),  # 256 : 128
+        (fullattn.SpatialNonLocal(16), (1, 16, 4, 4), False),  # 256 : 256, not smaller
+        (fullattn.SpatialNonLocal(16), (1, 16, 3, 3), True),  # 81 : 144
+        (fullattn.SpatialNonLocal(16, subsample=2), (1, 16, 4, 4), True),  # 64 : 160
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else str(value),
+)
+def test_the_rule_counts_map_numbers_against_tensor_numbers(
+    layer: torch.nn.Module, shape: tuple[int, ...], builds_map: bool, ran: list[str]
+) -> None:
+    layer(image(*shape))
+    assert {BY_NAME[name].builds_map for name in ran} == {builds_map}
+
+
+@given(problem=problems())
+def test_explain_agrees_with_choose(problem: Problem) -> None:
+    rows = explain(problem)
+    assert [backend for backend, _ in rows] == list(BACKENDS)
+    running = [backend for backend, sentence in rows if sentence.startswith("runs:")]
+    assert running == [choose(problem)]
+    for backend, sentence in rows:
+        assert sentence.startswith("cannot run: ") == bool(backend.reasons_against(problem))
+        for reason in backend.reasons_against(problem):
+            assert reason in sentence
+
+
+@given(problem=problems(), name=st.sampled_from(backend_names()))
+def test_explain_agrees_with_a_forced_choice(problem: Problem, name: str) -> None:
+    running = [backend.name for backend, text in explain(problem, name) if text.startswith("runs:")]
+    if BY_NAME[name].reasons_against(problem):
+        assert running == []
+        with pytest.raises(BackendError):
+            choose(problem, name)
+    else:
+        assert running == [name]
+        assert choose(problem, name).name == name
+
+
+def test_forcing_a_backend_that_cannot_run_is_one_error_with_all_reasons() -> None:
+    layer = fullattn.SpatialNonLocal(4, mode="concatenation", backend="sdpa")
+    with pytest.raises(BackendError) as caught:
+        layer(image(1, 4, 5, 6))
+    message = str(caught.value)
+    problem = SPATIAL.problem(torch.float32)
+    problem = replace(problem, kind=Kind.CONCATENATION)
+    assert message.startswith("backend 'sdpa' cannot run concatenation attention")
+    for backend in BACKENDS:
+        reasons = backend.reasons_against(problem) or ["can run it"]
+        assert backend is sdpa.BACKEND or f"{backend.name}: {', '.join(reasons)}" in message
+        assert all(reason in message for reason in reasons)
+
+
+def test_an_unknown_backend_is_a_value_error() -> None:
+    expected = f"backend must be one of {', '.join(backend_names())}, got 'fastest'"
+    with pytest.raises(ValueError, match=expected), fullattn.backend("fastest"):
+        pytest.fail("the block ran")
+
+
+def test_the_context_wins_over_the_layer_and_the_layer_over_the_rule(ran: list[str]) -> None:
+    layer = fullattn.FullyAttentional(8, backend="chunked")
+    x = image(1, 8, 3, 3)
+    layer(x)
+    with fullattn.backend("reference"):
+        layer(x)
+    with fullattn.backend(None):
+        layer(x)
+    assert list(dict.fromkeys(ran)) == ["chunked", "reference"]
+    assert ran[-1] == "chunked"
+
+
+def test_contexts_nest_and_end_with_an_exception() -> None:
+    problem = FULLY_ATTENTIONAL.problem(torch.float32)
+    automatic = choose(problem).name
+    with fullattn.backend("sdpa"):
+        with fullattn.backend("reference"):
+            assert choose(problem).name == "reference"
+        assert choose(problem).name == "sdpa"
+        with pytest.raises(KeyError), fullattn.backend("chunked"):
+            raise KeyError
+        assert choose(problem).name == "sdpa"
+    assert choose(problem).name == automatic
+
+
+def test_the_backward_pass_runs_on_the_backend_of_its_forward() -> None:
+    layer = fullattn.FullyAttentional(8, project=False, gamma_init=1.0)
+    x = image(1, 8, 3, 3).requires_grad_()
+    with fullattn.backend("sdpa"):
+        inside = layer(x)
+    (expected,) = torch.autograd.grad(inside, x, torch.ones_like(x), retain_graph=True)
+    with fullattn.backend("chunked"):
+        (actual,) = torch.autograd.grad(inside, x, torch.ones_like(x))
+    assert torch.equal(actual, expected)
+
+
+PRECEDENCE = """
+import torch, fullattn
+from fullattn.attention import Problem, choose
+problem = Problem.of_columns_and_rows(torch.empty(1, 8, 3, 3))
+def names():
+    with fullattn.backend("chunked"):
+        inside = choose(problem, "reference").name
+    return choose(problem).name, choose(problem, "reference").name, inside
+try:
+    print(*names())
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [
+        ("sdpa", "sdpa reference chunked"),
+        ("fastest", f"FULLATTN_BACKEND must be one of {', '.join(backend_names())}, got 'fastest'"),
+    ],
+)
+def test_the_environment_is_looked_at_after_context_and_layer(value: str, printed: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRECEDENCE],
+        env={**os.environ, "FULLATTN_BACKEND": value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == printed
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_problem_counts_what_the_layer_has(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Problem] = []
+
+    def noting(problem: Problem, requested: str | None = None) -> Backend:
+        seen.append(problem)
+        return choose(problem, requested)
+
+    monkeypatch.setattr(fullattn.attention, "choose", noting)
+    layer, x = case.build(6, torch.float32), image(3, 6, 4, 10)
+    layer(x)
+    maps = layer.similarity(x)
+    numbers = sum(one[0].numel() for one in ([maps] if isinstance(maps, Tensor) else maps))
+    assert [problem.kind for problem in seen] == [case.kind]
+    assert seen[0].map_numbers == numbers
+    assert (seen[0].device, seen[0].dtype) == ("cpu", torch.float32)
+
+
+@pytest.mark.parametrize(("batch", "slices"), [(7, 3), (3, 7), (1, 9), (9, 1)])
+def test_sdpa_in_parts_is_sdpa(batch: int, slices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # CUDA's grid is too small for some shapes; the cut itself is the same on every device.
+    query, key, value = (image(batch, slices, 4, 8) for _ in range(3))
+    monkeypatch.setattr(sdpa, "_CUDA_GRID", 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.5)
+    torch.testing.assert_close(sdpa._in_parts(query, key, value, 0.5), expected)

@@ -1,0 +1,89 @@
+"""What the outside sees: the names, what an import brings in, and how long it takes."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from torch import nn
+
+import fullattn
+
+# Seconds that `import fullattn` may add to `import torch, einops`.
+IMPORT_SECONDS = 0.15
+
+
+def printed_by(program: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+def test_public_names() -> None:
+    assert sorted(fullattn.__all__) == [
+        "BackendError",
+        "ChannelNonLocal",
+        "FullyAttentional",
+        "SpatialNonLocal",
+        "backend",
+        "functional",
+    ]
+    for name in fullattn.__all__:
+        assert getattr(fullattn, name) is not None
+    assert fullattn.__version__
+
+
+def test_every_name_in_all_exists_and_has_a_docstring() -> None:
+    for found in pkgutil.walk_packages(fullattn.__path__, "fullattn."):
+        if found.name.startswith(("fullattn.bench", "fullattn.cli", "fullattn.__main__")):
+            continue  # these need the bench extra
+        module = import_module(found.name)
+        assert module.__doc__, found.name
+        for name in getattr(module, "__all__", ()):
+            public = getattr(module, name)
+            if inspect.isfunction(public) or inspect.isclass(public):
+                assert public.__doc__, f"{found.name}.{name}"
+
+
+@pytest.mark.parametrize("name", ["ChannelNonLocal", "FullyAttentional", "SpatialNonLocal"])
+def test_layers_are_modules_whose_options_are_keywords(name: str) -> None:
+    layer = getattr(fullattn, name)
+    assert issubclass(layer, nn.Module)
+    first, *options = inspect.signature(layer).parameters.values()
+    assert first.name == "channels"
+    assert all(option.kind is inspect.Parameter.KEYWORD_ONLY for option in options)
+    assert all(option.default is not inspect.Parameter.empty for option in options)
+    assert {option.name for option in options} >= {"backend", "device", "dtype", "scale"}
+
+
+def test_import_brings_in_nothing_but_torch_einops_and_the_standard_library() -> None:
+    added = printed_by(
+        "import sys, torch, einops\n"
+        "before = set(sys.modules)\n"
+        "import fullattn\n"
+        "print(*set(sys.modules) - before)"
+    )
+    roots = {name.partition(".")[0] for name in added}
+    assert "fullattn" in roots
+    assert roots - {"fullattn", "torch", "einops"} <= sys.stdlib_module_names
+    assert not {name for name in added if name.startswith(("fullattn.bench", "fullattn.cli"))}
+
+
+@pytest.mark.slow
+def test_import_is_quick() -> None:
+    program = (
+        "import time, torch, einops\n"
+        "start = time.perf_counter()\n"
+        "import fullattn\n"
+        "print(time.perf_counter() - start)"
+    )
+    # Noise only ever adds, so one run within the limit shows that the import is.
+    times = []
+    while len(times) < 7 and min(times, default=1.0) > IMPORT_SECONDS:
+        times.append(float(printed_by(program)[0]))
+    assert min(times) <= IMPORT_SECONDS, times
