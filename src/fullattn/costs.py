@@ -39,7 +39,7 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -195,9 +195,6 @@ class _Work:
     training: int
 
 
-# ---------------------------------------------------------------- attention
-
-
 @dataclass(frozen=True)
 class _Attention:
     """One call of `fullattn.attention.attend`: query (B, S, N, D), key and value as there.
@@ -270,50 +267,47 @@ class _Footprint:
 
 
 def _reference(a: _Attention) -> _Footprint:
-    size, work = a.setting.size, a.setting.work_size
+    work = a.setting.work_size
     maps = a.map_numbers * work
-    expanded_key = prod(a.query[:2]) * prod(a.key[2:])
-    # The batched product of strided slices wants them copied, as soon as there are two images.
-    copies = not a.in_place and a.query[0] > 1 or a.query[1] > 1 and a.query[0] > 1
-    query_cast = prod(a.query) * work if a.half or a.scale != 1.0 else 0
-    key_cast, value_cast = ((prod(x) * work if a.half else 0) for x in (a.key, a.value))
-    copied_key = (prod(a.query) + expanded_key) * work if copies else 0
-    copied_value = prod(a.value) * work if copies else 0
-    value = copied_value if copies else value_cast
-    output = prod(a.out) * size
-    output_work = prod(a.out) * work + (output if a.half else 0)
-    # Maps alive while the map is built, kept for backward, and alive in backward besides those.
-    built, kept, more = {
+    query, key, value, out = (prod(x) * work for x in (a.query, a.key, a.value, a.out))
+    expanded_key = key // a.key[1] * a.query[1]
+    casts = (query if a.half or a.scale != 1.0 else 0) + (key if a.half else 0)
+    twice = query if a.half and a.scale != 1.0 else 0  # cast, then scaled
+    value_cast = value if a.half else 0
+    # Slices of several images do not merge into one axis, so the batched products copy them.
+    copied = a.query[0] > 1 and a.query[1] > 1
+    copies, value_copy = (query + expanded_key, value) if copied else (0, 0)
+    output = prod(a.out) * a.setting.size
+    output_cast = output if a.half else 0
+    # Maps alive while one is built, kept for backward, and made in backward after the first.
+    built, kept, made = {
         Kind.SOFTMAX: (2, 1, 2),
         Kind.DOT_PRODUCT: (2, 1, 1),
         Kind.CONCATENATION: (3, 2, 1),
     }[a.kind]
-    saved = kept * maps + (copied_key or query_cast + key_cast) + value
-    grad_query, grad_key, grad_value = (
-        n * work for n in (prod(a.query), expanded_key, prod(a.value))
-    )
-    copied_grad = prod(a.out) * work if copies or a.half else 0
-    if a.kind is Kind.CONCATENATION:
+    saved_value = value_copy or value_cast
+    saved = kept * maps + (copies or casts) + saved_value
+    if a.kind is Kind.SOFTMAX:
+        building = casts + max(twice, copies + maps, built * maps)
+    else:
+        building = max(casts + copies + maps, built * maps)
+    grad_out = out if copied or a.half else 0
+    grad_value = saved + grad_out + value + maps
+    grad_others = saved - saved_value + value + max(made * maps, query + expanded_key)
+    if a.kind is Kind.CONCATENATION:  # its scores are sums
         products = 2 * a.map_numbers * a.value[3]
     else:
         products = flops.attend(a.query, a.key, a.value)
-    to_value = saved + copied_grad + grad_value + maps
-    to_others = saved - value + grad_value + max(more * maps, grad_query + grad_key)
     return _Footprint(
         flops=products,
         backward_flops=2 * products,
         output=output,
-        inference=max(
-            query_cast + key_cast + max(copied_key + maps, built * maps),
-            maps + value_cast + copied_value + output_work,
-        ),
+        inference=max(building, maps + out + max(value_cast + value_copy, output_cast)),
         saved=saved,
-        forward=max(
-            query_cast + key_cast + copied_key + built * maps,
-            saved + (value_cast if copies else 0) + output_work,
-        ),
-        backward=max(to_value + output, to_others),
-        backward_shared=max(to_value, to_others),
+        forward=max(copies + building, saved + out + max(value_cast if copied else 0, output_cast)),
+        backward=max(grad_value + output, grad_others),
+        backward_shared=max(grad_value, grad_others),
+        keeps_inputs=not a.half,  # their casts are saved
     )
 
 
@@ -323,10 +317,8 @@ def _chunked(a: _Attention) -> _Footprint:
     batch, slices = a.query[:2]
     group = min(plan.gathered, slices)
     # From the second group on, a tensor is there twice while it is made again.
-    if slices >= 2 * group or (batch > 1 and slices == group):
-        again = group
-    else:
-        again = slices - group
+    full_again = slices >= 2 * group or (batch > 1 and slices == group)
+    again = group if full_again else slices - group
     buffer = plan.block_numbers * work
 
     def gathered(shape: tuple[int, int, int, int]) -> int:
@@ -335,26 +327,29 @@ def _chunked(a: _Attention) -> _Footprint:
 
     query, grad = gathered(a.query), gathered(a.out)
     value = 0 if a.value_is_query else gathered(a.value)
-    shared_key = prod(a.key[2:]) * work if a.half else 0
+    key = prod(a.key[2:]) * work if a.half else 0
+    # A cast keeps the strides, and is copied once more.
+    casting = 2 if a.half and not a.contiguous else 1
     result = prod(a.out[2:]) * work
     output = prod(a.out) * size
+    same = query if a.value_is_query and slices == 1 else 0
     inference = (
         output
         + buffer
-        + shared_key
+        + key
         + group * (query + value + result)
-        + again * max(query, value, result)
+        + again * max(casting * query, casting * value, result, same + key)
     )
     to_query, to_key, to_value = (prod(x[2:]) * work for x in (a.query, a.key, a.value))
     grads = (prod(a.query) + prod(a.key) + prod(a.value)) * size
     if slices == 1:
-        repeated = again * (query + value + grad + to_query + to_key + to_value)
+        repeated = again * (query + key + value + grad + to_query + to_key + to_value)
     else:
         repeated = again * (query + value + grad + max(to_query, to_value))
     backward = (
         grads
         + 2 * buffer
-        + shared_key
+        + key
         + group * (query + value + grad + to_query + to_value)
         + to_key
         + repeated
@@ -372,18 +367,18 @@ def _chunked(a: _Attention) -> _Footprint:
 
 
 def _sdpa(a: _Attention) -> _Footprint:
-    size, work = a.setting.size, a.setting.work_size
+    size = a.setting.size
     features, value_features = sdpa.padded_features(a.setting.device, a.query[3], a.value[3])
     query, key = (*a.query[:3], features), (*a.key[:3], features)
     value, out = (*a.value[:3], value_features), (*a.query[:3], value_features)
     copies = 0
-    for given, padded, changed in (
+    for given, taken, negated in (
         (a.query, query, a.scale < 0),
         (a.key, key, False),
         (a.value, value, False),
     ):
-        if not a.contiguous or given != padded or changed:
-            copies += prod(padded) * size
+        if not a.contiguous or given != taken or negated:
+            copies += prod(taken) * size
     output = prod(out) * size
     log_sum = prod(out[:3]) * 4
     saved = copies + log_sum
@@ -413,28 +408,37 @@ def _sdpa_blocks(a: _Attention, value_features: int) -> tuple[int, int]:
     tokens, memory = a.query[2], a.key[2]
     rows = min(tokens, 256 if tokens >= 768 else 64 if tokens >= 192 else 32)
     columns = min(memory, 512)
-    number = a.setting.work_size * torch.get_num_threads()
-    return rows * (columns + 2 + value_features) * number, 2 * rows * columns * number
+    block = rows * columns * (a.setting.work_size + (a.setting.size if a.half else 0))
+    rest = rows * (2 + value_features) * a.setting.work_size
+    threads = torch.get_num_threads()
+    return threads * (block + rest), threads * 2 * block
 
 
 def _reassociated(a: _Attention) -> _Footprint:
     size, work = a.setting.size, a.setting.work_size
-    inputs = (prod(a.query) + prod(a.key) + prod(a.value)) * work
-    casts = inputs if a.half else 0
+    query, key, value = (prod(x) * work for x in (a.query, a.key, a.value))
+    query_cast, other_casts = (query, key + value) if a.half else (0, 0)
+    casts = query_cast + other_casts
     context = a.query[0] * a.query[3] * a.value[3] * work
     output = prod(a.out) * size
-    output_work = prod(a.out) * work + (output if a.half else 0)
+    output_work = prod(a.out) * work
+    output_cast = output if a.half else 0
     products = 2 * a.query[0] * a.query[3] * a.value[3] * (a.query[2] + a.key[2])
-    backward = casts + 3 * context + inputs + (prod(a.out) * work if a.half else 0)
+    backward = casts + 3 * context + query + key + value + (output_work if a.half else 0)
     return _Footprint(
         flops=products,
         backward_flops=2 * products,
         output=output,
-        inference=casts + 2 * context + output_work,
+        inference=max(
+            other_casts + context,
+            2 * context,
+            context + output_work + max(query_cast, output_cast),
+        ),
         saved=casts + context,
-        forward=casts + 2 * context + output_work,
+        forward=casts + context + max(context, output_work + output_cast),
         backward=backward + output,
         backward_shared=backward,
+        keeps_inputs=not a.half,  # their casts are saved
     )
 
 
@@ -478,9 +482,6 @@ def _native_rooms(shape: tuple[int, int, int, int]) -> tuple[int, int]:
     return 4 * (keys + threads * row * forward), 4 * (keys + threads * (row * backward + keys))
 
 
-# ---------------------------------------------------------------- layers
-
-
 def _fully_attentional(layer: FullyAttentional, setting: _Setting) -> _Work:
     batch, channels, height, width = setting.shape
     problem = Problem.of_columns_and_rows(torch.empty(setting.shape, device="meta"))
@@ -506,65 +507,84 @@ def _fully_attentional(layer: FullyAttentional, setting: _Setting) -> _Work:
             )
             for query in slices
         ]
+    linears = 2 * batch * channels**2 * (height + width)
+    convolution = 0 if layer.project is None else 18 * channels * prod(setting.shape)
+    return _Work(
+        backend=backend,
+        flops=sum(branch.flops for branch in branches) + linears + convolution,
+        backward_flops=sum(branch.backward_flops for branch in branches)
+        + 2 * (linears + convolution),
+        map_numbers=batch * problem.map_numbers,
+        inference=max(_fully_attentional_inference(layer, setting, branches)),
+        training=max(_fully_attentional_training(layer, setting, branches)),
+    )
+
+
+def _projection_room(weights: int, setting: _Setting) -> tuple[int, int]:
+    """What the 3x3 convolution needs besides its results, forward and backward.
+
+    In float64 the neighbourhood of every position, otherwise copies in oneDNN's own layout.
+    """
+    x = prod(setting.shape) * setting.size
+    return (9 * x, 9 * x) if setting.dtype == torch.float64 else (x + weights, 2 * x)
+
+
+def _fully_attentional_inference(
+    layer: FullyAttentional, setting: _Setting, branches: list[_Footprint]
+) -> Iterator[int]:
+    """Bytes alive at each step of a forward pass without gradients."""
+    batch, channels, height, width = setting.shape
     x = prod(setting.shape) * setting.size
     keys = batch * channels * (height + width) * setting.size
-    linears = 2 * batch * channels**2 * (height + width)
-    project = layer.project
-    convolution = 18 * channels * prod(setting.shape) if project is not None else 0
-    attention_flops = sum(branch.flops for branch in branches)
-    attention_backward = sum(branch.backward_flops for branch in branches)
-
-    # Branches run one after the other, and backward in the other order.
-    weights = 0 if project is None else _numbers(project.parameters()) * setting.size
-    inference = [keys + 2 * x]  # the attended values, and their sum with x
     done = 0
     for branch in branches:
-        inference.append(keys + done + branch.inference)
+        yield keys + done + branch.inference
         done += branch.output
     if len(branches) > 1:
-        inference.append(keys + done + x)
-    if project is not None:
-        # oneDNN copies input and weights into its own layout.
-        inference.append(3 * x + weights)
+        yield keys + done + x  # their sum
+    if layer.project is not None:
+        weights = _numbers(layer.project.parameters()) * setting.size
+        yield 2 * x + _projection_room(weights, setting)[0]
+        # Input and result of a later step, while the caller holds the projection's input.
+        yield min(3, 1 + len(layer.project)) * x
 
-    kept = keys * (2 if layer.scale == 1.0 else 3)  # contexts and keys
-    training = []
+
+def _fully_attentional_training(
+    layer: FullyAttentional, setting: _Setting, branches: list[_Footprint]
+) -> Iterator[int]:
+    """Bytes alive at each step of a forward and backward pass."""
+    batch, channels, height, width = setting.shape
+    x = prod(setting.shape) * setting.size
+    keys = batch * channels * (height + width) * setting.size
+    kept = keys * (3 if layer.scale is None else 2)  # contexts, keys and scaled keys
     for branch in branches:
-        training.append(kept + branch.forward)
+        yield kept + branch.forward
         kept += branch.kept
     if len(branches) > 1:
-        training.append(kept + sum(b.output for b in branches if not b.keeps_output) + x)
-    attended, result = x, x
-    grad = 0  # of the sum with x; what arrives at the layer's output is not counted
-    parameter_grads = 0
-    if project is not None:
-        normalised = hasattr(project, "norm")
-        steps = len(project) - 1
-        summed = x
-        training.append(kept + attended + summed + max(len(project) * x, 2 * x + weights))
-        held = kept + attended + summed + result
-        training.append(held + (x if normalised else 0) + steps * x)
-        parameter_grads = weights
-        training.append(held + (x if steps else 0) + 3 * x + weights)
-        grad = x
-    held = result + grad + parameter_grads
-    training.append(kept + attended + held + 2 * x)
+        yield kept + sum(branch.output for branch in branches if not branch.keeps_output) + x
+    attended = result = x
+    # The gradient of the sum with x; without a projection it is the one that arrives.
+    grad_sum = weights = 0
+    if layer.project is not None:
+        later = len(layer.project) - 1  # steps after the convolution
+        convolved = x if hasattr(layer.project, "norm") else 0  # which a normalisation keeps
+        weights = _numbers(layer.project.parameters()) * setting.size
+        room, room_backward = _projection_room(weights, setting)
+        grad_sum = summed = x
+        held = kept + attended + summed
+        yield held + max((1 + later) * x, x + room)
+        yield held + result + convolved + later * x
+        yield held + result + (x if later else 0) + grad_sum + weights + room_backward
+    held = result + grad_sum + weights
+    yield kept + attended + held + 2 * x  # gradients of the attended values and of gamma
     for branch in reversed(branches):
         # The gradient of the attended values stays until both branches have had it.
         last = branch is branches[0]
-        backward = branch.backward if last else x + branch.backward_shared
-        training.append(kept - branch.saved + held + backward)
+        yield kept - branch.saved + held + (branch.backward if last else x + branch.backward_shared)
         kept -= branch.kept
-        held += x
-    training.append(kept + held + x + _numbers(layer.column_key.parameters()) * 2 * setting.size)
-    return _Work(
-        backend=backend,
-        flops=attention_flops + linears + convolution,
-        backward_flops=attention_backward + 2 * (linears + convolution),
-        map_numbers=batch * problem.map_numbers,
-        inference=max(inference),
-        training=max(training),
-    )
+        held += x  # the branch's gradient of x
+    linears = 2 * _numbers(layer.column_key.parameters()) * setting.size
+    yield kept + held + linears + x  # the gradient through a mean
 
 
 def _channel_non_local(layer: ChannelNonLocal, setting: _Setting) -> _Work:
@@ -588,18 +608,19 @@ def _channel_non_local(layer: ChannelNonLocal, setting: _Setting) -> _Work:
     )
     x = prod(setting.shape) * setting.size
     key = x if layer.scale is None else 0
-    kept = key + attention.saved
+    kept_key = key if attention.keeps_inputs else 0
+    kept = kept_key + attention.saved
     attended, result = attention.output, x
     return _Work(
         backend=backend,
         flops=attention.flops,
         backward_flops=attention.backward_flops,
         map_numbers=batch * problem.map_numbers,
-        inference=key + max(attention.inference, attended + result),
+        inference=key + attention.inference,  # the result takes the place of the attended values
         training=max(
             key + attention.forward,
             kept + attended + result + 2 * x,  # the sum with x, backward
-            result + key + (attended if attention.keeps_output else 0) + attention.backward,
+            result + kept_key + (attended if attention.keeps_output else 0) + attention.backward,
             result + 4 * x,  # gradients of query, key and value, and their sum
         ),
     )

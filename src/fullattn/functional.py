@@ -58,11 +58,13 @@ def _scaled(key: Tensor, scale: float | None) -> tuple[Tensor, float]:
 
 
 def _add_to(x: Tensor, gamma: Tensor | None, attended: Tensor) -> Tensor:
-    """gamma · attended + x, or attended alone without gamma."""
+    """Return gamma · attended + x, or attended alone without gamma."""
     if gamma is None:
         return attended
     reuse = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if reuse and attended.dtype == torch.promote_types(x.dtype, gamma.dtype):
+    fits = attended.dtype == torch.promote_types(x.dtype, gamma.dtype)
+    # In another layout than x's the result would only be copied again by whatever follows.
+    if reuse and fits and attended.stride() == x.stride():
         # Nobody else holds the attended values: in inference their memory becomes the result's.
         return torch.addcmul(x, gamma, attended, out=attended)
     return torch.addcmul(x, gamma, attended)
