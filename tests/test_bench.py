@@ -563,7 +563,7 @@ def test_table_shows_every_row_with_its_conditions_in_120_columns() -> None:
         "SpatialNonLocal reassociated*",
         "133456 ±",
         "out of memory",
-        "spatial:reassociated at 8x6x5, training: asked for 4 TiB",
+        "8x6x5, training, spatial:reassociated: asked for 4 TiB",
         "a CPU",
         "float32",
         "contiguous",
@@ -783,3 +783,37 @@ def test_devices_and_dtypes_that_are_not_there_are_refused() -> None:
             parse_device(text)
     with pytest.raises(UsageError, match="expected a dtype of"):
         parse_dtype("int8")
+
+
+def test_a_contender_that_cannot_be_built_at_one_width_is_refused_before_measuring(
+    tmp_path: Path,
+) -> None:
+    target = _contender(tmp_path, init="assert channels != 4")
+    shapes = [(SMALL, ("inference",)), (Shape(1, 4, 5, 5), ("inference",))]
+    with pytest.raises(UsageError, match="callable with the number of channels"):
+        measure_all(_options(target, shapes=shapes))
+
+
+def test_a_shape_that_fits_no_memory_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"free memory, got 1000000x10000x10000, which needs"):
+        measure_all(_options(shapes=[(Shape(1, 10**6, 10**4, 10**4), ("inference",))]))
+
+
+def test_all_shapes_are_measured_in_inference_before_any_in_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fullattn.bench import run
+
+    seen: list[tuple[Shape, Mode]] = []
+    measure = run._Runner.measure
+
+    def noting(runner: run._Runner, shape: Shape, mode: Mode, *rest: object) -> object:
+        seen.append((shape, mode))
+        return measure(runner, shape, mode, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run._Runner, "measure", noting)
+    both: tuple[Mode, ...] = ("inference", "training")
+    report = measure_all(_options(shapes=[(SMALL, both), (LARGE, both)]))
+    assert seen == [(shape, mode) for mode in both for shape in (SMALL, LARGE)]
+    assert report.shapes == [SMALL, LARGE]
+    assert all(set(row.measured) == set(both) for row in report.rows)

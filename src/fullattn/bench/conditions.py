@@ -18,6 +18,7 @@ __all__ = [
     "MEMORY_FORMATS",
     "Conditions",
     "Environment",
+    "available_bytes",
     "device_name",
     "environment",
     "parse_device",
@@ -105,6 +106,17 @@ def device_name(device: torch.device) -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def available_bytes() -> int | None:
+    """Memory that programs may still take on this machine; None where it does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 def parse_device(text: str) -> torch.device:

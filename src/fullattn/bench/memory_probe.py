@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from fullattn.bench.conditions import Conditions
+from fullattn.bench.conditions import Conditions, available_bytes
 from fullattn.bench.contenders import Contender
 from fullattn.bench.failures import Failure
 from fullattn.bench.shapes import Shape
@@ -63,17 +63,15 @@ class _Peak:
 
 def _refuse_more_than_there_is() -> None:
     """Let an allocation that does not fit raise, where the system would kill a process for it."""
+    free = available_bytes()
+    if free is None:
+        return
     try:
-        free = next(
-            int(line.split()[1]) * 1024
-            for line in Path("/proc/meminfo").read_text().splitlines()
-            if line.startswith("MemAvailable:")
-        )
-        ours = _status("VmData")
         Path("/proc/self/oom_score_adj").write_text("1000")  # if one must go, this one
-        resource.setrlimit(resource.RLIMIT_DATA, (ours + int(free * 0.95),) * 2)
-    except (OSError, StopIteration, ValueError):
-        return  # not Linux: then the system decides
+        limit = _status("VmData") + int(free * 0.95)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    except (OSError, ValueError):
+        return  # then the system decides
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

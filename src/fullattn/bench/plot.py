@@ -141,6 +141,7 @@ def _growth(report: Report) -> Figure:
                         *zip(*points, strict=True),
                         color=_LINE_COLOURS[number % len(_LINE_COLOURS)],
                         marker=_MARKERS[number % len(_MARKERS)],
+                        linestyle="-" if number < len(_LINE_COLOURS) else "--",
                         markersize=4,
                         label=label,
                     )
@@ -153,12 +154,13 @@ def _growth(report: Report) -> Figure:
             ticks = sorted({_size(report, row) for row in report.rows})
             panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             panel.minorticks_off()
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
             panel.grid(color="#dddddd", linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
     first, last = report.shapes[0], report.shapes[-1]
     figure.suptitle(f"How cost grows from {first} to {last}", x=0.01, ha="left", fontsize=12)
     handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 

@@ -36,7 +36,7 @@ class Formula:
         training_bytes: the same of forward and backward.
     """
 
-    parameters: int
+    parameters: int | None = None
     flops: int | None = None
     counted_flops: int | None = None
     map_numbers: int | None = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,9 +16,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from fullattn.attention.dispatch import BACKENDS
 from fullattn.bench import compare, plot
-from fullattn.bench.conditions import Conditions, environment
-from fullattn.bench.contenders import LAYERS, PUBLIC, Contender, contenders_at, problem_of
-from fullattn.bench.contenders import build as build_module
+from fullattn.bench.conditions import Conditions, available_bytes, environment
+from fullattn.bench.contenders import (
+    LAYERS,
+    PUBLIC,
+    Contender,
+    build,
+    contenders_at,
+    problem_of,
+)
 from fullattn.bench.errors import UsageError
 from fullattn.bench.failures import Failure
 from fullattn.bench.formula import formula
@@ -27,7 +35,7 @@ from fullattn.bench.output import output_folder, write_all
 from fullattn.bench.report import Formula, Measurement, Report, Row
 from fullattn.bench.shapes import Shape
 from fullattn.bench.table import print_report
-from fullattn.bench.workload import Mode, ShapeError, Workload
+from fullattn.bench.workload import MODES, Mode, ShapeError, Workload
 
 __all__ = ["Options", "bench", "measure_all"]
 
@@ -111,40 +119,46 @@ def measure_all(options: Options) -> Report:
         UsageError: a contender or the baseline is not there, or a contender returns another shape.
     """
     conditions = options.conditions
-    device = torch.device(conditions.device)
-    rounds = [
-        (
+    contenders = {
+        shape: contenders_at(
             shape,
-            modes,
-            contenders_at(
-                shape,
-                conditions,
-                layers=options.layers,
-                backends=options.backends,
-                users=options.users,
-            ),
+            conditions,
+            layers=options.layers,
+            backends=options.backends,
+            users=options.users,
         )
-        for shape, modes in options.shapes
-    ]
-    _check_baseline(options.baseline, [c for _, _, contenders in rounds for c in contenders])
-    for target in options.users:
-        _check_user(target, options.shapes[0][0], conditions)
+        for shape, _ in options.shapes
+    }
+    _check_baseline(options.baseline, [c for found in contenders.values() for c in found])
+    for shape in {shape.channels: shape for shape in contenders}.values():
+        for target in options.users:
+            _check_user(target, shape, conditions)
+    for shape in contenders:
+        _check_input_fits(shape)
 
-    report = _empty_report(options)
+    # Every shape in inference before any in training, which is what may be left out for time.
+    groups = [(shape, mode) for mode in MODES for shape, modes in options.shapes if mode in modes]
+    measured: dict[tuple[Shape, str], dict[Mode, Measurement]] = defaultdict(dict)
     threads = torch.get_num_threads()
     torch.set_num_threads(conditions.threads)
     try:
         with ExitStack() as stack:
             memory = None
-            if options.memory and device.type == "cpu" and CpuMemory.available:
+            if options.memory and conditions.device == "cpu" and CpuMemory.available:
                 memory = stack.enter_context(CpuMemory())
-            total = sum(len(contenders) * len(modes) for _, modes, contenders in rounds)
-            progress = stack.enter_context(_progress(total))
-            runner = _Runner(options, memory, progress)
-            for shape, modes, contenders in rounds:
-                report.rows.extend(runner.rows(shape, modes, contenders))
+            bar = stack.enter_context(_progress(sum(len(contenders[shape]) for shape, _ in groups)))
+            runner = _Runner(options, memory, bar)
+            for shape, mode in groups:
+                for name, measurement in runner.measure(shape, mode, contenders[shape]).items():
+                    measured[shape, name][mode] = measurement
     finally:
         torch.set_num_threads(threads)
+    report = _empty_report(options)
+    report.rows.extend(
+        Row(shape, c, runner.formulas.get((shape, c.name), Formula()), measured[shape, c.name])
+        for shape, found in contenders.items()
+        for c in found
+    )
     return report
 
 
@@ -171,6 +185,16 @@ def _check_user(target: str, shape: Shape, conditions: Conditions) -> None:
     except Exception:
         # It may be made for large maps alone, or out of memory; its row will tell.
         return
+
+
+def _check_input_fits(shape: Shape) -> None:
+    """Raise UsageError where the input and its gradient alone exceed the free memory."""
+    needed, free = 2 * 4 * math.prod(shape), available_bytes()
+    if free is not None and needed > free:
+        raise UsageError(
+            f"expected shapes whose input and gradient fit into the {free / 2**30:.1f} GiB of free "
+            f"memory, got {shape}, which needs {needed / 2**30:.1f} GiB"
+        )
 
 
 class _Bar:
@@ -206,72 +230,39 @@ class _Runner:
         self.options, self.memory, self.bar = options, memory, bar
         self.device = torch.device(options.conditions.device)
         self.clock = clock_for(self.device)
+        self.formulas: dict[tuple[Shape, str], Formula] = {}
         # Seconds per FLOP of each contender and mode, from the last shape.
         self.rates: dict[tuple[str, Mode], float] = {}
         self.start = time.monotonic()
 
-    def rows(self, shape: Shape, modes: Sequence[Mode], contenders: list[Contender]) -> list[Row]:
+    def measure(
+        self, shape: Shape, mode: Mode, contenders: Sequence[Contender]
+    ) -> dict[str, Measurement]:
+        """Measure all contenders at one shape in one mode; by contender's name."""
         conditions = self.options.conditions
         x = feature_map(shape, conditions)
-        grad = random_like(x, conditions.seed) if "training" in modes else None
-        workloads, formulas = {}, {}
-        for contender in contenders:
-            module = build_module(contender, shape.channels, conditions)
-            formulas[contender.name] = formula(contender, module, shape, conditions)
-            workloads[contender.name] = Workload(module, x, grad)
-        measured: dict[str, dict[Mode, Measurement]] = {c.name: {} for c in contenders}
-        for mode in modes:
-            results = self._measure(shape, mode, contenders, workloads, formulas)
-            for name, measurement in results.items():
-                measured[name][mode] = measurement
-        return [Row(shape, c, formulas[c.name], measured[c.name]) for c in contenders]
-
-    def _measure(
-        self,
-        shape: Shape,
-        mode: Mode,
-        contenders: list[Contender],
-        workloads: dict[str, Workload],
-        formulas: dict[str, Formula],
-    ) -> dict[str, Measurement]:
-        plan = self.options.plan
-        failures: dict[str, Failure] = {}
-        peaks: dict[str, int] = {}
+        grad = random_like(x, conditions.seed) if mode == "training" else None
+        workloads: dict[str, Workload] = {}
         calls: dict[str, int] = {}
+        peaks: dict[str, int] = {}
+        failures: dict[str, Failure] = {}
         for contender in contenders:
-            name = contender.name
-            self.bar.add(0, f"{shape} {mode}: {name}")
+            name, label = contender.name, f"{shape} {mode}: {contender.name}"
+            self.bar.add(0, label)
             try:
-                if plan.budget is not None and self._out_of_time():
-                    raise _LeftOutError(Failure.no_time_left(plan.budget))
-                flops = formulas[name].flops
-                forecast = self._forecast(contender, shape, mode, flops)
-                if self.memory is not None:
-                    probe = self.memory.probe(
-                        contender, shape, self.options.conditions, mode, plan.limit
-                    )
-                    if isinstance(probe, Failure):
-                        raise _LeftOutError(probe)
-                    peaks[name], forecast = probe.peak_bytes, probe.seconds
-                seconds = warm_up(workloads[name], mode, self.clock, forecast)
-                if seconds > plan.limit:
-                    raise _LeftOutError(Failure.too_slow(None, plan.limit))
-                if self.options.memory and self.device.type == "cuda":
-                    peaks[name] = cuda_peak(workloads[name], mode)
-                calls[name] = plan.calls(seconds)
-                self._learn(name, mode, flops, seconds)
+                workload = Workload(build(contender, shape.channels, conditions), x, grad)
+                seconds, peak = self._first_calls(contender, shape, mode, workload)
             except _LeftOutError as left:
                 failures[name] = left.failure
             except Exception as error:
                 failures[name] = Failure.of(error)
-            if name in failures:
-                # Nothing of an error's traceback may keep tensors alive.
-                workloads[name].prepare(mode)
-                self.bar.add(1, f"{shape} {mode}: {name}")
             else:
-                self.bar.add(0.25, f"{shape} {mode}: {name}")
+                workloads[name], calls[name] = workload, self.options.plan.calls(seconds)
+                if peak is not None:
+                    peaks[name] = peak
+            self.bar.add(1 if name in failures else 0.25, label)
         times, failed = take_turns(
-            {name: workloads[name] for name in calls},
+            workloads,
             calls,
             mode,
             self.clock,
@@ -281,8 +272,33 @@ class _Runner:
         failures |= failed
         return {
             name: Measurement(times.get(name, []), peaks.get(name), failures.get(name))
-            for name in workloads
+            for name in (contender.name for contender in contenders)
         }
+
+    def _first_calls(
+        self, contender: Contender, shape: Shape, mode: Mode, workload: Workload
+    ) -> tuple[float, int | None]:
+        """Formula, peak memory and warm-up; returns seconds of a call and the peak."""
+        name, plan, conditions = contender.name, self.options.plan, self.options.conditions
+        if (shape, name) not in self.formulas:
+            self.formulas[shape, name] = formula(contender, workload.module, shape, conditions)
+        flops = self.formulas[shape, name].flops
+        if plan.budget is not None and self._out_of_time():
+            raise _LeftOutError(Failure.no_time_left(plan.budget))
+        forecast = self._forecast(contender, shape, mode, flops)
+        peak = None
+        if self.memory is not None:
+            probe = self.memory.probe(contender, shape, conditions, mode, plan.limit)
+            if isinstance(probe, Failure):
+                raise _LeftOutError(probe)
+            peak, forecast = probe.peak_bytes, probe.seconds
+        seconds = warm_up(workload, mode, self.clock, forecast)
+        if seconds > plan.limit:
+            raise _LeftOutError(Failure.too_slow(None, plan.limit))
+        if self.options.memory and self.device.type == "cuda":
+            peak = cuda_peak(workload, mode)
+        self._learn(name, mode, flops, seconds)
+        return seconds, peak
 
     def _is_enough(self, times_ms: list[float]) -> bool:
         if self.options.plan.repeats is not None:

@@ -52,7 +52,7 @@ DEFAULT_SHAPES: list[tuple[str, tuple[Literal["inference", "training"], ...]]] =
     ("512x65x65", ("inference",)),
     ("512x128x256", ("inference",)),
 ]
-DEFAULT_BUDGET = 140.0
+DEFAULT_BUDGET = 120.0
 
 
 def parse_shape(text: str) -> Shape:

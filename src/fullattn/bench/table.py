@@ -148,11 +148,14 @@ def _notes(report: Report) -> list[str]:
         for mode in _modes(report):
             if mode in base.measured and base.time(mode) is None:
                 notes.append(f"{shape}, {mode}: no ratios, because the baseline has no time.")
+    missing: dict[tuple[str, str], list[str]] = {}
     for row in report.rows:
         for mode, measurement in row.measured.items():
             if measurement.failure is not None:
-                name, reason = row.contender.name, measurement.failure.reason
-                notes.append(f"{name} at {row.shape}, {mode}: {reason}")
+                where = f"{row.shape}, {mode}"
+                names = missing.setdefault((where, measurement.failure.reason), [])
+                names.append(row.contender.name)
+    notes += [f"{where}, {', '.join(names)}: {why}" for (where, why), names in missing.items()]
     return notes
 
 
