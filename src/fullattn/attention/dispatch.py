@@ -1,8 +1,9 @@
 """Which backend runs, why the others do not, and how a user overrides the choice.
 
 The rule, on every device: build the similarity map only where it holds fewer numbers than the
-tensors that it relates; otherwise fuse. Among the backends that fuse, the first in `BACKENDS` that
-can run the problem does. In a program that `torch.export` writes it is the first that is made of
+tensors that it relates; otherwise fuse. FullyAttentional's columns and rows are always fused: to
+build their maps every slice has to be copied first, and that alone costs more than a small map
+saves. Among the backends that fuse, the first in `BACKENDS` that can run the problem does. In a program that `torch.export` writes it is the first that is made of
 PyTorch's own operators, so that the program can be loaded without this package.
 
 An override is looked for in this order: the `backend` context manager, the layer's or function's
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from fullattn.attention import chunked, native, reassociated, reference, sdpa
-from fullattn.attention.backend import Backend, Problem, known
+from fullattn.attention.backend import Backend, Kind, Problem, known
 
 __all__ = ["BACKENDS", "BackendError", "backend", "backend_names", "check_name", "choose"]
 
@@ -100,7 +101,9 @@ def backend(name: str | None) -> Iterator[None]:
         _override = previous
 
 
-def _map_is_smaller(problem: Problem) -> bool:
+def _worth_building(problem: Problem) -> bool:
+    if problem.kind is Kind.COLUMNS_AND_ROWS:
+        return False
     # Where it is not known for every size of a traced program, fuse.
     return known(problem.map_numbers < problem.tensor_numbers)
 
@@ -144,7 +147,7 @@ def choose(problem: Problem, requested: str | None = None) -> Backend:
                 f"{str(problem.dtype).removeprefix('torch.')}: {', '.join(reasons)} ({others})"
             )
         return forced
-    if not _map_is_smaller(problem):
+    if not _worth_building(problem):
         for candidate in BACKENDS:
             if _suits(candidate) and not candidate.reasons_against(problem):
                 return candidate
@@ -163,7 +166,7 @@ def explain(problem: Problem, requested: str | None = None) -> list[tuple[Backen
         with "runs:" unless a backend that cannot run is forced.
     """
     forced = _forced(requested)
-    small = _map_is_smaller(problem)
+    small = _worth_building(problem)
     chosen = forced or choose(problem, requested)
     sizes = f"map {problem.map_numbers:,} numbers, tensors {problem.tensor_numbers:,}"
     rows = []
@@ -175,14 +178,16 @@ def explain(problem: Problem, requested: str | None = None) -> list[tuple[Backen
             sentence = "runs: asked for by name"
         elif entry is chosen and entry.builds_map and small:
             sentence = f"runs: the map is smaller than the tensors it relates ({sizes})"
+        elif entry is chosen and entry.builds_map:
+            sentence = "runs: no backend that fuses can"
         elif entry is chosen:
-            sentence = f"runs: first that can, and the map is not worth building ({sizes})"
+            sentence = f"runs: the first that can, and the map is not worth building ({sizes})"
         elif forced is not None:
             sentence = f"can run, but {forced.name} is asked for by name"
         elif small:
             sentence = f"can run, but the map is smaller than the tensors it relates ({sizes})"
         elif entry.builds_map:
-            sentence = f"can run, but the map is larger than the tensors it relates ({sizes})"
+            sentence = f"can run, but the map is not worth building ({sizes})"
         else:
             sentence = f"can run, but {chosen.name} comes first"
         rows.append((entry, sentence))

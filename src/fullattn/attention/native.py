@@ -29,7 +29,7 @@ from fullattn.attention.backend import FLOATING, Backend, Kind
 __all__ = ["BACKEND", "attend_columns_and_rows"]
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC")
+_FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC")
 # Products of numbers below which starting threads costs more than they save.
 _WORTH_THREADS = 1_000_000
 
@@ -66,14 +66,15 @@ def _run(command: list[str]) -> None:
         raise _BuildError(f"the C compiler failed: {lines[0].strip()}")
 
 
-def _build() -> Path:
-    """Compile the kernel, or find it in the cache."""
+def _build(target: str = "native") -> Path:
+    """Compile the kernel for a kind of processor, or find it in the cache."""
+    flags = (*_FLAGS, f"-march={target}")
     wanted = os.environ.get("CC", "").split() or ["gcc", "cc", "clang"]
     compiler = next((found for name in wanted[:3] if (found := shutil.which(name))), None)
     if compiler is None:
         raise _BuildError(f"needs a C compiler: found none of {', '.join(wanted)}")
     source = _SOURCE.read_bytes()
-    parts = (source, " ".join(_FLAGS).encode(), compiler.encode(), _processor().encode())
+    parts = (source, " ".join(flags).encode(), compiler.encode(), _processor().encode())
     name = f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:20]}.so"
     folder = _cache_folder()
     if (folder / name).exists():
@@ -86,7 +87,7 @@ def _build() -> Path:
     try:
         # Linked without an OpenMP library of its own: the one that PyTorch has loaded serves both,
         # where two would keep two sets of threads that fight for the cores.
-        _run([compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(work / "native.o")])
+        _run([compiler, *flags, "-c", str(_SOURCE), "-o", str(work / "native.o")])
         _run([compiler, "-shared", str(work / "native.o"), "-o", str(work / name)])
         # In one step, so that another process never loads half a file.
         os.replace(work / name, folder / name)
