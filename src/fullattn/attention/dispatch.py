@@ -3,8 +3,9 @@
 The rule, on every device: build the similarity map only where it holds fewer numbers than the
 tensors that it relates; otherwise fuse. FullyAttentional's columns and rows are always fused: to
 build their maps every slice has to be copied first, and that alone costs more than a small map
-saves. Among the backends that fuse, the first in `BACKENDS` that can run the problem does. In a program that `torch.export` writes it is the first that is made of
-PyTorch's own operators, so that the program can be loaded without this package.
+saves. Among the backends that fuse, the first in `BACKENDS` that can run the problem does. In a
+program that `torch.export` writes it is the first that is made of PyTorch's own operators, so that
+the program can be loaded without this package.
 
 An override is looked for in this order: the `backend` context manager, the layer's or function's
 own `backend=` argument, the environment variable FULLATTN_BACKEND, and then the rule.
