@@ -459,7 +459,7 @@ def test_probe_whose_process_is_gone_says_so(tmp_path: Path) -> None:
 # Report
 
 
-ENVIRONMENT = Environment("2026-01-01", "a CPU", "Linux", "3.11", "2.6", "0.8", "0.1")
+ENVIRONMENT = Environment("2026-01-01", "a CPU", "Linux", "3.11", "2.6", "0.8", "0.1", 0.5)
 
 
 def _row(contender: Contender, *times: float, peak: int | None = 2**24) -> Row:
@@ -568,6 +568,7 @@ def test_table_shows_every_row_with_its_conditions_in_120_columns() -> None:
         "float32",
         "contiguous",
         "1 thread",
+        "load 0.5 before",
         "torch 2.6",
         "normal noise",
         "without their 3x3 projection",
@@ -638,9 +639,18 @@ def test_a_slower_machine_raises_no_alarm() -> None:
 
 
 def test_without_a_common_baseline_milliseconds_are_compared() -> None:
-    (change,) = compare.changes(_report(_row(OURS, 4.0)), _run(8.0, base=20.0))
+    (change,) = compare.changes(_report(_run(4.0).rows[1]), _run(8.0, base=20.0))
     assert change.machine == 1.0
     assert change.slower
+
+
+def test_single_calls_are_not_judged() -> None:
+    single = _report(_row(BASE, 10.0), _row(OURS, 40.0))
+    (change,) = compare.changes(_run(4.0), single)
+    assert not change.slower
+    console = _console()
+    compare.print_changes(_run(4.0), single, console)
+    assert "1 cannot be judged" in console.export_text()
 
 
 def test_memory_that_grew_is_found() -> None:
@@ -799,7 +809,7 @@ def test_a_shape_that_fits_no_memory_is_refused() -> None:
         measure_all(_options(shapes=[(Shape(1, 10**6, 10**4, 10**4), ("inference",))]))
 
 
-def test_all_shapes_are_measured_in_inference_before_any_in_training(
+def test_the_cheapest_is_measured_first_and_reported_where_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from fullattn.bench import run
@@ -813,7 +823,12 @@ def test_all_shapes_are_measured_in_inference_before_any_in_training(
 
     monkeypatch.setattr(run._Runner, "measure", noting)
     both: tuple[Mode, ...] = ("inference", "training")
-    report = measure_all(_options(shapes=[(SMALL, both), (LARGE, both)]))
-    assert seen == [(shape, mode) for mode in both for shape in (SMALL, LARGE)]
-    assert report.shapes == [SMALL, LARGE]
+    report = measure_all(_options(shapes=[(LARGE, both), (SMALL, both)]))
+    assert seen == [
+        (SMALL, "inference"),
+        (LARGE, "inference"),
+        (SMALL, "training"),
+        (LARGE, "training"),
+    ]
+    assert report.shapes == [LARGE, SMALL]
     assert all(set(row.measured) == set(both) for row in report.rows)

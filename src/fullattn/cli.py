@@ -208,8 +208,9 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     how.add_argument(
         "--budget",
         type=_seconds,
-        help="begin nothing new after so many seconds; what is left is marked as left out "
-        f"({DEFAULT_BUDGET:g} without --shapes and --sweep, otherwise none)",
+        help="seconds for the whole run, which all shapes and modes share; what does not fit is "
+        f"timed less often or left out ({DEFAULT_BUDGET:g} without --shapes and --sweep, "
+        "otherwise none)",
     )
     how.add_argument(
         "--no-memory",

@@ -32,7 +32,8 @@ class Change:
         then: the old measurement.
         now: the new one.
         machine: how much longer the baseline took than then; 1 where the runs share no baseline.
-        noise: how far `time` may be from 1 by chance.
+        noise: how far `time` may be from 1 by chance; infinite where one of the times is of a
+            single call.
     """
 
     row: Row
@@ -99,7 +100,9 @@ def _pair(old: Report, row: Row | None, mode: Mode) -> tuple[Measurement, Measur
 
 def _ratio_and_noise(then: Measurement, now: Measurement) -> tuple[float, float]:
     """New median over old, and the relative spread that it inherits from both."""
-    relative = [(m.spread_ms or 0.0) / (m.median_ms or 1.0) for m in (then, now)]
+    relative = [
+        math.inf if m.spread_ms is None else m.spread_ms / (m.median_ms or 1.0) for m in (then, now)
+    ]
     return (now.median_ms or 0.0) / (then.median_ms or 1.0), math.hypot(*relative)
 
 
@@ -169,6 +172,8 @@ def print_changes(old: Report, new: Report, console: Console) -> None:
         f"{sum(change.faster for change in found)} faster, {grew} peaks of memory grew.",
         f"Beyond the noise: more than {_SPREADS:g} interquartile ranges and {_LEAST:.0%}.",
     ]
+    if unknown := sum(math.isinf(change.noise) for change in found):
+        lines.append(f"{unknown} cannot be judged, for want of a second call.")
     machines = sorted({change.machine for change in found} - {1.0})
     if machines:
         lines.append(
@@ -221,7 +226,7 @@ def _table(shown: list[Change]) -> Table:
             digits(then.median_ms or 0),
             digits(now.median_ms or 0),
             f"{change.time:.2f}×",
-            f"±{change.noise:.0%}",
+            "unknown" if math.isinf(change.noise) else f"±{change.noise:.0%}",
             str(peaks or "–"),
             ", ".join(verdicts),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,15 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and when a run was made."""
+    """Where and when a run was made.
+
+    Attributes:
+        date: when it began.
+        device_name: of the GPU, or model of the CPU.
+        platform: operating system and architecture.
+        python: version; likewise torch, einops and fullattn.
+        load: load average of the last minute before it began; None where the system has none.
+    """
 
     date: str
     device_name: str
@@ -80,6 +89,7 @@ class Environment:
     torch: str
     einops: str
     fullattn: str
+    load: float | None = None
 
 
 def environment(device: torch.device) -> Environment:
@@ -92,6 +102,7 @@ def environment(device: torch.device) -> Environment:
         torch=torch.__version__,
         einops=einops.__version__,
         fullattn=fullattn.__version__,
+        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
 
 

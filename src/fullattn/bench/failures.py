@@ -49,4 +49,6 @@ class Failure:
     @classmethod
     def no_time_left(cls, budget: float) -> Failure:
         """The run has used up its time before this row."""
-        return cls("no time left", f"not begun within {budget:g} s of the run (--budget)")
+        return cls(
+            "no time left", f"not begun within its share of the run's {budget:g} s (--budget)"
+        )

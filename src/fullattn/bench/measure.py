@@ -71,7 +71,7 @@ class Plan:
         repeats: exactly so many calls; None to fit them into `seconds`.
         limit: seconds that one call may take at most; a contender that has spent as much on calls
             is timed no more.
-        budget: seconds after which nothing new is begun; None for no end.
+        budget: seconds for the whole run, shared evenly by all shapes and modes; None for no end.
         at_least: calls however slow they are.
         at_most: calls however fast they are.
     """

@@ -124,7 +124,7 @@ def _write_at(panel: Axes, y: float, ratio: float | None, text: str) -> None:
 def _growth(report: Report) -> Figure:
     """Time and memory along the sweep, a line per contender, both axes logarithmic."""
     modes = [mode for mode in MODES if any(mode in row.measured for row in report.rows)]
-    figure = Figure(figsize=(10, 4 * len(modes) + 1.2), layout="constrained")
+    figure = Figure(figsize=(12, 4 * len(modes) + 1.2), layout="constrained")
     panels = figure.subplots(len(modes), 2, squeeze=False, sharex=True)
     labels = list(dict.fromkeys(_label(row) for row in report.rows))
     axis = "channels" if report.sweep == "channels" else "positions (H·W)"
@@ -160,7 +160,7 @@ def _growth(report: Report) -> Figure:
     first, last = report.shapes[0], report.shapes[-1]
     figure.suptitle(f"How cost grows from {first} to {last}", x=0.01, ha="left", fontsize=12)
     handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, names, loc="outside right upper", frameon=False)
     return figure
 
 

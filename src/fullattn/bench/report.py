@@ -143,9 +143,10 @@ class Report:
         here, how = self.environment, self.conditions
         threads = f", {how.threads} thread{'s' if how.threads != 1 else ''}"
         device = f"{here.device_name} ({how.device}{threads if how.device == 'cpu' else ''})"
+        load = "" if here.load is None else f", load {here.load:g} before"
         projection = "with" if how.project else "without"
         return [
-            f"{device}, {how.dtype}, {how.memory_format}, {here.platform}, {here.date}",
+            f"{device}, {how.dtype}, {how.memory_format}, {here.platform}, {here.date}{load}",
             f"fullattn {here.fullattn}, torch {here.torch}, einops {here.einops}, "
             f"Python {here.python}",
             f"inputs: {how.input_kind}; FullyAttentional and the public form {projection} their "

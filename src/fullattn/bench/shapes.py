@@ -45,7 +45,7 @@ NAMED: dict[str, tuple[Shape, str]] = {
 }
 
 # What `fullattn bench` runs when no shape is given: the paper's size and a batch in full, the
-# others forward only, and seconds after which it begins nothing new.
+# others forward only, and how many seconds they share.
 DEFAULT_SHAPES: list[tuple[str, tuple[Literal["inference", "training"], ...]]] = [
     ("512x97x97", ("inference", "training")),
     ("4x128x64x64", ("inference", "training")),

@@ -134,7 +134,8 @@ def _formula(formula: Formula) -> list[str]:
 
 def _notes(report: Report) -> list[str]:
     notes = [
-        "Times: median ± interquartile range of calls taken in turns. Peaks: over the inputs.",
+        "Times: median ± interquartile range of calls taken in turns (no ± for a single call). "
+        "Peaks: over the inputs.",
         f"Base: {report.baseline_title()}. A speed above 1× is faster, a peak below 1× smaller.",
         "* runs when no backend is asked for. FLOPs are 2 × multiply-accumulate, of one forward.",
     ]
