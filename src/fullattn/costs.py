@@ -17,11 +17,12 @@ attention's forward more where a fused backend computes the scores again.
 
 Memory is that of all tensors alive at the worst moment, over x, the parameters and the gradient
 that arrives at the output: the result, copies, maps, buffers, and in training what backward needs,
-the gradient of x and those of the parameters. Contiguous x, batch statistics or none, and an
-activation that keeps nothing but its result, as ReLU does, are assumed. Not counted: what
-libraries allocate for themselves (BLAS, oneDNN, cuDNN, a compiler's runtime), the allocator's
-rounding, and PyTorch's own records. The figures for "cpu" are tested against the allocations that
-PyTorch reports; those for other devices are the same formulas, and less certain.
+the gradient of x and those of the parameters. They assume a contiguous x, a normalisation that
+keeps its input and an activation that keeps its result, as BatchNorm2d and ReLU do. On a CPU with
+float32 they are within a tenth of the allocations that PyTorch reports. Not counted are what BLAS
+and convolutions in half precision take for themselves, memory that the allocator does not give
+back, and PyTorch's own records: a process grows by somewhat more. For other devices the formulas
+are the same, but their libraries' room is not known and not counted.
 
 Example:
     >>> import torch, fullattn
@@ -322,16 +323,18 @@ def _chunked(a: _Attention) -> _Footprint:
     buffer = plan.block_numbers * work
 
     def gathered(shape: tuple[int, int, int, int]) -> int:
-        """Bytes of one slice of a copy; the group has one slice of a shared tensor."""
+        """Bytes of the copy of one slice."""
         return 0 if a.in_place and not a.half else prod(shape[2:]) * work
 
     query, grad = gathered(a.query), gathered(a.out)
     value = 0 if a.value_is_query else gathered(a.value)
+    # Keys are cast, but never gathered: they are one slice, or lie so that BLAS reads them.
     key = prod(a.key[2:]) * work if a.half else 0
     # A cast keeps the strides, and is copied once more.
     casting = 2 if a.half and not a.contiguous else 1
     result = prod(a.out[2:]) * work
     output = prod(a.out) * size
+    # The value's name holds the old query while the key is cast again.
     same = query if a.value_is_query and slices == 1 else 0
     inference = (
         output
@@ -482,13 +485,16 @@ def _native_rooms(shape: tuple[int, int, int, int]) -> tuple[int, int]:
     return 4 * (keys + threads * row * forward), 4 * (keys + threads * (row * backward + keys))
 
 
+_COLUMNS_AND_ROWS: dict[str, Callable[[_Setting], _Footprint]] = {"native": _native}
+
+
 def _fully_attentional(layer: FullyAttentional, setting: _Setting) -> _Work:
     batch, channels, height, width = setting.shape
     problem = Problem.of_columns_and_rows(torch.empty(setting.shape, device="meta"))
     backend = setting.choose(problem, layer.backend)
     scale = 1.0 if layer.scale is None else layer.scale
-    if backend == "native":
-        branches = [_native(setting)]
+    if backend in _COLUMNS_AND_ROWS:
+        branches = [_COLUMNS_AND_ROWS[backend](setting)]
     else:
         slices = ((batch, width, channels, height), (batch, height, channels, width))
         branches = [
