@@ -9,13 +9,14 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from fullattn.bench.report import Report, Row
 from fullattn.bench.workload import MODES, Mode
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 __all__ = ["draw"]
 
@@ -92,13 +93,19 @@ def _bars(panel: Axes, report: Report, rows: list[Row], quantity: Quantity) -> N
     panel.set_yticks(range(len(rows)), [_label(row) for row in rows])
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.margins(x=0.25)
-    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-    panel.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    panel.xaxis.set_minor_formatter(lambda value, _: "")
+    _label_ticks(panel.xaxis, "×")
     panel.grid(axis="x", which="both", color="#dddddd", linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.tick_params(axis="y", length=0)
+
+
+def _label_ticks(axis: Axis, unit: str = "") -> None:
+    """Plain numbers at 1, 2 and 5 of every decade."""
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    for formatted in (axis.set_major_formatter, axis.set_minor_formatter):
+        formatted(lambda value, _: f"{value:g}{unit}")
+    axis.set_tick_params(which="both", labelsize=8, length=3, pad=3)
 
 
 def _text(row: Row, ratio: float | None, quantity: Quantity, mode: Mode) -> str:
@@ -153,8 +160,8 @@ def _growth(report: Report) -> Figure:
             panel.set_xlabel(axis)
             ticks = sorted({_size(report, row) for row in report.rows})
             panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-            panel.minorticks_off()
-            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            panel.xaxis.set_minor_locator(NullLocator())
+            _label_ticks(panel.yaxis)
             panel.grid(color="#dddddd", linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
     first, last = report.shapes[0], report.shapes[-1]
