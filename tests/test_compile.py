@@ -135,6 +135,18 @@ def test_the_default_form_exports_with_free_sizes(layer: torch.nn.Module) -> Non
     assert_exports(layer.eval(), strict=True)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="torch before 2.7 does not say it exports"
+)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_an_exported_program_can_be_loaded_without_this_package(case: Case) -> None:
+    (x,) = images((2, 6, 8, 9))
+    program = torch.export.export(case.build(6, torch.float32).eval(), (x,))
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called
+    assert not any("fullattn" in name for name in called)
+
+
 @runs(torch.float32, cases=(FULLY_ATTENTIONAL, CHANNEL, SPATIAL_SUBSAMPLED))
 def test_every_backend_exports_with_free_sizes(run: Run) -> None:
     with run.forced():

@@ -36,8 +36,9 @@ __all__ = [
 
 
 def is_autocast_enabled(device: str) -> bool:
-    """Whether autocast is on for a device type; never for one that has none, such as "meta"."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether autocast is on for a device type; never for "meta", which has none."""
+    # Not torch.amp.is_autocast_available, which torch.compile cannot trace before PyTorch 2.13.
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

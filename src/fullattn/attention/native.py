@@ -109,10 +109,14 @@ def _kernel() -> ctypes.CDLL | str:
         return f"the compiled kernel cannot be loaded: {error}"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _unavailable() -> str | None:
     kernel = _kernel()
     return kernel if isinstance(kernel, str) else None
+
+
+# torch.compile is to ask once and not to trace into the compiler's run. The decorator for this,
+# torch.compiler.assume_constant_result, sets the same mark but imports all of torch._dynamo.
+_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _integers(values: Any) -> ctypes.Array[ctypes.c_int64]:
