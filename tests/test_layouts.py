@@ -115,6 +115,21 @@ def _projected(run: Run) -> torch.nn.Module:
     return run.build(4)
 
 
+class _Reversing(torch.nn.Module):
+    """A normalisation that hands on the other memory format than it was given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _channels_last(x) if x.is_contiguous() else x.contiguous()
+
+
+@pytest.mark.parametrize("act_layer", [None, torch.nn.ReLU])
+def test_the_memory_format_is_kept_whatever_a_norm_layer_does(act_layer: object) -> None:
+    layer = fullattn.FullyAttentional(4, norm_layer=lambda _: _Reversing(), act_layer=act_layer)
+    x = torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    assert layer(x).is_contiguous()
+    assert layer(_channels_last(x)).is_contiguous(memory_format=torch.channels_last)
+
+
 @runs()
 @given(drawn=feature_maps(batches=(1,)))
 def test_an_unbatched_input_is_a_batch_of_one(run: Run, drawn: Drawn) -> None:
