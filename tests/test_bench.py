@@ -346,6 +346,7 @@ def test_training_leaves_fresh_gradients_each_call() -> None:
         workload.prepare("training")
         workload.run("training")
         assert torch.equal(workload.x.grad, torch.ones_like(workload.x))
+        torch.testing.assert_close(workload.module.weight.grad, workload.x.detach().sum())
     workload.prepare("inference")
     workload.run("inference")
     assert workload.x.grad is None
@@ -419,6 +420,12 @@ def test_probe_starts_from_nothing_each_time(memory: CpuMemory, tmp_path: Path) 
 def test_probe_does_not_count_parameters_and_inputs(memory: CpuMemory, tmp_path: Path) -> None:
     held = _contender(tmp_path, init="self.big = nn.Parameter(torch.ones(2**24))")
     probe = _probe(memory, held)
+    assert isinstance(probe, Probe)
+    assert probe.peak_bytes < 2**22
+
+
+def test_probe_forgets_the_peak_of_building(memory: CpuMemory, tmp_path: Path) -> None:
+    probe = _probe(memory, _contender(tmp_path, init="torch.zeros(2**24).add_(1)"))
     assert isinstance(probe, Probe)
     assert probe.peak_bytes < 2**22
 
