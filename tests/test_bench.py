@@ -774,10 +774,22 @@ def test_a_forecast_leaves_out_what_would_take_too_long() -> None:
     assert runner._forecast(spatial, LARGE, "training", 10**15) is None
 
 
-def test_a_budget_used_up_leaves_the_rest_out() -> None:
-    report = measure_all(_options(plan=Plan(budget=1e-9)))
-    failures = {m.failure and m.failure.kind for row in report.rows for m in row.measured.values()}
-    assert failures == {"no time left"}
+def test_a_budget_used_up_leaves_out_all_but_the_first_layer_and_the_baseline() -> None:
+    options = _options(
+        plan=Plan(budget=1e-9), backends=["reference", "sdpa", "chunked"], baseline="channel:sdpa"
+    )
+    report = measure_all(options)
+    for mode in ("inference", "training"):
+        measured = {row.contender.name: row.measured[mode] for row in report.rows}
+        left_out = measured.pop("channel:chunked")
+        assert left_out.failure is not None
+        assert left_out.failure.kind == "no time left"
+        assert {name: len(m.times_ms) for name, m in measured.items()} == {
+            "public": 1,
+            "channel:reference": 1,
+            "channel:sdpa": 1,
+        }
+    assert all(row.formula.flops for row in report.rows)
 
 
 def test_a_backend_that_cannot_run_marks_its_row() -> None:
