@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fullattn.attention import Kind, Problem, choose
-from fullattn.attention.dispatch import BACKENDS, backend_names
+from fullattn.attention import Backend, Kind, Problem, choose
+from fullattn.attention.dispatch import BACKENDS, FUSED, backend_names
 from fullattn.bench.conditions import Conditions
 from fullattn.bench.copied_public_form import CopiedPublicForm
 from fullattn.bench.errors import UsageError, describe
@@ -106,13 +106,16 @@ def _backends_at(problem: Problem, layer: str, choice: Sequence[str]) -> list[tu
         automatic = choose(problem).name
     except (RuntimeError, ValueError) as error:  # FULLATTN_BACKEND names one that cannot run
         raise UsageError(str(error)) from error
-    able = [backend for backend in BACKENDS if not backend.reasons_against(problem)]
+
+    def able(backends: Iterable[Backend]) -> list[str]:
+        return [backend.name for backend in backends if not backend.reasons_against(problem)]
+
     names = [automatic] if {"auto", "all", "default"} & set(choice) else []
     if "all" in choice:
-        names += [backend.name for backend in able]
+        names += able(BACKENDS)
     if "default" in choice or ("auto" in choice and layer != "fully"):
-        names += [backend.name for backend in able if not backend.builds_map][:1]
-        names += [backend.name for backend in able if backend.builds_map][:1]
+        names += able(FUSED[problem.kind])[:1]
+        names += able(backend for backend in BACKENDS if backend.builds_map)[:1]
     names += [name for name in choice if name not in BACKEND_CHOICES]
     return [(name, name == automatic) for name in dict.fromkeys(names)]
 
