@@ -174,8 +174,8 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     at.add_argument(
         "--mode",
         choices=("inference", "training", "both"),
-        help="forward, forward and backward, or both (both; without --shapes the two cheaper "
-        "shapes of the default are run in both)",
+        help="forward, forward and backward, or both (both; without --shapes, two of the four "
+        "shapes are run forward only)",
     )
     _add_conditions(at)  # type: ignore[arg-type]
     at.add_argument(
