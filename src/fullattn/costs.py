@@ -472,17 +472,23 @@ def _native(setting: _Setting) -> _Footprint:
 
 
 def _native_rooms(shape: tuple[int, int, int, int]) -> tuple[int, int]:
-    """What the kernel allocates for itself: 16 columns at a time in each thread, their result, and
-    backward their gradient, a block of the map both ways round and a share of the key's gradient.
+    """What the kernel allocates for itself, forward and backward.
+
+    The keys; in each thread 16 columns at a time with their result and a block of the map; backward
+    also the columns' gradient, three more blocks, and a share of the keys' gradients for each image
+    and thread.
     """
-    _, channels, height, width = shape
+    batch, channels, height, width = shape
     threads = torch.get_num_threads()
     row = -(-channels // 32) * 32 + 16
-    columns = min(16, -(-width // threads))
+    columns = min(16, width, -(-batch * width // threads))
     keys = row * (height + width)
     forward = max(columns * height, width) * 2 + 32
     backward = max(columns * height, width) * 3 + 2 * (32 + 64)
-    return 4 * (keys + threads * row * forward), 4 * (keys + threads * (row * backward + keys))
+    return (
+        4 * (batch * keys + threads * row * forward),
+        4 * ((2 * batch + threads) * keys + threads * row * backward),
+    )
 
 
 _COLUMNS_AND_ROWS: dict[str, Callable[[_Setting], _Footprint]] = {"native": _native}

@@ -436,162 +436,193 @@ static void backward_slice(const Branch *g, const float *x, const float *key, co
     }
 }
 
-/* ---------------------------------------------------------------- one branch of one image */
+/* ---------------------------------------------------------------- one branch of all images */
 
 static float *floats(ptrdiff_t count) {
     void *p = NULL;
     return posix_memalign(&p, 64, sizeof(float) * (size_t)(count + 16)) ? NULL : p;
 }
 
-/* The slices that this thread works on, cut into groups that are gathered together. */
+/* The slices of a thread, counted through all images, and how many are gathered together. */
 typedef struct {
-    ptrdiff_t begin, end, size;
+    ptrdiff_t begin, end, group;
 } Share;
 
-static Share share_of(const Branch *g) {
-    ptrdiff_t threads = omp_get_num_threads(), me = omp_get_thread_num();
-    ptrdiff_t begin = start_of(me, g->slices, threads), end = start_of(me + 1, g->slices, threads);
-    ptrdiff_t most = g->slice_step == 1 ? GROUP : 1;
+static Share share_of(const Branch *g, ptrdiff_t images, ptrdiff_t thread, ptrdiff_t threads) {
+    ptrdiff_t begin = start_of(thread, images * g->slices, threads);
+    ptrdiff_t end = start_of(thread + 1, images * g->slices, threads);
+    ptrdiff_t most = g->slice_step == 1 ? least(GROUP, g->slices) : 1;
     ptrdiff_t groups = pieces(end - begin, most);
     return (Share){begin, end, groups ? pieces(end - begin, groups) : 0};
 }
 
+static ptrdiff_t group_at(const Branch *g, const Share *share, ptrdiff_t slice) {
+    return least(share->group, least(share->end - slice, g->slices - slice % g->slices));
+}
+
+/* A feature map or a gradient: how its slices lie, where it begins, from one image to the next. */
+typedef struct {
+    Branch branch;
+    float *data;
+    ptrdiff_t image_step;
+} Map;
+
+static float *image_of(const Map *map, ptrdiff_t slice) {
+    return map->data + slice / map->branch.slices * map->image_step;
+}
+
 /* Called by every thread of a team for its own share of the slices. 1 where memory ran out. */
-static int forward_branch(const Branch *g, const float *x, const float *key, const Branch *of_out,
-                          float *out, int add) {
-    Share share = share_of(g);
-    ptrdiff_t slots = share.size * g->slot;
+static int forward_branch(ptrdiff_t images, const Map *x, const float *keys, const Map *out,
+                          int add) {
+    const Branch *g = &x->branch;
+    Share share = share_of(g, images, omp_get_thread_num(), omp_get_num_threads());
+    ptrdiff_t slots = share.group * g->slot;
     float *xs = floats(2 * slots + g->row * LANES), *outs = xs + slots, *weights = outs + slots;
     if (!xs) return 1;
     memset(xs, 0, sizeof(float) * (size_t)slots);
-    for (ptrdiff_t first = share.begin; first < share.end; first += share.size) {
-        ptrdiff_t count = least(share.size, share.end - first);
-        gather(g, x, first, count, xs);
+    for (ptrdiff_t slice = share.begin, count; slice < share.end; slice += count) {
+        count = group_at(g, &share, slice);
+        const float *key = keys + slice / g->slices * g->slot;
+        gather(g, image_of(x, slice), slice % g->slices, count, xs);
         for (ptrdiff_t s = 0; s < count; s++)
             forward_slice(g, xs + s * g->slot, key, outs + s * g->slot, weights);
-        scatter(of_out, out, first, count, outs, add);
+        scatter(&out->branch, image_of(out, slice), slice % g->slices, count, outs, add);
     }
     free(xs);
     return 0;
 }
 
-static int backward_branch(const Branch *g, const float *x, const float *key,
-                           const Branch *of_grad, const float *grad, const Branch *of_grad_x,
-                           float *grad_x, float *grad_key, int add) {
-    Share share = share_of(g);
-    ptrdiff_t slots = share.size * g->slot;
+/* Thread t's share of the gradient of image b's key is in slot b + t: threads take slices in
+ * order, so no two pairs that occur have the same sum. */
+static int backward_branch(ptrdiff_t images, const Map *x, const float *keys, const Map *grad,
+                           const Map *grad_x, float *key_shares, int add) {
+    const Branch *g = &x->branch;
+    ptrdiff_t me = omp_get_thread_num();
+    Share share = share_of(g, images, me, omp_get_num_threads());
+    ptrdiff_t slots = share.group * g->slot;
     float *xs = floats(3 * slots + numbers_in_maps(g)), *grads = xs + slots;
     if (!xs) return 1;
     float *outs = grads + slots;
     Maps maps = maps_in(g, outs + slots);
     memset(xs, 0, sizeof(float) * (size_t)(2 * slots));
-    for (ptrdiff_t first = share.begin; first < share.end; first += share.size) {
-        ptrdiff_t count = least(share.size, share.end - first);
-        gather(g, x, first, count, xs);
-        gather(of_grad, grad, first, count, grads);
+    for (ptrdiff_t slice = share.begin, count; slice < share.end; slice += count) {
+        count = group_at(g, &share, slice);
+        ptrdiff_t image = slice / g->slices, first = slice % g->slices;
+        float *key_share = key_shares + (image + me) * g->slot;
+        if (slice == share.begin || first == 0)
+            memset(key_share, 0, sizeof(float) * (size_t)g->slot);
+        gather(g, image_of(x, slice), first, count, xs);
+        gather(&grad->branch, image_of(grad, slice), first, count, grads);
         for (ptrdiff_t s = 0; s < count; s++)
-            backward_slice(g, xs + s * g->slot, key, grads + s * g->slot, outs + s * g->slot,
-                           grad_key, &maps);
-        scatter(of_grad_x, grad_x, first, count, outs, add);
+            backward_slice(g, xs + s * g->slot, keys + image * g->slot, grads + s * g->slot,
+                           outs + s * g->slot, key_share, &maps);
+        scatter(&grad_x->branch, image_of(grad_x, slice), first, count, outs, add);
     }
     free(xs);
     return 0;
 }
 
+/* Add up the threads' shares of the keys' gradients, in the order of the threads. */
+static void reduce_keys(const Branch *g, ptrdiff_t images, const float *shares, float scale,
+                        float *grad_keys) {
+    ptrdiff_t threads = omp_get_num_threads();
+#pragma omp for collapse(2)
+    for (ptrdiff_t b = 0; b < images; b++)
+        for (ptrdiff_t c = 0; c < g->tokens; c++) {
+            float *to = grad_keys + (b * g->tokens + c) * g->features;
+            for (ptrdiff_t d = 0; d < g->features; d++) to[d] = 0.0f;
+            for (ptrdiff_t t = 0; t < threads; t++) {
+                Share share = share_of(g, images, t, threads);
+                ptrdiff_t begin = share.begin > b * g->slices ? share.begin : b * g->slices;
+                if (begin >= least(share.end, (b + 1) * g->slices)) continue;
+                const float *from = shares + (b + t) * g->slot + c;
+                for (ptrdiff_t d = 0; d < g->features; d++) to[d] += scale * from[d * g->row];
+            }
+        }
+}
+
 /* ---------------------------------------------------------------- what Python calls */
 
+/* Both branches of a map of sizes B, C, H, W with the strides of those axes, in numbers. */
 typedef struct {
-    Branch columns, rows;
-} Branches;
+    Map columns, rows;
+} Both;
 
-static Branches branches_of(const int64_t *sizes, const int64_t *strides) {
-    return (Branches){
-        branch_of(sizes[1], sizes[2], sizes[3], strides[1], strides[2], strides[3]),
-        branch_of(sizes[1], sizes[3], sizes[2], strides[1], strides[3], strides[2]),
+static Both both_of(const int64_t *sizes, const float *data, const int64_t *strides) {
+    return (Both){
+        {branch_of(sizes[1], sizes[2], sizes[3], strides[1], strides[2], strides[3]),
+         (float *)data, strides[0]},
+        {branch_of(sizes[1], sizes[3], sizes[2], strides[1], strides[3], strides[2]),
+         (float *)data, strides[0]},
     };
 }
 
-/* A key (C, D), contiguous, times scale, as [d][c]. */
-static void prepare_key(const Branch *g, const float *key, float scale, float *to) {
-    memset(to, 0, sizeof(float) * (size_t)g->slot);
-    for (ptrdiff_t c = 0; c < g->tokens; c++)
-        for (ptrdiff_t d = 0; d < g->features; d++)
-            to[d * g->row + c] = scale * key[c * g->features + d];
+/* Keys (B, C, D), contiguous, times scale, each as [d][c] in a slot. */
+static void prepare_keys(const Branch *g, ptrdiff_t images, const float *keys, float scale,
+                         float *slots) {
+#pragma omp for nowait
+    for (ptrdiff_t b = 0; b < images; b++) {
+        const float *key = keys + b * g->tokens * g->features;
+        float *to = slots + b * g->slot;
+        memset(to, 0, sizeof(float) * (size_t)g->slot);
+        for (ptrdiff_t c = 0; c < g->tokens; c++)
+            for (ptrdiff_t d = 0; d < g->features; d++)
+                to[d * g->row + c] = scale * key[c * g->features + d];
+    }
 }
 
-/* sizes: B, C, H, W. Strides are those of the axes B, C, H, W, in numbers; keys are contiguous,
- * (B, C, H) and (B, C, W). Both functions return 0, or 1 where memory ran out. */
+/* Keys are contiguous, (B, C, H) and (B, C, W). Both functions return 0, or 1 where memory ran
+ * out. Rows add to what columns wrote, so a barrier stands between the two. */
 int fullattn_forward(const int64_t *sizes, const float *x, const int64_t *x_strides,
-                     const float *column_key, const float *row_key, float scale, float *out,
+                     const float *column_keys, const float *row_keys, float scale, float *out,
                      const int64_t *out_strides, int threads) {
-    Branches in = branches_of(sizes, x_strides), to = branches_of(sizes, out_strides);
-    ptrdiff_t column_size = sizes[1] * sizes[2], row_size = sizes[1] * sizes[3];
-    float *column = floats(in.columns.slot + in.rows.slot), *row = column + in.columns.slot;
-    if (!column) return 1;
+    ptrdiff_t images = sizes[0];
+    Both in = both_of(sizes, x, x_strides), to = both_of(sizes, out, out_strides);
+    ptrdiff_t columns = in.columns.branch.slot, rows = in.rows.branch.slot;
+    float *keys = floats(images * (columns + rows)), *more_keys = keys + images * columns;
+    if (!keys) return 1;
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
-    for (ptrdiff_t b = 0; b < sizes[0]; b++) {
-        const float *image = x + b * x_strides[0];
-        float *result = out + b * out_strides[0];
-#pragma omp single
-        {
-            prepare_key(&in.columns, column_key + b * column_size, scale, column);
-            prepare_key(&in.rows, row_key + b * row_size, scale, row);
-        }
-        failed |= forward_branch(&in.columns, image, column, &to.columns, result, 0);
+    {
+        prepare_keys(&in.columns.branch, images, column_keys, scale, keys);
+        prepare_keys(&in.rows.branch, images, row_keys, scale, more_keys);
 #pragma omp barrier
-        failed |= forward_branch(&in.rows, image, row, &to.rows, result, 1);
+        failed |= forward_branch(images, &in.columns, keys, &to.columns, 0);
 #pragma omp barrier
+        failed |= forward_branch(images, &in.rows, more_keys, &to.rows, 1);
     }
-    free(column);
+    free(keys);
     return failed;
 }
 
-/* Add up the threads' shares of a key's gradient, in the order of the threads. */
-static void reduce_key(const Branch *g, const float *shares, ptrdiff_t threads, float scale,
-                       float *grad_key) {
-#pragma omp for
-    for (ptrdiff_t c = 0; c < g->tokens; c++)
-        for (ptrdiff_t d = 0; d < g->features; d++) {
-            float sum = 0.0f;
-            for (ptrdiff_t t = 0; t < threads; t++) sum += shares[t * g->slot + d * g->row + c];
-            grad_key[c * g->features + d] = scale * sum;
-        }
-}
-
 int fullattn_backward(const int64_t *sizes, const float *x, const int64_t *x_strides,
-                      const float *column_key, const float *row_key, float scale,
+                      const float *column_keys, const float *row_keys, float scale,
                       const float *grad, const int64_t *grad_strides, float *grad_x,
-                      const int64_t *grad_x_strides, float *grad_column_key, float *grad_row_key,
-                      int threads) {
-    Branches in = branches_of(sizes, x_strides), from = branches_of(sizes, grad_strides);
-    Branches to = branches_of(sizes, grad_x_strides);
-    ptrdiff_t column_size = sizes[1] * sizes[2], row_size = sizes[1] * sizes[3];
-    ptrdiff_t both = in.columns.slot + in.rows.slot;
-    float *column = floats(both * (1 + threads)), *row = column + in.columns.slot;
-    if (!column) return 1;
-    float *column_shares = column + both, *row_shares = column_shares + threads * in.columns.slot;
+                      const int64_t *grad_x_strides, float *grad_column_keys,
+                      float *grad_row_keys, int threads) {
+    ptrdiff_t images = sizes[0], shares = images + threads;
+    Both in = both_of(sizes, x, x_strides), from = both_of(sizes, grad, grad_strides);
+    Both to = both_of(sizes, grad_x, grad_x_strides);
+    ptrdiff_t columns = in.columns.branch.slot, rows = in.rows.branch.slot;
+    float *keys = floats((images + shares) * (columns + rows));
+    if (!keys) return 1;
+    float *more_keys = keys + images * columns, *column_shares = more_keys + images * rows;
+    float *row_shares = column_shares + shares * columns;
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
-    for (ptrdiff_t b = 0; b < sizes[0]; b++) {
-        ptrdiff_t team = omp_get_num_threads(), me = omp_get_thread_num();
-        const float *image = x + b * x_strides[0], *upper = grad + b * grad_strides[0];
-        float *result = grad_x + b * grad_x_strides[0];
-#pragma omp single
-        {
-            prepare_key(&in.columns, column_key + b * column_size, scale, column);
-            prepare_key(&in.rows, row_key + b * row_size, scale, row);
-            memset(column_shares, 0, sizeof(float) * (size_t)(both * threads));
-        }
-        failed |= backward_branch(&in.columns, image, column, &from.columns, upper, &to.columns,
-                                  result, column_shares + me * in.columns.slot, 0);
+    {
+        prepare_keys(&in.columns.branch, images, column_keys, scale, keys);
+        prepare_keys(&in.rows.branch, images, row_keys, scale, more_keys);
 #pragma omp barrier
-        failed |= backward_branch(&in.rows, image, row, &from.rows, upper, &to.rows, result,
-                                  row_shares + me * in.rows.slot, 1);
+        failed |= backward_branch(images, &in.columns, keys, &from.columns, &to.columns,
+                                  column_shares, 0);
 #pragma omp barrier
-        reduce_key(&in.columns, column_shares, team, scale, grad_column_key + b * column_size);
-        reduce_key(&in.rows, row_shares, team, scale, grad_row_key + b * row_size);
+        failed |= backward_branch(images, &in.rows, more_keys, &from.rows, &to.rows, row_shares,
+                                  1);
+#pragma omp barrier
+        reduce_keys(&in.columns.branch, images, column_shares, scale, grad_column_keys);
+        reduce_keys(&in.rows.branch, images, row_shares, scale, grad_row_keys);
     }
-    free(column);
+    free(keys);
     return failed;
 }
