@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -79,7 +80,7 @@ def test_one_compiled_graph_serves_all_sizes() -> None:
     not any(shutil.which(name) for name in ("g++", "c++", "clang++")),
     reason="inductor needs a C++ compiler",
 )
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own imports
+@pytest.mark.filterwarnings("ignore")  # inductor's own
 @pytest.mark.parametrize(
     ("case", "dynamic"),
     # Inductor (torch 2.6 to 2.13) cannot order the strides of a view of free sizes that a
@@ -153,8 +154,22 @@ def test_every_backend_exports_with_free_sizes(run: Run) -> None:
         assert_exports(run.build(6).eval(), strict=False)
 
 
+@cache
+def pooling_exports() -> bool:
+    """Whether this PyTorch exports its own pooling with free sizes; 2.11 does not, 2.13 does."""
+    height = torch.export.Dim("height", min=4)
+    pool = torch.nn.MaxPool2d(2)
+    try:
+        torch.export.export(pool, tuple(images((2, 6, 8, 9))), dynamic_shapes=({2: height},))
+    except torch._dynamo.exc.UserError:
+        return False
+    return True
+
+
 def assert_exports(layer: torch.nn.Module, strict: bool) -> None:
     """Fail unless the layer exports with free B, H and W and agrees at sizes not seen then."""
+    if getattr(layer, "subsample", 1) > 1 and not pooling_exports():
+        pytest.skip("this version of PyTorch does not export max_pool2d with free sizes")
     # PyTorch fixes a pooled size that may be 1, so a subsampled layer starts at twice the pooling.
     smallest = 2 * getattr(layer, "subsample", 1)
     batch = torch.export.Dim("batch")
