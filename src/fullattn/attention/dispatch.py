@@ -42,9 +42,6 @@ FUSED: Mapping[Kind, tuple[Backend, ...]] = {
 }
 _BY_NAME = {entry.name: entry for entry in BACKENDS}
 
-# Not in PyTorch before 2.7, where an exported program may need this package to be loaded.
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-
 _ENVIRONMENT = "FULLATTN_BACKEND"
 # A module global and not a context variable: torch.compile guards on it and retraces when it moves.
 _override: str | None = None
@@ -153,7 +150,7 @@ def choose(problem: Problem, requested: str | None = None) -> Backend:
         return forced
     if not _worth_building(problem):
         for candidate in FUSED[problem.kind]:
-            if candidate.own_operators and _is_exporting():
+            if candidate.own_operators and torch.compiler.is_exporting():
                 continue
             if not candidate.reasons_against(problem):
                 return candidate
