@@ -57,19 +57,6 @@ def _scaled(key: Tensor, scale: float | None) -> tuple[Tensor, float]:
     return key, float(scale)
 
 
-def _add_to(x: Tensor, gamma: Tensor | None, attended: Tensor) -> Tensor:
-    """Return gamma · attended + x, or attended alone without gamma."""
-    if gamma is None:
-        return attended
-    reuse = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    fits = attended.dtype == torch.promote_types(x.dtype, gamma.dtype)
-    # In another layout than x's the result would only be copied again by whatever follows.
-    if reuse and fits and attended.stride() == x.stride():
-        # Nobody else holds the attended values: in inference their memory becomes the result's.
-        return torch.addcmul(x, gamma, attended, out=attended)
-    return torch.addcmul(x, gamma, attended)
-
-
 def _column_and_row_keys(
     x: Tensor,
     column_weight: Tensor,
@@ -134,8 +121,9 @@ def fully_attentional(
     column_key, row_key = _column_and_row_keys(x, column_weight, row_weight, column_bias, row_bias)
     column_key, factor = _scaled(column_key, scale)
     row_key, _ = _scaled(row_key, scale)
-    attended = attention.attend_columns_and_rows(x, column_key, row_key, factor, backend=backend)
-    return _add_to(x, gamma, attended)
+    return attention.attend_columns_and_rows(
+        x, column_key, row_key, factor, gamma=gamma, backend=backend
+    )
 
 
 def fully_attentional_similarity(
@@ -227,7 +215,7 @@ def channel_non_local(
     tokens, key, factor = _channel_tokens(x, scale, least_similar)
     attended = attention.attend(tokens, key, tokens, factor, backend=backend)
     attended = from_channels(attended, x.shape[2], x.shape[3])
-    return _add_to(x, gamma, attended)
+    return attention.add_to(x, gamma, attended)
 
 
 def channel_similarity(

@@ -18,6 +18,7 @@ from torch import Tensor
 from fullattn.attention import reference
 from fullattn.attention.backend import Backend, Kind, Problem
 from fullattn.attention.dispatch import BackendError, backend, backend_names, choose
+from fullattn.attention.residual import add_to
 from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "BackendError",
     "Kind",
     "Problem",
+    "add_to",
     "attend",
     "attend_columns_and_rows",
     "backend",
@@ -101,18 +103,21 @@ def attend_columns_and_rows(
     row_key: Tensor,
     scale: float = 1.0,
     *,
+    gamma: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The two branches of the fully attentional layer, added.
+    """The two branches of the fully attentional layer, added, and its residual.
 
     Equivalent to `attend` over the columns of x plus `attend` over its rows, with x as query and
-    value. A backend may run both in one pass, which saves copies of x.
+    value, and to that times gamma plus x where there is a gamma. A backend may run both branches
+    in one pass and add the residual in it, which saves copies of x.
 
     Args:
         x: feature map, (B, C, H, W).
         column_key: (B, C, H), shared by all columns.
         row_key: (B, C, W), shared by all rows.
         scale: factor on the scores, of either sign.
+        gamma: factor of the attention, one number; None for no factor and no residual.
         backend: name of the backend; None for the automatic choice.
 
     Returns:
@@ -127,16 +132,29 @@ def attend_columns_and_rows(
         >>> attend_columns_and_rows(x, torch.randn(2, 3, 4), torch.randn(2, 3, 5)).shape
         torch.Size([2, 3, 4, 5])
     """
+    given = x
     x, column_key, row_key = _as_autocast(x, column_key, row_key)
     chosen = choose(Problem.of_columns_and_rows(x), backend)
+    run = chosen.run.get(Kind.COLUMNS_AND_ROWS)
     with _autocast_off(x):
-        if Kind.COLUMNS_AND_ROWS in chosen.run:
-            return chosen.run[Kind.COLUMNS_AND_ROWS](x, column_key, row_key, scale)
-        run = chosen.run[Kind.SOFTMAX]
-        columns, rows = to_columns(x), to_rows(x)
-        attended_columns = run(columns, column_key.unsqueeze(1), columns, scale)
-        attended_rows = run(rows, row_key.unsqueeze(1), rows, scale)
-        return from_columns(attended_columns) + from_rows(attended_rows)
+        # The residual is x as it was given, before autocast's cast.
+        if run is not None and chosen.adds_residual and x.dtype == given.dtype:
+            return run(x, column_key, row_key, scale, gamma)
+        if run is not None:
+            attended = run(x, column_key, row_key, scale)
+        else:
+            attended = _one_after_the_other(chosen, x, column_key, row_key, scale)
+    return add_to(given, gamma, attended)
+
+
+def _one_after_the_other(
+    chosen: Backend, x: Tensor, column_key: Tensor, row_key: Tensor, scale: float
+) -> Tensor:
+    run = chosen.run[Kind.SOFTMAX]
+    columns, rows = to_columns(x), to_rows(x)
+    attended_columns = run(columns, column_key.unsqueeze(1), columns, scale)
+    attended_rows = run(rows, row_key.unsqueeze(1), rows, scale)
+    return from_columns(attended_columns) + from_rows(attended_rows)
 
 
 def similarity(query: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:

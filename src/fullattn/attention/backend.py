@@ -83,6 +83,11 @@ class Problem:
         )
 
 
+def _exceeds(size: int, most: int) -> bool:
+    # torch.compile may guard on a limit and trace again beyond it; an exported program may not.
+    return known(size > most) if torch.compiler.is_exporting() else size > most
+
+
 def _always_available() -> str | None:
     return None
 
@@ -99,6 +104,9 @@ class Backend:
         builds_map: whether the whole similarity map is in memory at once.
         own_operators: whether it calls operators of this package, without which a program that
             `torch.export` made of it could not be loaded.
+        adds_residual: whether its function for COLUMNS_AND_ROWS takes a gamma as last argument and
+            then returns gamma · (columns + rows) + x.
+        most_features: the largest D that it takes; None for any.
         devices: device types on which it runs; None for all.
         dtypes: input dtypes, per device type; "*" stands for the device types not named.
         unavailable: returns why it cannot run on this machine at all, or None. Asked only when
@@ -110,6 +118,8 @@ class Backend:
     run: Mapping[Kind, Callable[..., Tensor]]
     builds_map: bool = False
     own_operators: bool = False
+    adds_residual: bool = False
+    most_features: int | None = None
     devices: frozenset[str] | None = None
     dtypes: Mapping[str, frozenset[torch.dtype]] = field(default_factory=lambda: {"*": FLOATING})
     unavailable: Callable[[], str | None] = _always_available
@@ -135,6 +145,8 @@ class Backend:
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             name = str(problem.dtype).removeprefix("torch.")
             reasons.append(f"takes {names} on {problem.device}, not {name}")
+        if self.most_features is not None and _exceeds(problem.features, self.most_features):
+            reasons.append(f"takes up to {self.most_features} features, not {problem.features}")
         if not reasons and (missing := self.unavailable()) is not None:
             reasons.append(missing)
         return reasons

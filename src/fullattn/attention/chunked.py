@@ -18,7 +18,7 @@ from torch import Tensor
 from fullattn.attention import flops, operators
 from fullattn.attention.backend import Backend, Kind
 
-__all__ = ["BACKEND", "attend"]
+__all__ = ["BACKEND", "attend", "backward", "forward"]
 
 # Numbers of the map in one block: 2 MB of float32, which two cores hold in their second-level
 # caches. Measured on Zen 4 at 1x512x97x97 and 4x128x64x64: flat between 1 and 4 MB.
@@ -110,7 +110,8 @@ def _scores(query: Tensor, key: Tensor, scale: float, buffer: Tensor) -> Tensor:
     return torch.softmax(weights, -1, out=weights)
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """As `attend`, without autograd and on any device."""
     dtype = _work_dtype(query.dtype)
     out = _like_query(query, value.shape[-1])
     plan, same = _Plan(query, key), _is_same(query, value)
@@ -130,9 +131,10 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return out
 
 
-def _backward(
+def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value of `forward`, on any device."""
     dtype = _work_dtype(query.dtype)
     grad_query = torch.empty_like(query)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
@@ -198,8 +200,8 @@ def _empty_result(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
 
 _operator = operators.register(
     "attend_chunked",
-    _forward,
-    _backward,
+    forward,
+    backward,
     _empty_result,
     ("query", "key", "value"),
     flops.attend,

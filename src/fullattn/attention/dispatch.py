@@ -19,12 +19,13 @@ from contextlib import contextmanager
 
 import torch
 
-from fullattn.attention import chunked, native, reassociated, reference, sdpa
+from fullattn.attention import chunked, native, reassociated, reference, sdpa, triton
 from fullattn.attention.backend import Backend, Kind, Problem, known
 
 __all__ = ["BACKENDS", "FUSED", "BackendError", "backend", "backend_names", "check_name", "choose"]
 
 BACKENDS: tuple[Backend, ...] = (
+    triton.BACKEND,
     native.BACKEND,
     chunked.BACKEND,
     sdpa.BACKEND,
@@ -36,7 +37,7 @@ BACKENDS: tuple[Backend, ...] = (
 # two take the same time, and `sdpa` half as much memory again in training.
 FUSED: Mapping[Kind, tuple[Backend, ...]] = {
     Kind.SOFTMAX: (sdpa.BACKEND, chunked.BACKEND),
-    Kind.COLUMNS_AND_ROWS: (native.BACKEND, chunked.BACKEND, sdpa.BACKEND),
+    Kind.COLUMNS_AND_ROWS: (native.BACKEND, chunked.BACKEND, triton.BACKEND, sdpa.BACKEND),
     Kind.DOT_PRODUCT: (reassociated.BACKEND,),
     Kind.CONCATENATION: (),
 }
@@ -83,8 +84,8 @@ def backend(name: str | None) -> Iterator[None]:
     `backend=` and over FULLATTN_BACKEND. Backward passes run on the backend of their forward.
 
     Args:
-        name: "native", "chunked", "sdpa", "reassociated" or "reference"; None for the automatic
-            choice.
+        name: "triton", "native", "chunked", "sdpa", "reassociated" or "reference"; None for the
+            automatic choice.
 
     Yields:
         Nothing.

@@ -21,51 +21,71 @@ _library = torch.library.Library("fullattn", "FRAGMENT")  # type: ignore[no-unty
 
 def register(
     name: str,
-    forward: Callable[..., Tensor],
+    forward: Callable[..., Any],
     backward: Callable[..., tuple[Tensor, ...]],
-    empty_result: Callable[..., Tensor],
+    empty_result: Callable[..., Any],
     arguments: tuple[str, ...],
     forward_flops: Callable[..., int],
     backward_flops: Callable[..., int],
-    device: str = "CPU",
-) -> Callable[..., Tensor]:
+    *,
+    optional: tuple[str, ...] = (),
+    statistics: tuple[str, ...] = (),
+    devices: tuple[str, ...] = ("CPU",),
+) -> Callable[..., Any]:
     """Register `fullattn::{name}` and `fullattn::{name}_backward`.
 
     Args:
         name: the operator's name.
-        forward: takes the tensor arguments and a float `scale`, returns the result.
-        backward: takes the result's gradient, the tensor arguments and `scale`, returns the
-            gradient of each tensor argument, in its shape and memory layout.
-        empty_result: takes what `forward` takes, returns an uninitialised result.
+        forward: takes the tensor arguments and a float `scale`, returns the result, or with
+            `statistics` a tuple of the result and those.
+        backward: takes the result's gradient, the tensor arguments, the statistics and `scale`;
+            returns the gradient of each tensor argument, in its shape and memory layout, and an
+            empty tensor for one that is None.
+        empty_result: takes what `forward` takes, returns the same uninitialised.
         arguments: names of the tensor arguments.
         forward_flops: the forward's FLOPs from the shapes of its arguments.
         backward_flops: the backward's, from the shapes of its arguments.
-        device: dispatch key of the device that both run on.
+        optional: names of those arguments that may be None.
+        statistics: names of tensors that the forward leaves for the backward.
+        devices: dispatch keys of the devices that both run on.
 
     Returns:
-        The operator; called like `forward`. It can be differentiated once.
+        The operator; called like `forward`. It can be differentiated once. Under autocast it casts
+        its arguments, but for float64, to the autocast dtype.
     """
     backward_name = f"{name}_backward"
-    tensors = ", ".join(f"Tensor {argument}" for argument in arguments)
+    tensors = ", ".join(f"Tensor{'?' * (each in optional)} {each}" for each in arguments)
+    saved = "".join(f"Tensor {each}, " for each in statistics)
+    results = ", ".join("Tensor" for _ in ("result", *statistics))
     grads = ", ".join("Tensor" for _ in arguments)
-    _library.define(f"{name}({tensors}, float scale) -> Tensor")  # type: ignore[no-untyped-call]
     _library.define(  # type: ignore[no-untyped-call]
-        f"{backward_name}(Tensor grad, {tensors}, float scale) -> ({grads})"
+        f"{name}({tensors}, float scale) -> {f'({results})' if statistics else results}"
     )
-    _library.impl(name, forward, device)  # type: ignore[no-untyped-call]
-    _library.impl(backward_name, backward, device)  # type: ignore[no-untyped-call]
+    _library.define(  # type: ignore[no-untyped-call]
+        f"{backward_name}(Tensor grad, {tensors}, {saved}float scale) -> ({grads})"
+    )
     operator = getattr(torch.ops.fullattn, name)
     backward_operator = getattr(torch.ops.fullattn, backward_name)
+    for device in devices:
+        _library.impl(name, forward, device)  # type: ignore[no-untyped-call]
+        _library.impl(backward_name, backward, device)  # type: ignore[no-untyped-call]
+        cast = _casting(operator, device.lower())
+        _library.impl(name, cast, f"Autocast{device}")  # type: ignore[no-untyped-call]
 
     def empty_grads(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in inputs[:-1])
+        given = inputs[: len(arguments)]
+        return tuple(grad.new_empty(0) if x is None else torch.empty_like(x) for x in given)
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *saved, ctx.scale = inputs
-        ctx.save_for_backward(*saved)
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.given = [x is not None for x in tensors]
+        left = output[1:] if statistics else ()
+        ctx.save_for_backward(*tensors, *left)
+        ctx.mark_non_differentiable(*left)
 
-    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*backward_operator(grad, *ctx.saved_tensors, ctx.scale), None)
+    def differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        found = backward_operator(grad, *ctx.saved_tensors, ctx.scale)
+        return (*(x if given else None for x, given in zip(found, ctx.given, strict=True)), None)
 
     def refuse(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
@@ -82,3 +102,17 @@ def register(
     flops.register(operator, forward_flops)
     flops.register(backward_operator, backward_flops)
     return operator  # type: ignore[no-any-return]
+
+
+def _casting(operator: Callable[..., Any], device: str) -> Callable[..., Any]:
+    def cast(*arguments: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return operator(*(_as(x, dtype) for x in arguments))
+
+    return cast
+
+
+def _as(x: Any, dtype: torch.dtype) -> Any:
+    castable = isinstance(x, Tensor) and x.dtype.is_floating_point and x.dtype != torch.float64
+    return x.to(dtype) if castable else x

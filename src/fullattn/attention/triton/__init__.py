@@ -1,0 +1,243 @@
+"""Fused GPU kernels for the fully attentional layer, in Triton.
+
+Both branches read the feature map by its strides, and share one key for all slices of an image; the
+map stays in registers, a block at a time, and gamma and the residual are added where the result is
+written. Backward computes the map again from the sums of its rows. See `kernels` for the kernels,
+`launch` for how a feature map is handed to them, `configurations` and `tuning` for the block sizes.
+
+This module is imported with the package; Triton itself is imported when a kernel first runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import subprocess
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fullattn.attention import chunked, flops, operators
+from fullattn.attention.backend import FLOATING, Backend, Kind
+from fullattn.attention.residual import add_to
+from fullattn.attention.triton.configurations import MOST_FEATURES
+from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
+
+__all__ = ["BACKEND", "attend_columns_and_rows"]
+
+_OLDEST_TRITON = (3, 6)
+_OLDEST_CARD = (8, 0)
+# The interpreter runs kernels on the CPU, for tests: right in float32 and float16, but silently
+# wrong in bfloat16. Triton reads this variable when it is imported.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# What did not compile or fit on this machine, by what it depends on: not tried again.
+_failed: dict[tuple[Any, ...], str] = {}
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'fullattn[triton]')"
+    try:
+        import triton
+    except Exception as error:
+        return f"Triton does not import: {error}"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"needs Triton {oldest} or newer, this is {triton.__version__}"
+    return None
+
+
+def _unavailable() -> str | None:
+    if (missing := _missing()) is not None or _INTERPRETED:
+        return missing
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.version.hip is not None:
+        return "made and tested for NVIDIA cards, not for ROCm"
+    card = torch.cuda.get_device_capability()
+    if card < _OLDEST_CARD:
+        needed, found = (".".join(map(str, capability)) for capability in (_OLDEST_CARD, card))
+        return f"needs compute capability {needed} or newer, this card has {found}"
+    return None
+
+
+# As in `native`: torch.compile is to ask once and not to trace into it.
+_unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _precision() -> str:
+    """Float32 products take the tensor cores only where PyTorch's own switch allows TF32."""
+    precision = torch.backends.cuda.matmul.fp32_precision
+    if precision == "none":
+        precision = torch.backends.fp32_precision
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+def _or_plainly(x: Tensor, run: Callable[[], Any], plainly: Callable[[], Any]) -> Any:
+    """run(), or plainly() where its kernels do not compile or do not fit, with one warning."""
+    where = (x.device, x.dtype, x.shape[1:], x.stride()[1:])
+    if where in _failed:
+        return plainly()
+    from triton.errors import TritonError
+
+    try:
+        return run()
+    except (torch.cuda.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    # Triton raises RuntimeError where a pass or the search for a tool fails.
+    except (TritonError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
+        _failed[where] = reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        warnings.warn(
+            f"fullattn's Triton kernels cannot run at shape {tuple(x.shape)} in "
+            f"{str(x.dtype).removeprefix('torch.')} ({reason}); PyTorch's matrix products do, "
+            "more slowly, from now on for this shape",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return plainly()
+
+
+def _attended(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
+    columns, rows = to_columns(x), to_rows(x)
+    attended_columns = chunked.forward(columns, column_key.unsqueeze(1), columns, scale)
+    attended_rows = chunked.forward(rows, row_key.unsqueeze(1), rows, scale)
+    return from_columns(attended_columns) + from_rows(attended_rows)
+
+
+def _forward(
+    x: Tensor, column_key: Tensor, row_key: Tensor, gamma: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        from fullattn.attention.triton import launch, tuning
+
+        with torch.cuda.device_of(x):
+            return launch.forward(x, column_key, row_key, gamma, scale, _precision(), tuning.run)
+
+    def plainly() -> tuple[Tensor, Tensor, Tensor]:
+        attended = _attended(x, column_key, row_key, scale)
+        out, column_lse, row_lse = _empty_result(x, column_key, row_key, gamma, scale)
+        # The backward of this shape does without the statistics, too.
+        return out.copy_(add_to(x, gamma, attended)), column_lse.zero_(), row_lse.zero_()
+
+    if x.numel() == 0:
+        return _empty_result(x, column_key, row_key, gamma, scale)
+    result: tuple[Tensor, Tensor, Tensor] = _or_plainly(x, run, plainly)
+    return result
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    column_key: Tensor,
+    row_key: Tensor,
+    gamma: Tensor | None,
+    column_lse: Tensor,
+    row_lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (x, column_key, row_key, gamma)
+
+    def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from fullattn.attention.triton import launch, tuning
+
+        with torch.cuda.device_of(x):
+            return launch.backward(
+                grad, *inputs, column_lse, row_lse, scale, _precision(), tuning.run
+            )
+
+    def plainly() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        upper = (grad if gamma is None else grad * gamma).to(x.dtype)
+        grad_x = torch.zeros_like(x) if gamma is None else torch.empty_like(x).copy_(grad)
+        grad_keys = []
+        for cut, put_back, key in (
+            (to_columns, from_columns, column_key),
+            (to_rows, from_rows, row_key),
+        ):
+            slices = cut(x)
+            queries, keys, values = chunked.backward(
+                cut(upper), slices, key.unsqueeze(1), slices, scale
+            )
+            grad_x += put_back(queries + values)
+            grad_keys.append(torch.empty_like(key).copy_(keys.squeeze(1)))
+        grad_gamma = grad.new_empty(0)
+        if gamma is not None:
+            attended = _attended(x, column_key, row_key, scale)
+            grad_gamma = (grad.float() * attended.float()).sum().to(gamma.dtype)
+            grad_gamma = grad_gamma.reshape(gamma.shape)
+        return grad_x, grad_keys[0], grad_keys[1], grad_gamma
+
+    if x.numel() == 0:
+        empty = [grad.new_empty(0) if i is None else torch.zeros_like(i) for i in inputs]
+        return empty[0], empty[1], empty[2], empty[3]
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _or_plainly(x, run, plainly)
+    return result
+
+
+def _empty_result(
+    x: Tensor, column_key: Tensor, row_key: Tensor, gamma: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, channels, height, width = x.shape
+    dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
+    return (
+        torch.empty_like(x, dtype=dtype),
+        x.new_empty(batch, width, channels, dtype=torch.float32),
+        x.new_empty(batch, height, channels, dtype=torch.float32),
+    )
+
+
+_operator = operators.register(
+    "attend_triton",
+    _forward,
+    _backward,
+    _empty_result,
+    ("x", "column_key", "row_key", "gamma"),
+    flops.columns_and_rows,
+    flops.columns_and_rows_backward,
+    optional=("gamma",),
+    statistics=("column_lse", "row_lse"),
+    devices=("CUDA", "CPU"),
+)
+
+
+def attend_columns_and_rows(
+    x: Tensor,
+    column_key: Tensor,
+    row_key: Tensor,
+    scale: float = 1.0,
+    gamma: Tensor | None = None,
+) -> Tensor:
+    """Attention over the columns of x plus attention over its rows.
+
+    Args:
+        x: feature map, (B, C, H, W), of any strides.
+        column_key: (B, C, H).
+        row_key: (B, C, W).
+        scale: factor on the scores, of either sign.
+        gamma: one number; None for 1 and no residual.
+
+    Returns:
+        columns + rows, or gamma · (columns + rows) + x; (B, C, H, W) in x's memory layout, and in
+        its dtype, or the wider one of x and gamma.
+    """
+    result: Tensor = _operator(x, column_key, row_key, gamma, scale)[0]
+    return result
+
+
+_HALF_AND_SINGLE = FLOATING - {torch.float64}
+BACKEND = Backend(
+    name="triton",
+    summary="GPU kernels: both branches, the shared key and the residual, without a map in memory",
+    run={Kind.COLUMNS_AND_ROWS: attend_columns_and_rows},
+    own_operators=True,
+    adds_residual=True,
+    most_features=MOST_FEATURES,
+    devices=frozenset({"cuda", "cpu"} if _INTERPRETED else {"cuda"}),
+    dtypes={"cuda": _HALF_AND_SINGLE, "cpu": _HALF_AND_SINGLE - {torch.bfloat16}},
+    unavailable=_unavailable,
+)

@@ -1,0 +1,283 @@
+"""From tensors to launches: how the slices of a feature map are handed to the kernels.
+
+    forward:   columns, then rows, one `forward` launch each; the second adds its result to the
+               first's, and gamma and the residual go with it.
+    backward:  columns, then rows; `backward_queries` writes or adds one part of the gradient of x
+               and leaves δ, `backward_keys` adds the other and leaves sums for the key's gradient.
+
+Slices are read where they lie if their tokens or their features are neighbours in memory and all
+strides keep to multiples of 16 numbers: then loads are 16 bytes wide and fly while others compute.
+Slices that lie otherwise (columns of a contiguous map, whose every number is in another memory
+sector; rows of 97 numbers, most of which begin unaligned) pass through a window: a buffer of
+bounded size with a few slices in the kernels' favourite order, filled, used and filled again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fullattn.attention.triton.configurations import Configuration, features_class, power_of_two
+from fullattn.reshape import to_columns, to_rows
+
+__all__ = ["KernelName", "Launch", "Run", "backward", "forward"]
+
+# Bytes of one tensor's window: small beside the tensors that need it, and large enough that a
+# launch has several programs for every multiprocessor (2 images of 512x96x96 in bfloat16).
+WINDOW = 24 * 2**20
+# Programs that `backward_keys` aims at, 4 for each multiprocessor of an H100. Not asked of the
+# card, because the order in which a key's gradient is summed hangs on it.
+_PROGRAMS = 528
+_ALIGNED = 16
+_LOG2_E = 1 / math.log(2)
+
+KernelName = Literal["forward", "backward_queries", "backward_keys"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, but for its configuration.
+
+    Attributes:
+        kernel: name of the kernel.
+        arguments: its tensors and numbers.
+        constants: its compile-time constants, but for those of the configuration.
+        programs: number of programs that make a given number of tokens' results each.
+    """
+
+    kernel: KernelName
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    programs: Callable[[int], int]
+
+
+Run = Callable[[Launch], None]
+
+
+def _padded(features: int) -> int:
+    return -(-features // _ALIGNED) * _ALIGNED
+
+
+def _strides(slices: Tensor) -> list[int]:
+    # An axis of length 1 may have any stride; 0 is aligned.
+    return [
+        0 if size == 1 else stride
+        for size, stride in zip(slices.shape, slices.stride(), strict=True)
+    ]
+
+
+def _is_readable(slices: Tensor) -> bool:
+    """Whether slices (B, S, C, D), or keys (B, C, D), are read where they lie."""
+    *outer, tokens, features = _strides(slices)
+    if slices.device.type != "meta" and slices.data_ptr() % 16:
+        return False
+    if any(stride % _ALIGNED for stride in outer):
+        return False
+    if tokens == 1:
+        return features % _ALIGNED == 0 and slices.shape[-2] % _ALIGNED == 0
+    return features == 1 and tokens % _ALIGNED == 0 and slices.shape[-1] % _ALIGNED == 0
+
+
+def _buffer_like(x: Tensor) -> Tensor:
+    """A contiguous buffer of x's shape, the last axis lengthened by zeros to an aligned length."""
+    buffer = x.new_empty(*x.shape[:-1], _padded(x.shape[-1]))
+    buffer[..., x.shape[-1] :] = 0
+    return buffer
+
+
+def _into_buffer(x: Tensor) -> Tensor:
+    buffer = _buffer_like(x)
+    buffer[..., : x.shape[-1]] = x
+    return buffer
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """Some slices of one branch, as the kernels are given them.
+
+    Attributes:
+        maps: the slices of each feature map, (b, s, C, D), of which the last is the result.
+        key: (b, C, D).
+        rows: where in (B, S, C) their rows are.
+    """
+
+    maps: tuple[Tensor, ...]
+    key: Tensor
+    rows: tuple[slice, slice]
+
+
+def _branches(key: Tensor, *slices: Tensor, adds: bool) -> Iterator[_Branch]:
+    """One branch in as many parts as its windows need; what is written there is put back."""
+    batch, count, tokens, features = slices[0].shape
+    if all(map(_is_readable, slices)):
+        key = key if _is_readable(key) else _into_buffer(key)[..., :features]
+        yield _Branch(slices, key, (slice(0, batch), slice(0, count)))
+        return
+    key = _into_buffer(key)
+    slice_bytes = tokens * _padded(features) * max(x.element_size() for x in slices)
+    at_once = max(1, WINDOW // max(1, slice_bytes))
+    # As even as possible: a small last part would leave most of the card idle.
+    images = _even(batch, max(1, at_once // count))
+    width = _even(count, min(at_once, count))
+    for image in range(0, batch, images):
+        for first in range(0, count, width):
+            rows = slice(image, image + images), slice(first, first + width)
+            parts = [x[rows] for x in slices]
+            buffers = [_into_buffer(x) for x in parts[:-1]]
+            buffers.append(_into_buffer(parts[-1]) if adds else _buffer_like(parts[-1]))
+            yield _Branch(tuple(buffers), key[rows[0]], rows)
+            parts[-1].copy_(buffers[-1][..., :features])
+
+
+def _even(total: int, most: int) -> int:
+    """The length of the longest part when `total` is cut into parts of at most `most`."""
+    return -(-total // -(-total // most))
+
+
+def _named_strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
+    return {f"{name}_{axis}": stride for axis, stride in zip(axes, _strides(x), strict=True)}
+
+
+def _shared(
+    branch: _Branch, names: tuple[str, ...], lse: Tensor, scale: float, precision: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments and constants that every kernel takes."""
+    x = branch.maps[0]
+    _, count, tokens, features = x.shape
+    arguments: dict[str, Any] = dict(zip(names, branch.maps, strict=True))
+    arguments |= {"key": branch.key, "lse": lse[branch.rows]}
+    arguments |= {"S": count, "C": tokens, "D": features, "scale": scale * _LOG2_E}
+    reach = 0
+    for name, slices in zip(names, branch.maps, strict=True):
+        arguments |= _named_strides(name, slices, "bstf")
+        reach = max(reach, tokens * slices.stride(-2) + features * slices.stride(-1))
+    arguments |= _named_strides("key", branch.key, "btf") | {"lse_b": lse.stride(0)}
+    constants = {
+        "CHANNELS": power_of_two(tokens),
+        "FEATURES": features_class(features),
+        "LAYOUT": "features" if x.stride(-1) == 1 else "tokens",
+        "PADDED": _padded(features),
+        "COVERS_C": tokens % 128 == 0,
+        "COVERS_PADDED": features % _ALIGNED == 0,
+        "PRECISION": precision,
+        "WIDE": reach >= 2**31,
+    }
+    return arguments, constants
+
+
+def _blocks(count: int, tokens: int) -> Callable[[int], int]:
+    return lambda own: count * -(-tokens // own)
+
+
+def forward(
+    x: Tensor,
+    column_key: Tensor,
+    row_key: Tensor,
+    gamma: Tensor | None,
+    scale: float,
+    precision: str,
+    run: Run,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over columns plus attention over rows, times gamma plus x where there is a gamma.
+
+    Args:
+        x: feature map, (B, C, H, W), not empty.
+        column_key: (B, C, H).
+        row_key: (B, C, W).
+        gamma: one number, or None.
+        scale: factor on the scores, of either sign.
+        precision: of float32 products: "ieee" or "tf32".
+        run: launches a kernel.
+
+    Returns:
+        The result (B, C, H, W) in x's memory layout, and of the maps' rows log2 Σ 2^score:
+        (B, W, C) for columns and (B, H, C) for rows, which the backward needs.
+    """
+    batch, channels, height, width = x.shape
+    dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
+    out = torch.empty_like(x, dtype=dtype)
+    column_lse = x.new_empty(batch, width, channels, dtype=torch.float32)
+    row_lse = x.new_empty(batch, height, channels, dtype=torch.float32)
+    for cut, key, lse, last in (
+        (to_columns, column_key, column_lse, False),
+        (to_rows, row_key, row_lse, True),
+    ):
+        for branch in _branches(key, cut(x), cut(out), adds=last):
+            arguments, constants = _shared(branch, ("x", "out"), lse, scale, precision)
+            arguments["gamma"] = x if gamma is None else gamma
+            constants |= {"ADD": last, "RESIDUAL": last and gamma is not None}
+            images, count, tokens, _ = branch.maps[0].shape
+            run(Launch("forward", arguments, constants, _blocks(images * count, tokens)))
+    return out, column_lse, row_lse
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    column_key: Tensor,
+    row_key: Tensor,
+    gamma: Tensor | None,
+    column_lse: Tensor,
+    row_lse: Tensor,
+    scale: float,
+    precision: str,
+    run: Run,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of what `forward` computes.
+
+    Args:
+        grad: gradient of the result, (B, C, H, W).
+        x: as given to `forward`.
+        column_key: as given to `forward`.
+        row_key: as given to `forward`.
+        gamma: as given to `forward`.
+        column_lse: as returned by `forward`.
+        row_lse: as returned by `forward`.
+        scale: as given to `forward`.
+        precision: as given to `forward`.
+        run: launches a kernel.
+
+    Returns:
+        The gradients of x, column_key, row_key and gamma; the last is empty without a gamma.
+    """
+    grad = grad.to(x.dtype)
+    grad_x = torch.empty_like(x)
+    grad_keys, grad_gamma = [], 0.0
+    for cut, key, lse, first in (
+        (to_columns, column_key, column_lse, True),
+        (to_rows, row_key, row_lse, False),
+    ):
+        delta = torch.empty_like(lse)
+        grad_key = torch.zeros_like(key, dtype=torch.float32)
+        for branch in _branches(key, cut(x), cut(grad), cut(grad_x), adds=not first):
+            arguments, constants = _shared(branch, ("x", "grad", "out"), lse, scale, precision)
+            arguments |= {"delta": delta[branch.rows], "plain_scale": scale}
+            arguments["gamma"] = x if gamma is None else gamma
+            constants["GAMMA"] = gamma is not None
+            images, count, tokens, features = branch.maps[0].shape
+            queries = constants | {"ADD": not first, "RESIDUAL": first and gamma is not None}
+            programs = _blocks(images * count, tokens)
+            run(Launch("backward_queries", arguments, queries, programs))
+
+            each = max(1, images * count * -(-tokens // 64) // _PROGRAMS)
+            parts = -(-count // each)
+            sums = x.new_empty(images, parts, tokens, features, dtype=torch.float32)
+            arguments = arguments | {"grad_key": sums, "slices_each": each}
+            run(Launch("backward_keys", arguments, constants, _blocks(images * parts, tokens)))
+            # One after the other, in the order of the windows: the same sum in every run.
+            grad_key[branch.rows[0]] += sums.sum(1)[..., : key.shape[-1]]
+        grad_keys.append(grad_key if gamma is None else grad_key * gamma)
+        grad_gamma = grad_gamma + delta.sum()
+    grad_column_key, grad_row_key = (
+        torch.empty_like(key).copy_(found)
+        for key, found in zip((column_key, row_key), grad_keys, strict=True)
+    )
+    if gamma is None:
+        return grad_x, grad_column_key, grad_row_key, x.new_empty(0)
+    grad_gamma = torch.as_tensor(grad_gamma).to(gamma.dtype).reshape(gamma.shape)
+    return grad_x, grad_column_key, grad_row_key, grad_gamma

@@ -1,0 +1,115 @@
+"""Chooses a configuration for a launch, and launches it.
+
+By default Triton's autotuner does, once for each kind of card, dtype, layout, power of two of the
+channels and class of the features: batch size and small changes of height and width do not tune
+again. Which configuration is fastest may differ from one process to the next, and with it the last
+bits of a result. So under `torch.use_deterministic_algorithms(True)` nothing is tuned: the first
+configuration that the card can hold runs. The same holds while a CUDA graph is captured, when
+nothing can be timed, and in Triton's interpreter.
+"""
+
+# Triton has no types.
+# mypy: disable-error-code="no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+import triton
+import triton.testing
+from torch import Tensor
+from triton.runtime import JITFunction
+from triton.runtime.errors import OutOfResources
+
+from fullattn.attention.triton import kernels
+from fullattn.attention.triton.configurations import CONFIGURATIONS, Configuration, candidates
+from fullattn.attention.triton.launch import KernelName, Launch
+
+__all__ = ["INTERPRETED", "choices", "run"]
+
+INTERPRETED = not isinstance(kernels.forward, JITFunction)
+_KEY = ["CHANNELS", "FEATURES", "LAYOUT", "PRECISION"]
+
+
+def _bench(call: Callable[[], object], quantiles: tuple[float, ...]) -> Any:
+    return triton.testing.do_bench(call, warmup=5, rep=25, quantiles=quantiles)
+
+
+def _as_triton(entry: Configuration) -> triton.Config:
+    return triton.Config(entry.constants, num_warps=entry.warps, num_stages=entry.stages)
+
+
+def _allowed(kernel: KernelName, arguments: dict[str, Any]) -> list[Configuration]:
+    x: Tensor = arguments["x"]
+    hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return candidates(
+        kernel,
+        features=arguments["FEATURES"],
+        channels=arguments["CHANNELS"],
+        number_bytes=x.element_size(),
+        tensor_cores=arguments["PRECISION"] == "tf32" or x.element_size() == 2,
+        hopper=hopper,
+    )
+
+
+def _tuner(kernel: KernelName) -> Any:
+    def prune(configs: list[Any], named: dict[str, Any], **arguments: Any) -> list[Any]:
+        return [_as_triton(entry) for entry in _allowed(kernel, named | arguments)]
+
+    return triton.autotune(
+        configs=[_as_triton(entry) for entry in CONFIGURATIONS.values()],
+        key=_KEY,
+        prune_configs_by={"early_config_prune": prune},
+        restore_value=["out"],  # most launches add to it
+        do_bench=_bench,
+    )(getattr(kernels, kernel))
+
+
+_tuners = {kernel: _tuner(kernel) for kernel in get_args(KernelName)}
+
+
+def _may_tune() -> bool:
+    return not (
+        INTERPRETED
+        or torch.are_deterministic_algorithms_enabled()
+        or torch.cuda.is_current_stream_capturing()
+    )
+
+
+def run(launch: Launch) -> None:
+    """Launch a kernel in the configuration that was found fastest, or in the first that fits.
+
+    Args:
+        launch: what to launch.
+
+    Raises:
+        TritonError: the kernel does not compile, or no configuration fits the card.
+    """
+    arguments = launch.arguments | launch.constants
+
+    def grid(constants: dict[str, Any]) -> tuple[int]:
+        return (launch.programs(constants["OWN"]),)
+
+    if _may_tune():
+        _tuners[launch.kernel][grid](**arguments)
+        return
+    allowed = _allowed(launch.kernel, arguments)
+    for entry in allowed:
+        try:
+            getattr(kernels, launch.kernel)[grid](**arguments, **entry.constants, **entry.options)
+            return
+        except OutOfResources:
+            if entry is allowed[-1]:
+                raise
+
+
+def choices() -> list[tuple[str, str, str]]:
+    """What was tuned so far: (kernel, what for, name of the configuration)."""
+    names = {str(_as_triton(entry)): name for name, entry in CONFIGURATIONS.items()}
+    return [
+        (kernel, " ".join(map(str, key[: len(_KEY)])), names[str(best)])
+        for kernel, tuner in _tuners.items()
+        for key, best in tuner.cache.items()
+    ]
