@@ -126,3 +126,10 @@ def spatial_attended(value: Array, similarity: Array, height: int, width: int) -
         for w in range(width):
             out[:, :, h, w] = attended[:, h * width + w]
     return out
+
+
+def columns_and_rows_attended(x: Array, column_key: Array, row_key: Array, scale: float) -> Array:
+    """Columns plus rows for given keys (B, C, H) and (B, C, W)."""
+    column_maps = softmax(scale * np.einsum("bihw,bjh->bwij", x, column_key))
+    row_maps = softmax(scale * np.einsum("bihw,bjw->bhij", x, row_key))
+    return fully_attentional_attended(x, column_maps, row_maps)

@@ -1,7 +1,8 @@
 """The named configurations of the kernels, and which of them a problem may be tuned over.
 
-`most_features` is measured, not guessed: up to there ptxas of Triton 3.6 and 3.7 keeps everything
-in registers, in either layout. `tests/test_triton_compile.py` compiles and looks.
+Which configurations stand in `_CHOICES` is measured, not guessed: with those, the assemblers of
+Triton 3.6 and 3.7 keep everything in registers, for any number of features of the class and in
+either layout. `tests/test_triton_compile.py` compiles them and looks.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 __all__ = [
+    "AMPERE",
     "CLASSES",
     "CONFIGURATIONS",
+    "HOPPER",
     "MOST_FEATURES",
     "Configuration",
     "candidates",
@@ -19,6 +22,7 @@ __all__ = [
     "power_of_two",
 ]
 
+HOPPER, AMPERE = "Hopper", "Ampere"
 # A choice made for one number of features serves all of its class.
 CLASSES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 MOST_FEATURES = CLASSES[-1]
@@ -83,15 +87,99 @@ CONFIGURATIONS = {
         Configuration("wide_padded", 128, 64, 8, 2, exact=False),
         Configuration("square", 64, 64, 4, 3),
         Configuration("flat", 128, 32, 8, 2),
+        Configuration("flat_padded", 128, 32, 8, 2, exact=False),
         Configuration("slim", 64, 32, 4, 2),
         Configuration("slim_padded", 64, 32, 4, 2, exact=False),
         Configuration("slim_shared", 64, 32, 8, 2),
         Configuration("slim_shared_padded", 64, 32, 8, 2, exact=False),
         Configuration("small", 32, 32, 4, 2),
+        Configuration("small_deep", 32, 32, 4, 3),
+        Configuration("small_shared", 32, 32, 8, 2),
         Configuration("tiny", 32, 16, 4, 1),
+        Configuration("tiny_shared", 32, 16, 8, 1),
         Configuration("long", 64, 16, 8, 1),
-        Configuration("thread", 16, 16, 4, 1),
+        Configuration("least", 16, 16, 4, 1),
     )
+}
+
+# By kind of product and kernel: up to how many features which configurations, the best guess first
+# (it runs where nothing may be tuned).
+_Choices = Mapping[str, tuple[tuple[int, tuple[str, ...]], ...]]
+_CHOICES: Mapping[tuple[str, str], _Choices] = {
+    ("half", HOPPER): {
+        "forward": (
+            (96, ("wide", "wide_deep", "square", "slim")),
+            (128, ("wide", "wide_deep", "wide_padded", "square")),
+            (256, ("slim_shared", "long")),
+            (512, ("least",)),
+        ),
+        "backward_queries": (
+            (128, ("wide", "square", "flat")),
+            (256, ("slim_shared", "long")),
+            (512, ("least",)),
+        ),
+        "backward_keys": (
+            (64, ("square", "flat", "slim_shared")),
+            (96, ("flat", "slim_shared")),
+            (128, ("slim_shared", "slim_shared_padded", "flat_padded")),
+            (192, ("long", "small")),
+            (512, ("least",)),
+        ),
+    },
+    ("half", AMPERE): {
+        "forward": (
+            (64, ("wide", "square", "slim")),
+            (128, ("flat", "slim_shared")),
+            (256, ("long",)),
+            (512, ("least",)),
+        ),
+        "backward_queries": (
+            (64, ("wide", "flat", "slim")),
+            (96, ("flat", "slim", "slim_shared")),
+            (128, ("slim_shared", "small")),
+            (256, ("long",)),
+            (512, ("least",)),
+        ),
+        "backward_keys": (
+            (64, ("flat", "slim", "slim_shared")),
+            (96, ("slim_shared",)),
+            (128, ("slim_shared_padded", "slim_padded")),
+            (256, ("slim_shared_padded",)),
+            (512, ("least",)),
+        ),
+    },
+    ("tf32", HOPPER): {
+        "forward": ((128, ("slim_shared", "long")), (512, ("least",))),
+        "backward_queries": ((128, ("slim_shared", "long")), (512, ("least",))),
+        "backward_keys": ((128, ("long",)), (512, ("least",))),
+    },
+    ("tf32", AMPERE): {
+        "forward": ((128, ("slim_shared", "long")), (512, ("least",))),
+        "backward_queries": ((128, ("long", "tiny")), (512, ("least",))),
+        "backward_keys": ((128, ("slim_shared_padded",)), (512, ("least",))),
+    },
+    ("ieee", HOPPER): {
+        "forward": (
+            (96, ("small", "tiny_shared")),
+            (128, ("small_shared", "tiny_shared")),
+            (512, ("least",)),
+        ),
+        "backward_queries": ((96, ("slim_shared",)), (128, ("small_deep",)), (512, ("least",))),
+        "backward_keys": (
+            (96, ("tiny_shared", "tiny")),
+            (128, ("small_shared",)),
+            (512, ("least",)),
+        ),
+    },
+    ("ieee", AMPERE): {
+        "forward": ((128, ("small", "small_shared", "tiny_shared")), (512, ("least",))),
+        "backward_queries": ((96, ("slim_shared",)), (128, ("small",)), (512, ("least",))),
+        "backward_keys": (
+            (96, ("tiny_shared", "tiny")),
+            (128, ("small_shared",)),
+            (512, ("least",)),
+        ),
+    },
 }
 
 
@@ -101,8 +189,25 @@ def candidates(
     features: int,
     channels: int,
     number_bytes: int,
-    tensor_cores: bool,
-    hopper: bool,
+    precision: str,
+    generation: str,
 ) -> list[Configuration]:
-    """temporary"""
-    return [CONFIGURATIONS["thread"]]
+    """The configurations that a problem is tuned over.
+
+    Args:
+        kernel: name of the kernel.
+        features: class of the number of features.
+        channels: number of channels, as a power of two.
+        number_bytes: bytes of a number of the feature map.
+        precision: of float32 products, "ieee" or "tf32".
+        generation: of the card, `HOPPER` (compute capability 9.0 or newer) or `AMPERE`.
+
+    Returns:
+        At least one, the best guess first.
+    """
+    kind = "half" if number_bytes == 2 else precision
+    choices = _CHOICES[kind, generation][kernel]
+    names = next(names for most, names in choices if features <= most)
+    found = [CONFIGURATIONS[name] for name in names]
+    fitting = [entry for entry in found if entry.own <= max(channels, 32)]
+    return fitting or [CONFIGURATIONS["small" if features <= 128 else "least"]]

@@ -24,7 +24,13 @@ from triton.runtime import JITFunction
 from triton.runtime.errors import OutOfResources
 
 from fullattn.attention.triton import kernels
-from fullattn.attention.triton.configurations import CONFIGURATIONS, Configuration, candidates
+from fullattn.attention.triton.configurations import (
+    AMPERE,
+    CONFIGURATIONS,
+    HOPPER,
+    Configuration,
+    candidates,
+)
 from fullattn.attention.triton.launch import KernelName, Launch
 
 __all__ = ["INTERPRETED", "choices", "run"]
@@ -49,8 +55,8 @@ def _allowed(kernel: KernelName, arguments: dict[str, Any]) -> list[Configuratio
         features=arguments["FEATURES"],
         channels=arguments["CHANNELS"],
         number_bytes=x.element_size(),
-        tensor_cores=arguments["PRECISION"] == "tf32" or x.element_size() == 2,
-        hopper=hopper,
+        precision=arguments["PRECISION"],
+        generation=HOPPER if hopper else AMPERE,
     )
 
 
