@@ -17,14 +17,17 @@ $(READY): pyproject.toml constraints.txt
 bench: $(READY)  ## compare the layers and their backends: a table, out/bench/bench.json, bench.png
 	$(BIN)/fullattn bench --output out/bench
 
+# Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen from the start.
 test: $(READY)  ## every test
 	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton.py
 
 quick: $(READY)  ## every test but those that compile or time something
 	$(PYTEST) -m 'not slow'
 
 deep: $(READY)  ## every test, with many more hypothesis examples
 	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600
+	HYPOTHESIS_PROFILE=deep TRITON_INTERPRET=1 $(PYTEST) --timeout 3600 tests/test_triton.py
 
 lint: $(READY)  ## formatting, lint and strict types
 	$(BIN)/ruff format --check .

@@ -34,7 +34,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 
 if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 as `make test` sets it", allow_module_level=True)
+    pytest.skip(
+        "needs a GPU, or TRITON_INTERPRET=1 as `make test` sets it", allow_module_level=True
+    )
 if (reason := triton.BACKEND.unavailable()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
@@ -145,7 +147,6 @@ def results(call: Drawn, inputs: list[Tensor | None], grad: Tensor) -> list[Tens
     """The result and the gradient of every input that there is, by the kernels."""
     inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
     x, column_key, row_key, gamma = inputs
-    assert x is not None
     with window_of(call.window):
         y = triton.attend_columns_and_rows(x, column_key, row_key, call.scale, gamma)
         given = [each for each in inputs if each is not None]
@@ -156,7 +157,6 @@ def expected(call: Drawn, inputs: list[Tensor | None], grad: Tensor) -> list[Ten
     """The same in float64 by the reference, after the forward was compared with the oracle."""
     given = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
     x, column_key, row_key, gamma = given
-    assert x is not None and column_key is not None and row_key is not None
     y = exact_attention(x, column_key, row_key, call.scale)
     by_sums = oracle.columns_and_rows_attended(*arrays(x, column_key, row_key), call.scale)
     assert_near(y, by_sums, torch.float64)
@@ -205,7 +205,6 @@ def assert_rows_right(channels: int, width: int, dtype: torch.dtype) -> None:
     """As `assert_right` for the rows of one row: its columns are many, and of one number each."""
     call = Drawn((1, channels, 1, width), scale=0.1, gamma=None)
     (x, column_key, row_key, gamma), grad = call.tensors(dtype)
-    assert x is not None and column_key is not None and row_key is not None
     run = only(-(-width // 16) * 16)
     y, *lse = launch.forward(x, column_key, row_key, gamma, call.scale, "ieee", run)
     found = launch.backward(grad, x, column_key, row_key, gamma, *lse, call.scale, "ieee", run)
@@ -245,8 +244,9 @@ def test_many_channels(dtype: torch.dtype) -> None:
 @each_dtype
 def test_scores_beyond_the_largest_float16(dtype: torch.dtype) -> None:
     inputs, _ = Drawn((1, 4, 5, 6), gamma=None).tensors(torch.float64)
-    x, column_key, row_key, _ = (None if each is None else (each * 200).to(dtype) for each in inputs)
-    assert x is not None and column_key is not None and row_key is not None
+    x, column_key, row_key, _ = (
+        None if each is None else (each * 200).to(dtype) for each in inputs
+    )
     scores = torch.einsum("bihw,bjh->bwij", x.double(), column_key.double())
     assert scores.abs().max() > 65504
     y = triton.attend_columns_and_rows(x, column_key, row_key)
@@ -266,7 +266,6 @@ def test_an_expanded_gradient() -> None:
 
 def test_no_gradient_for_what_needs_none() -> None:
     (x, column_key, row_key, gamma), grad = Drawn((1, 16, 3, 4)).tensors(torch.float32)
-    assert x is not None
     x.requires_grad_()
     y = triton.attend_columns_and_rows(x, column_key, row_key, 1.0, gamma)
     y.backward(grad)
@@ -300,7 +299,6 @@ def test_images_do_not_influence_each_other() -> None:
     together = results(call, inputs, grad)
     for image in range(3):
         part = slice(image, image + 1)
-        assert x is not None and column_key is not None and row_key is not None
         alone = results(call, [x[part], column_key[part], row_key[part], gamma], grad[part])
         for one, other in zip(together[:4], alone[:4], strict=True):
             assert_near(one[part], other, torch.float32)
@@ -374,7 +372,7 @@ def test_compiled_without_graph_breaks_agrees_with_eager(dynamic: bool) -> None:
 @pytest.mark.parametrize("backend", ["triton", None])
 def test_exported_with_free_sizes(backend: str | None) -> None:
     layer = layer_of(5, backend=backend).eval()
-    free = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     x = torch.randn(2, 5, 4, 6, device=DEVICE)
     program = torch.export.export(layer, (x,), dynamic_shapes=(free,), strict=True)
     calls_kernels = "fullattn.attend_triton" in str(program.graph)
@@ -410,9 +408,7 @@ def test_the_layer_runs_on_it_by_name_with_its_residual(monkeypatch: pytest.Monk
     x = torch.randn(2, 17, 3, 5, device=DEVICE).contiguous(memory_format=torch.channels_last)
     launched: list[dict[str, Any]] = []
     run = tuning.run
-    monkeypatch.setattr(
-        tuning, "run", lambda each: (launched.append(each.constants), run(each))[1]
-    )
+    monkeypatch.setattr(tuning, "run", lambda each: (launched.append(each.constants), run(each))[1])
     with fullattn.backend("triton"):
         y = layer(x)
     assert [each["RESIDUAL"] for each in launched] == [False, True]

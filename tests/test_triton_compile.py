@@ -27,18 +27,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 if (reason := backend._missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from fullattn.attention.triton import kernels, launch  # noqa: E402
-from fullattn.attention.triton.configurations import (  # noqa: E402
+from fullattn.attention.triton import kernels, launch
+from fullattn.attention.triton.configurations import (
     AMPERE,
     CLASSES,
     HOPPER,
     Configuration,
     candidates,
-    power_of_two,
 )
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -227,8 +226,10 @@ def test_common_shapes_stay_in_registers_and_use_tensor_cores(
             problems.append(f"{what}: products in TF32, which was not asked for")
         if re.search(r"\b(atom|red)\.", compiled.ptx):
             problems.append(f"{what}: atomics")
-        if dtype != torch.float32 and not re.search(r"LDGSTS\S*\.128", compiled.machine_code):
-            problems.append(f"{what}: no 16-byte loads that fly while others compute")
+        # On Hopper, past registers into shared memory. On Ampere Triton does that to some alone.
+        in_flight = capability >= 90 and configuration.stages > 1 and dtype != torch.float32
+        if not re.search(rf"LDG{'STS' if in_flight else '(STS)?'}\S*\.128", compiled.machine_code):
+            problems.append(f"{what}: no 16-byte loads")
     assert not problems, "\n".join(problems)
 
 
@@ -258,12 +259,12 @@ def test_pieces_cover_the_features_closely() -> None:
         exact, single = (kernels.pieces(padded, exact) for exact in (True, False))
         assert len(exact) <= 3
         assert padded <= sum(exact) <= sum(single) < 2 * padded
-        # At most a seventh more than the features in whole units of the tensor cores.
-        assert sum(exact) <= padded * 8 / 7
+        # At most an eighth more than the features in whole units of the tensor cores.
+        assert sum(exact) <= padded * 9 / 8
 
 
 def test_more_slices_than_an_axis_of_a_grid_holds() -> None:
-    found = launches((160, 3, 512, 512), torch.float16, LAST)
+    found = launches((160, 16, 512, 512), torch.float16, LAST)
     assert max(each.programs(32) for each in found) > 65_535
 
 
@@ -299,12 +300,10 @@ def test_no_map_and_no_copy_where_slices_are_read_in_place() -> None:
     with Allocations() as made:
         launches((8, 512, 97, 97), torch.bfloat16, LAST)
     x = 8 * 512 * 97 * 97 * 2
-    assert max(made.bytes) == x
-    # x itself, its result and its gradient; the map of one image's columns would be 51 MB.
-    assert sorted(made.bytes)[-4:] == [sorted(made.bytes)[-4], x, x, x]
+    # x itself, its result and its gradient. All else is a third of one of them at most; the map of
+    # the columns of a single image would be as large as two thirds.
+    assert sorted(made.bytes)[-3:] == [x, x, x]
     assert sorted(made.bytes)[-4] < x / 3
-    keys = 2 * 8 * 512 * 97 * 4
-    assert "copy_" not in made.operators or max(made.bytes[:-3], default=0) <= max(x, keys)
 
 
 @pytest.mark.parametrize("shape", [(8, 512, 96, 96), (8, 512, 97, 97), (1, 2048, 256, 256)])
@@ -313,7 +312,8 @@ def test_a_window_is_no_larger_than_it_is_said_to_be(shape: tuple[int, ...]) -> 
         launches(shape)
     x = torch.empty(shape, dtype=torch.bfloat16, device="meta").nbytes
     others = [size for size in made.bytes if size != x]
-    assert max(others) <= max(launch.WINDOW, 2048 * 256 * 4 * 2)
+    sums_of_keys = 2 * launch._PROGRAMS * 64 * max(shape) * 4
+    assert max(others) <= max(launch.WINDOW, sums_of_keys)
 
 
 def test_windows_are_even() -> None:

@@ -221,7 +221,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     Returns:
         (B, S, N, E) in the query's dtype, and in its memory layout where E is D.
     """
-    return _operator(query, key, value, scale)
+    result: Tensor = _operator(query, key, value, scale)
+    return result
 
 
 BACKEND = Backend(

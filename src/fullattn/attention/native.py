@@ -208,7 +208,8 @@ def attend_columns_and_rows(
     Returns:
         (B, C, H, W) in x's dtype and memory layout.
     """
-    return _operator(x, column_key, row_key, scale)
+    result: Tensor = _operator(x, column_key, row_key, scale)
+    return result
 
 
 BACKEND = Backend(

@@ -16,6 +16,7 @@ import os
 import subprocess
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -73,10 +74,15 @@ _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _precision() -> str:
     """Float32 products take the tensor cores only where PyTorch's own switch allows TF32."""
-    precision = torch.backends.cuda.matmul.fp32_precision
+    switches: Any = torch.backends  # its stubs do not know the switch
+    precision = switches.cuda.matmul.fp32_precision
     if precision == "none":
-        precision = torch.backends.fp32_precision
+        precision = switches.fp32_precision
     return "tf32" if precision == "tf32" else "ieee"
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _or_plainly(x: Tensor, run: Callable[[], Any], plainly: Callable[[], Any]) -> Any:
@@ -116,7 +122,7 @@ def _forward(
     def run() -> tuple[Tensor, Tensor, Tensor]:
         from fullattn.attention.triton import launch, tuning
 
-        with torch.cuda.device_of(x):
+        with _on_device_of(x):
             return launch.forward(x, column_key, row_key, gamma, scale, _precision(), tuning.run)
 
     def plainly() -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +152,7 @@ def _backward(
     def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from fullattn.attention.triton import launch, tuning
 
-        with torch.cuda.device_of(x):
+        with _on_device_of(x):
             return launch.backward(
                 grad, *inputs, column_lse, row_lse, scale, _precision(), tuning.run
             )

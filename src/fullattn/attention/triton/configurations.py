@@ -96,6 +96,7 @@ CONFIGURATIONS = {
         Configuration("small_deep", 32, 32, 4, 3),
         Configuration("small_shared", 32, 32, 8, 2),
         Configuration("tiny", 32, 16, 4, 1),
+        Configuration("tiny_padded", 32, 16, 4, 1, exact=False),
         Configuration("tiny_shared", 32, 16, 8, 1),
         Configuration("long", 64, 16, 8, 1),
         Configuration("least", 16, 16, 4, 1),
@@ -154,9 +155,9 @@ _CHOICES: Mapping[tuple[str, str], _Choices] = {
         "backward_keys": ((128, ("long",)), (512, ("least",))),
     },
     ("tf32", AMPERE): {
-        "forward": ((128, ("slim_shared", "long")), (512, ("least",))),
+        "forward": ((128, ("slim_shared",)), (512, ("least",))),
         "backward_queries": ((128, ("long", "tiny")), (512, ("least",))),
-        "backward_keys": ((128, ("slim_shared_padded",)), (512, ("least",))),
+        "backward_keys": ((128, ("tiny_padded",)), (512, ("least",))),
     },
     ("ieee", HOPPER): {
         "forward": (

@@ -28,11 +28,12 @@ __all__ = ["backward_keys", "backward_queries", "forward", "pieces"]
 
 @triton.constexpr_function
 def pieces(padded, exact):
-    """Powers of two that cover a number of features: at most three with `exact`, otherwise one."""
-    binary = tuple(1 << bit for bit in reversed(range(padded.bit_length())) if padded >> bit & 1)
-    if exact and len(binary) <= 3:
-        return binary
-    return (1 << (padded - 1).bit_length(),)
+    """Powers of two that cover a number of features: up to three with `exact`, otherwise one."""
+    if not exact:
+        return (1 << (padded - 1).bit_length(),)
+    while padded.bit_count() > 3:
+        padded += padded & -padded
+    return tuple(1 << bit for bit in reversed(range(padded.bit_length())) if padded >> bit & 1)
 
 
 @triton.constexpr_function
@@ -97,7 +98,7 @@ def _zeros(N: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def _scores(left, right, PIECES: tl.constexpr, PRECISION: tl.constexpr):
-    """left (N, D) · rightᵀ (D, M), in float32."""
+    """Left (N, D) · rightᵀ (D, M), in float32."""
     scores = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
     for n in tl.static_range(1, _count(PIECES)):
         scores = tl.dot(left[n], tl.trans(right[n]), scores, input_precision=PRECISION)
@@ -106,7 +107,7 @@ def _scores(left, right, PIECES: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _add_product(total, weights, right, PIECES: tl.constexpr, PRECISION: tl.constexpr):
-    """total + weights (N, M) · right (M, D)."""
+    """Total + weights (N, M) · right (M, D)."""
     weights = weights.to(right[0].dtype)
     result = ()
     for n in tl.static_range(_count(PIECES)):

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fullattn.attention.triton.configurations import Configuration, features_class, power_of_two
+from fullattn.attention.triton.configurations import features_class, power_of_two
 from fullattn.reshape import to_columns, to_rows
 
 __all__ = ["KernelName", "Launch", "Run", "backward", "forward"]
@@ -247,7 +247,8 @@ def backward(
     """
     grad = grad.to(x.dtype)
     grad_x = torch.empty_like(x)
-    grad_keys, grad_gamma = [], 0.0
+    grad_keys: list[Tensor] = []
+    grad_gamma = x.new_zeros((), dtype=torch.float32)
     for cut, key, lse, first in (
         (to_columns, column_key, column_lse, True),
         (to_rows, row_key, row_lse, False),
@@ -279,5 +280,4 @@ def backward(
     )
     if gamma is None:
         return grad_x, grad_column_key, grad_row_key, x.new_empty(0)
-    grad_gamma = torch.as_tensor(grad_gamma).to(gamma.dtype).reshape(gamma.shape)
-    return grad_x, grad_column_key, grad_row_key, grad_gamma
+    return grad_x, grad_column_key, grad_row_key, grad_gamma.to(gamma.dtype).reshape(gamma.shape)
