@@ -350,3 +350,17 @@ def feature_maps(
         factor=draw(st.sampled_from(factors)),
         scale=draw(st.sampled_from([1.0, None, -0.5, 0.1])),
     )
+
+
+@contextmanager
+def allocations() -> Iterator[list[int]]:
+    """Collects the peak of the bytes that PyTorch allocates inside, over those at the start."""
+    peak: list[int] = []
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        yield peak
+    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+    live = top = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        top = max(top, live)
+    peak.append(top)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fullattn
+from cases import allocations
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs
 from fullattn.attention.dispatch import BACKENDS
 
@@ -95,20 +95,6 @@ def test_a_fused_backend_computes_the_scores_once_more(backend: str) -> None:
     fused, reference = (costs.cost(layer, shape, backend=name) for name in (backend, "reference"))
     assert fused.flops == reference.flops
     assert fused.backward_flops == reference.backward_flops + scores
-
-
-@contextmanager
-def allocations() -> Iterator[list[int]]:
-    """Collects the peak of the bytes that PyTorch allocates inside, over those at the start."""
-    peak: list[int] = []
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        yield peak
-    events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
-    live = top = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        top = max(top, live)
-    peak.append(top)
 
 
 def measured(layer: nn.Module, shape: tuple[int, ...], backend: str, dtype: torch.dtype) -> Any:

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fullattn
 import oracle
-from cases import arrays, assert_near
+from cases import allocations, arrays, assert_near
+from fullattn import costs
 from fullattn.attention import attend_columns_and_rows, reference, triton
 from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
 
@@ -333,6 +334,30 @@ def test_autocast_casts_the_operator() -> None:
     with torch.autocast(DEVICE, torch.float16):
         y, column_lse, _ = torch.ops.fullattn.attend_triton(*inputs, 1.0)
     assert (y.dtype, column_lse.dtype) == (torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 12, 16), (1, 40, 9, 13)])
+def test_memory_is_that_of_the_formula(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not INTERPRETED:
+        pytest.skip("benchmarks/gpu.py asks the GPU's allocator")
+    monkeypatch.setattr(launch, "WINDOW", 40_000)
+    # The interpreter holds the arguments of its last launch; what kernels write is of no interest.
+    monkeypatch.setattr(tuning, "run", lambda each: None)
+    layer = layer_of(shape[1])
+    cost = costs.cost(layer, shape, backend="triton", device=DEVICE)
+    x, grad = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE)
+    with fullattn.backend("triton"):
+        with torch.no_grad(), allocations() as inference:
+            y = layer(x)
+        del y
+        x.requires_grad_()
+        with allocations() as training:
+            y = layer(x)
+            y.backward(grad)
+    assert cost.inference_bytes == pytest.approx(inference[0], rel=0.1, abs=5000)
+    assert cost.training_bytes == pytest.approx(training[0], rel=0.1, abs=5000)
 
 
 def test_flops_are_counted() -> None:

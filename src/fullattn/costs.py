@@ -13,7 +13,8 @@ counted, as `torch.utils.flop_counter.FlopCounterMode` does; the two agree. For 
                        2·B·C·E·HW         each of its 1x1 convolutions
 
 Backward, with a gradient for x, costs twice the forward where the map is kept, and half the
-attention's forward more where a fused backend computes the scores again.
+attention's forward more where a fused backend computes the scores again. `triton` computes more
+than those again; as PyTorch does for its own fused kernels, that is not counted.
 
 Memory is that of all tensors alive at the worst moment, over x, the parameters and the gradient
 that arrives at the output: the result, copies, maps, buffers, and in training what backward needs,
@@ -49,6 +50,7 @@ from torch import nn
 
 from fullattn.attention import Kind, Problem, chunked, dispatch, flops, sdpa
 from fullattn.attention.backend import FLOATING
+from fullattn.attention.triton import launch
 from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal, _checks
 
 __all__ = ["Cost", "cost"]
@@ -491,7 +493,54 @@ def _native_rooms(shape: tuple[int, int, int, int]) -> tuple[int, int]:
     )
 
 
-_COLUMNS_AND_ROWS: dict[str, Callable[[_Setting], _Footprint]] = {"native": _native}
+def _triton(setting: _Setting) -> _Footprint:
+    """Both branches of FullyAttentional and its residual, by `attention/triton`."""
+    batch, channels, height, width = shape = setting.shape
+    x = prod(shape) * setting.size
+    rows = 4 * batch * channels * (height + width)  # a number for each row of each map
+    forward, backward = zip(
+        _triton_room((batch, width, channels, height), setting.size, in_place=False),
+        _triton_room((batch, height, channels, width), setting.size, in_place=width % 16 == 0),
+        strict=True,
+    )
+    grad_keys = batch * channels * (height + width) * (4 + setting.size)
+    return _Footprint(
+        flops=flops.columns_and_rows(shape),
+        backward_flops=flops.columns_and_rows_backward(shape, shape),
+        output=x,
+        inference=x + rows + max(forward),
+        saved=rows,
+        forward=x + rows + max(forward),
+        backward=2 * x + 2 * rows + grad_keys + max(backward),
+        backward_shared=x + 2 * rows + grad_keys + max(backward),
+    )
+
+
+def _triton_room(
+    slices: tuple[int, int, int, int], size: int, *, in_place: bool
+) -> tuple[int, int]:
+    """What one branch takes besides, forward and backward.
+
+    Windows of x and the result, backward of the gradient too, and a readable key, where slices are
+    not read in place; backward the sums for the key's gradient that the programs leave.
+    """
+    batch, count, channels, features = slices
+    images, width = batch, count
+    windows = key = 0
+    if not in_place:
+        images, width = launch.window(slices, size)
+        features = launch.padded(features)
+        windows = images * width * channels * features * size
+        key = batch * channels * features * size
+    parts = -(-width // launch.slices_each(images * width, channels))
+    sums = 4 * images * (parts + 1) * channels * features
+    return 2 * windows + key, 3 * windows + key + sums
+
+
+_COLUMNS_AND_ROWS: dict[str, Callable[[_Setting], _Footprint]] = {
+    "native": _native,
+    "triton": _triton,
+}
 
 
 def _fully_attentional(layer: FullyAttentional, setting: _Setting) -> _Work:
@@ -528,7 +577,11 @@ def _fully_attentional(layer: FullyAttentional, setting: _Setting) -> _Work:
         + 2 * (linears + convolution),
         map_numbers=batch * problem.map_numbers,
         inference=max(_fully_attentional_inference(layer, setting, branches)),
-        training=max(_fully_attentional_training(layer, setting, branches)),
+        training=max(
+            _fully_attentional_training(
+                layer, setting, branches, dispatch.by_name(backend).adds_residual
+            )
+        ),
     )
 
 
@@ -562,7 +615,7 @@ def _fully_attentional_inference(
 
 
 def _fully_attentional_training(
-    layer: FullyAttentional, setting: _Setting, branches: list[_Footprint]
+    layer: FullyAttentional, setting: _Setting, branches: list[_Footprint], adds_residual: bool
 ) -> Iterator[int]:
     """Bytes alive at each step of a forward and backward pass."""
     batch, channels, height, width = setting.shape
@@ -574,7 +627,7 @@ def _fully_attentional_training(
         kept += branch.kept
     if len(branches) > 1:
         yield kept + sum(branch.output for branch in branches if not branch.keeps_output) + x
-    attended = result = x
+    attended, result = 0 if adds_residual else x, x
     # The gradient of the sum with x; without a projection it is the one that arrives.
     grad_sum = weights = 0
     if layer.project is not None:
@@ -588,11 +641,14 @@ def _fully_attentional_training(
         yield held + result + convolved + later * x
         yield held + result + (x if later else 0) + grad_sum + weights + room_backward
     held = result + grad_sum + weights
-    yield kept + attended + held + 2 * x  # gradients of the attended values and of gamma
+    if not adds_residual:
+        yield kept + attended + held + 2 * x  # gradients of the attended values and of gamma
     for branch in reversed(branches):
         # The gradient of the attended values stays until both branches have had it.
         last = branch is branches[0]
-        yield kept - branch.saved + held + (branch.backward if last else x + branch.backward_shared)
+        grad = 0 if adds_residual else x  # the residual's gradient is the one that arrives
+        peak = branch.backward if last and grad else grad + branch.backward_shared
+        yield kept - branch.saved + held + peak
         kept -= branch.kept
         held += x  # the branch's gradient of x
     linears = 2 * _numbers(layer.column_key.parameters()) * setting.size

@@ -22,7 +22,16 @@ import torch
 from fullattn.attention import chunked, native, reassociated, reference, sdpa, triton
 from fullattn.attention.backend import Backend, Kind, Problem, known
 
-__all__ = ["BACKENDS", "FUSED", "BackendError", "backend", "backend_names", "check_name", "choose"]
+__all__ = [
+    "BACKENDS",
+    "FUSED",
+    "BackendError",
+    "backend",
+    "backend_names",
+    "by_name",
+    "check_name",
+    "choose",
+]
 
 BACKENDS: tuple[Backend, ...] = (
     triton.BACKEND,
@@ -56,6 +65,11 @@ class BackendError(RuntimeError):
 def backend_names() -> tuple[str, ...]:
     """Names of all backends."""
     return tuple(_BY_NAME)
+
+
+def by_name(name: str) -> Backend:
+    """The backend of a name."""
+    return _BY_NAME[name]
 
 
 def check_name(name: str | None, source: str = "backend") -> str | None:

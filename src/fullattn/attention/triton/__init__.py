@@ -98,7 +98,8 @@ def _or_plainly(x: Tensor, run: Callable[[], Any], plainly: Callable[[], Any]) -
         raise
     # Triton raises RuntimeError where a pass or the search for a tool fails.
     except (TritonError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
-        _failed[where] = reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        first_line = str(error).partition("\n")[0][:200]
+        _failed[where] = reason = f"{type(error).__name__}: {first_line}"
         warnings.warn(
             f"fullattn's Triton kernels cannot run at shape {tuple(x.shape)} in "
             f"{str(x.dtype).removeprefix('torch.')} ({reason}); PyTorch's matrix products do, "

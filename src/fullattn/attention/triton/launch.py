@@ -15,7 +15,7 @@ bounded size with a few slices in the kernels' favourite order, filled, used and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,16 @@ from torch import Tensor
 from fullattn.attention.triton.configurations import features_class, power_of_two
 from fullattn.reshape import to_columns, to_rows
 
-__all__ = ["KernelName", "Launch", "Run", "backward", "forward"]
+__all__ = [
+    "KernelName",
+    "Launch",
+    "Run",
+    "backward",
+    "forward",
+    "padded",
+    "slices_each",
+    "window",
+]
 
 # Bytes of one tensor's window: small beside the tensors that need it, and large enough that a
 # launch has several programs for every multiprocessor (2 images of 512x96x96 in bfloat16).
@@ -59,7 +68,8 @@ class Launch:
 Run = Callable[[Launch], None]
 
 
-def _padded(features: int) -> int:
+def padded(features: int) -> int:
+    """The number of features in a window: the next multiple of 16."""
     return -(-features // _ALIGNED) * _ALIGNED
 
 
@@ -83,16 +93,17 @@ def _is_readable(slices: Tensor) -> bool:
     return features == 1 and tokens % _ALIGNED == 0 and slices.shape[-1] % _ALIGNED == 0
 
 
-def _buffer_like(x: Tensor) -> Tensor:
-    """A contiguous buffer of x's shape, the last axis lengthened by zeros to an aligned length."""
-    buffer = x.new_empty(*x.shape[:-1], _padded(x.shape[-1]))
-    buffer[..., x.shape[-1] :] = 0
+def _buffer(x: Tensor, *shape: int) -> Tensor:
+    """A contiguous buffer of a shape, with zeros up to an aligned number of features."""
+    *outer, features = shape
+    buffer = x.new_empty(*outer, padded(features))
+    buffer[..., features:] = 0
     return buffer
 
 
-def _into_buffer(x: Tensor) -> Tensor:
-    buffer = _buffer_like(x)
-    buffer[..., : x.shape[-1]] = x
+def _readable_key(key: Tensor) -> Tensor:
+    buffer = _buffer(key, *key.shape)
+    buffer[..., : key.shape[-1]] = key
     return buffer
 
 
@@ -115,23 +126,50 @@ def _branches(key: Tensor, *slices: Tensor, adds: bool) -> Iterator[_Branch]:
     """One branch in as many parts as its windows need; what is written there is put back."""
     batch, count, tokens, features = slices[0].shape
     if all(map(_is_readable, slices)):
-        key = key if _is_readable(key) else _into_buffer(key)[..., :features]
+        key = key if _is_readable(key) else _readable_key(key)[..., :features]
         yield _Branch(slices, key, (slice(0, batch), slice(0, count)))
         return
-    key = _into_buffer(key)
-    slice_bytes = tokens * _padded(features) * max(x.element_size() for x in slices)
-    at_once = max(1, WINDOW // max(1, slice_bytes))
-    # As even as possible: a small last part would leave most of the card idle.
-    images = _even(batch, max(1, at_once // count))
-    width = _even(count, min(at_once, count))
+    key = _readable_key(key)
+    images, width = window(slices[0].shape, max(x.element_size() for x in slices))
+    buffers = [_buffer(x, images, width, tokens, features) for x in slices]
     for image in range(0, batch, images):
         for first in range(0, count, width):
             rows = slice(image, image + images), slice(first, first + width)
             parts = [x[rows] for x in slices]
-            buffers = [_into_buffer(x) for x in parts[:-1]]
-            buffers.append(_into_buffer(parts[-1]) if adds else _buffer_like(parts[-1]))
-            yield _Branch(tuple(buffers), key[rows[0]], rows)
-            parts[-1].copy_(buffers[-1][..., :features])
+            held = [buffer[: len(parts[0]), : parts[0].shape[1]] for buffer in buffers]
+            for part, of_it in zip(parts if adds else parts[:-1], held, strict=False):
+                of_it[..., :features] = part
+            yield _Branch(tuple(held), key[rows[0]], rows)
+            parts[-1].copy_(held[-1][..., :features])
+
+
+def window(shape: Sequence[int], number_bytes: int) -> tuple[int, int]:
+    """How many images and slices of them one window holds.
+
+    Args:
+        shape: of the slices, (B, S, C, D).
+        number_bytes: bytes of a number.
+
+    Returns:
+        Images, and slices of each; only where it is one image are they fewer than all.
+    """
+    batch, count, tokens, features = shape
+    at_once = max(1, WINDOW // (tokens * padded(features) * number_bytes))
+    # As even as possible: a small last part would leave most of the card idle.
+    return _even(batch, max(1, at_once // count)), _even(count, min(at_once, count))
+
+
+def slices_each(slices: int, tokens: int) -> int:
+    """How many slices one program of `backward_keys` goes through.
+
+    Args:
+        slices: of all images of a launch.
+        tokens: C.
+
+    Returns:
+        As many as leave `_PROGRAMS` programs, and 1 at least.
+    """
+    return max(1, slices * -(-tokens // 64) // _PROGRAMS)
 
 
 def _even(total: int, most: int) -> int:
@@ -161,7 +199,7 @@ def _shared(
         "CHANNELS": power_of_two(tokens),
         "FEATURES": features_class(features),
         "LAYOUT": "features" if x.stride(-1) == 1 else "tokens",
-        "PADDED": _padded(features),
+        "PADDED": padded(features),
         "COVERS_C": tokens % 128 == 0,
         "COVERS_PADDED": features % _ALIGNED == 0,
         "PRECISION": precision,
@@ -203,16 +241,18 @@ def forward(
     out = torch.empty_like(x, dtype=dtype)
     column_lse = x.new_empty(batch, width, channels, dtype=torch.float32)
     row_lse = x.new_empty(batch, height, channels, dtype=torch.float32)
-    for cut, key, lse, last in (
-        (to_columns, column_key, column_lse, False),
-        (to_rows, row_key, row_lse, True),
-    ):
+
+    # A function, so that one branch's window is given back before the other's is taken.
+    def attend(cut: Callable[[Tensor], Tensor], key: Tensor, lse: Tensor, last: bool) -> None:
         for branch in _branches(key, cut(x), cut(out), adds=last):
             arguments, constants = _shared(branch, ("x", "out"), lse, scale, precision)
             arguments["gamma"] = x if gamma is None else gamma
             constants |= {"ADD": last, "RESIDUAL": last and gamma is not None}
             images, count, tokens, _ = branch.maps[0].shape
             run(Launch("forward", arguments, constants, _blocks(images * count, tokens)))
+
+    attend(to_columns, column_key, column_lse, False)
+    attend(to_rows, row_key, row_lse, True)
     return out, column_lse, row_lse
 
 
@@ -247,12 +287,11 @@ def backward(
     """
     grad = grad.to(x.dtype)
     grad_x = torch.empty_like(x)
-    grad_keys: list[Tensor] = []
     grad_gamma = x.new_zeros((), dtype=torch.float32)
-    for cut, key, lse, first in (
-        (to_columns, column_key, column_lse, True),
-        (to_rows, row_key, row_lse, False),
-    ):
+
+    def differentiate(
+        cut: Callable[[Tensor], Tensor], key: Tensor, lse: Tensor, first: bool
+    ) -> Tensor:
         delta = torch.empty_like(lse)
         grad_key = torch.zeros_like(key, dtype=torch.float32)
         for branch in _branches(key, cut(x), cut(grad), cut(grad_x), adds=not first):
@@ -260,24 +299,31 @@ def backward(
             arguments |= {"delta": delta[branch.rows], "plain_scale": scale}
             arguments["gamma"] = x if gamma is None else gamma
             constants["GAMMA"] = gamma is not None
-            images, count, tokens, features = branch.maps[0].shape
             queries = constants | {"ADD": not first, "RESIDUAL": first and gamma is not None}
+            images, count, tokens, _ = branch.maps[0].shape
             programs = _blocks(images * count, tokens)
             run(Launch("backward_queries", arguments, queries, programs))
-
-            each = max(1, images * count * -(-tokens // 64) // _PROGRAMS)
-            parts = -(-count // each)
-            sums = x.new_empty(images, parts, tokens, features, dtype=torch.float32)
-            arguments = arguments | {"grad_key": sums, "slices_each": each}
-            run(Launch("backward_keys", arguments, constants, _blocks(images * parts, tokens)))
+            found = _backward_keys(branch, arguments, constants, run)
             # One after the other, in the order of the windows: the same sum in every run.
-            grad_key[branch.rows[0]] += sums.sum(1)[..., : key.shape[-1]]
-        grad_keys.append(grad_key if gamma is None else grad_key * gamma)
-        grad_gamma = grad_gamma + delta.sum()
-    grad_column_key, grad_row_key = (
-        torch.empty_like(key).copy_(found)
-        for key, found in zip((column_key, row_key), grad_keys, strict=True)
-    )
+            grad_key[branch.rows[0]] += found[..., : key.shape[-1]]
+        grad_gamma.add_(delta.sum())
+        return torch.empty_like(key).copy_(grad_key if gamma is None else grad_key * gamma)
+
+    grad_column_key = differentiate(to_columns, column_key, column_lse, True)
+    grad_row_key = differentiate(to_rows, row_key, row_lse, False)
     if gamma is None:
         return grad_x, grad_column_key, grad_row_key, x.new_empty(0)
     return grad_x, grad_column_key, grad_row_key, grad_gamma.to(gamma.dtype).reshape(gamma.shape)
+
+
+def _backward_keys(
+    branch: _Branch, arguments: dict[str, Any], constants: dict[str, Any], run: Run
+) -> Tensor:
+    """Launch `backward_keys`, and add up what its programs leave for the key's gradient."""
+    images, count, tokens, features = branch.maps[0].shape
+    each = slices_each(images * count, tokens)
+    parts = -(-count // each)
+    sums = branch.key.new_empty(images, parts, tokens, features, dtype=torch.float32)
+    arguments = arguments | {"grad_key": sums, "slices_each": each}
+    run(Launch("backward_keys", arguments, constants, _blocks(images * parts, tokens)))
+    return sums.sum(1)
