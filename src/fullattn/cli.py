@@ -334,7 +334,8 @@ def _info(args: argparse.Namespace) -> None:
         f"einops {einops.__version__}, Python {platform.python_version()}",
         f"device: {device}, {device_name(device)}"
         + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),
-        f"benchmark: {_extra_versions()}",
+        f"benchmark: {_versions('bench', *_EXTRA)}",
+        f"GPU kernels: {_versions('triton', 'triton')}",
         "backends:",
         *(f"  {entry.name:<13} {entry.summary}" for entry in dispatch.BACKENDS),
     ]
@@ -348,13 +349,13 @@ def _info(args: argparse.Namespace) -> None:
     print("\n".join(lines))  # noqa: T201
 
 
-def _extra_versions() -> str:
+def _versions(extra: str, *names: str) -> str:
     versions = []
-    for name in _EXTRA:
+    for name in names:
         try:
             versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
-            return f"{name} is missing: pip install 'fullattn[bench]'"
+            return f"{name} is missing: pip install 'fullattn[{extra}]'"
     return ", ".join(versions)
 
 
