@@ -18,11 +18,11 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 pytestmark = pytest.mark.slow
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *arguments],
-        env=plain | environment,
+        env=plain | {"PYTHONPATH": str(SCRIPT.parents[1] / "src")},
         cwd=SCRIPT.parent,
         capture_output=True,
         text=True,

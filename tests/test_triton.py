@@ -224,13 +224,10 @@ def test_long_slices(width: int, dtype: torch.dtype) -> None:
     assert_rows_right(20, width, dtype)
 
 
-@each_dtype
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_every_configuration_is_right(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not INTERPRETED and dtype == torch.float32 and CONFIGURATIONS[name].own > 64:
-        pytest.skip("not chosen for float32")
+def test_every_configuration_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # float32 for those that are small enough for it on a GPU.
+    dtype = torch.float16 if CONFIGURATIONS[name].own > 64 else torch.float32
     monkeypatch.setattr(tuning, "_allowed", lambda *_: [CONFIGURATIONS[name]])
     # Several blocks of tokens with a rest, three pieces of features (112 = 64 + 32 + 16).
     assert_rows_right(150 if CONFIGURATIONS[name].own > 16 else 37, 99, dtype)
@@ -310,6 +307,32 @@ def test_two_runs_are_bit_equal() -> None:
     inputs, grad = call.tensors(torch.float32)
     for one, other in zip(results(call, inputs, grad), results(call, inputs, grad), strict=True):
         assert torch.equal(one, other)
+
+
+@each_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cut", [to_columns, to_rows])
+def test_windows_filled_and_emptied_by_a_kernel(
+    cut: Callable[[Tensor], Tensor],
+    layout: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "COPY_BY_KERNEL", {DEVICE})
+    (x, *_), _ = Drawn((2, 3, 5, 70), layout=layout).tensors(dtype)
+    window = torch.empty((*cut(x).shape[:-1], 80), device=DEVICE, dtype=dtype)
+    features = cut(x).shape[-1]
+    launch._copy(cut(x), window[..., :features], tuning.run)
+    assert torch.equal(window[..., :features], cut(x))
+    assert window[..., features:].isnan().all()  # of which nothing was said
+    back = torch.empty_like(x)
+    launch._copy(window[..., :features], cut(back), tuning.run)
+    assert torch.equal(back, x)
+
+
+def test_every_gradient_with_windows_that_a_kernel_fills(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "COPY_BY_KERNEL", {DEVICE})
+    assert_right(Drawn((2, 17, 3, 5), grad_layout="sliced", window=2000), torch.float32)
 
 
 # Part of PyTorch.
@@ -447,6 +470,18 @@ def test_the_layer_runs_on_it_by_name_with_its_residual(monkeypatch: pytest.Monk
         attend_columns_and_rows(x, *keys, backend="reference"),
         torch.float32,
     )
+
+
+@pytest.mark.parametrize("numbers", [(), (1,), (1, 5, 1, 1)], ids=str)
+def test_gammas_of_other_forms(numbers: tuple[int, ...]) -> None:
+    # One for each channel is added outside of the kernels.
+    x = torch.randn(2, 5, 3, 4, device=DEVICE)
+    weight, gamma = torch.eye(5, device=DEVICE), torch.rand(numbers, device=DEVICE)
+    found = [
+        fullattn.functional.fully_attentional(x, weight, weight, gamma=gamma, backend=backend)
+        for backend in ("triton", "reference")
+    ]
+    assert_near(found[0], found[1], torch.float32)
 
 
 def test_autocast_keeps_the_residual_as_it_was_given() -> None:

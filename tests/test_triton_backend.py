@@ -138,6 +138,24 @@ def test_tf32_only_where_pytorch_allows_it() -> None:
     assert triton._precision() == "tf32"
 
 
+def test_the_operator_itself_computes_anywhere_and_says_how() -> None:
+    # As in an exported program that was made on a GPU and is loaded where there is none.
+    torch.manual_seed(0)
+    x, column_key, row_key = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4), torch.randn(2, 3, 5)
+    inputs = [each.requires_grad_() for each in (x, column_key, row_key)]
+    with pytest.warns(RuntimeWarning, match=r"shape \(2, 3, 4, 5\) .*not on cpu"):
+        y = triton.attend_columns_and_rows(*inputs)
+    exact = fullattn.attention.attend_columns_and_rows(*inputs, backend="reference")
+    torch.testing.assert_close(y, exact)
+    for one, other in zip(
+        torch.autograd.grad(y.square().sum(), inputs),
+        torch.autograd.grad(exact.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    triton._failed.clear()
+
+
 def test_importing_the_package_does_not_import_triton() -> None:
     program = "import sys, fullattn; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -137,14 +137,20 @@ def attend_columns_and_rows(
     chosen = choose(Problem.of_columns_and_rows(x), backend)
     run = chosen.run.get(Kind.COLUMNS_AND_ROWS)
     with _autocast_off(x):
-        # The residual is x as it was given, before autocast's cast.
-        if run is not None and chosen.adds_residual and x.dtype == given.dtype:
+        if run is not None and chosen.adds_residual and _is_addable(given, x, gamma):
             return run(x, column_key, row_key, scale, gamma)
         if run is not None:
             attended = run(x, column_key, row_key, scale)
         else:
             attended = _one_after_the_other(chosen, x, column_key, row_key, scale)
     return add_to(given, gamma, attended)
+
+
+def _is_addable(given: Tensor, x: Tensor, gamma: Tensor | None) -> bool:
+    """Whether a backend can add the residual: x as it was given, before autocast's cast."""
+    if gamma is None:
+        return True
+    return x.dtype == given.dtype and gamma.numel() == 1 and gamma.device == x.device
 
 
 def _one_after_the_other(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fullattn.attention import chunked, flops, operators
-from fullattn.attention.backend import FLOATING, Backend, Kind
+from fullattn.attention.backend import FLOATING, Backend, Kind, Problem
 from fullattn.attention.residual import add_to
 from fullattn.attention.triton.configurations import MOST_FEATURES
 from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
@@ -90,24 +90,28 @@ def _or_plainly(x: Tensor, run: Callable[[], Any], plainly: Callable[[], Any]) -
     where = (x.device, x.dtype, x.shape[1:], x.stride()[1:])
     if where in _failed:
         return plainly()
-    from triton.errors import TritonError
+    # The dispatcher has asked; a program that has the operator in it and is run elsewhere has not.
+    reasons = BACKEND.reasons_against(Problem.of_columns_and_rows(x))
+    if not reasons:
+        from triton.errors import TritonError
 
-    try:
-        return run()
-    except (torch.cuda.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    # Triton raises RuntimeError where a pass or the search for a tool fails.
-    except (TritonError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
-        first_line = str(error).partition("\n")[0][:200]
-        _failed[where] = reason = f"{type(error).__name__}: {first_line}"
-        warnings.warn(
-            f"fullattn's Triton kernels cannot run at shape {tuple(x.shape)} in "
-            f"{str(x.dtype).removeprefix('torch.')} ({reason}); PyTorch's matrix products do, "
-            "more slowly, from now on for this shape",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return plainly()
+        try:
+            return run()
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        # Triton raises RuntimeError where a pass or the search for a tool fails.
+        except (TritonError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
+            first_line = str(error).partition("\n")[0][:200]
+            reasons = [f"{type(error).__name__}: {first_line}"]
+    _failed[where] = reasons[0]
+    warnings.warn(
+        f"fullattn's Triton kernels cannot run at shape {tuple(x.shape)} in "
+        f"{str(x.dtype).removeprefix('torch.')} on {x.device} ({reasons[0]}); PyTorch's matrix "
+        "products do, more slowly, from now on for this shape",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return plainly()
 
 
 def _attended(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:

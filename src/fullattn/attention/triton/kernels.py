@@ -14,7 +14,8 @@ Softmax is taken in base 2: `scale` has the factor log2(e) already. No kernel us
 Arguments: `S`, `C`, `D` are the numbers of slices, tokens and features; `_b _s _t _f` a tensor's
 strides over batch, slices, tokens and features; `lse` and `delta` (B, S, C) are contiguous but for
 their batch. CHANNELS, FEATURES and LAYOUT say nothing to a kernel: they are what its configuration
-is chosen by. COVERS_C and COVERS_D: the blocks of tokens, and the pieces, end where C and D do.
+is chosen by. UNIT is a power of two that divides C; COVERS_C and COVERS_D: the blocks of tokens,
+and the pieces, end where C and D do.
 """
 
 # Triton reads annotations and names in a kernel itself, and its functions have no types.
@@ -23,7 +24,7 @@ is chosen by. COVERS_C and COVERS_D: the blocks of tokens, and the pieces, end w
 import triton
 import triton.language as tl
 
-__all__ = ["backward_keys", "backward_queries", "forward", "pieces"]
+__all__ = ["backward_keys", "backward_queries", "copy", "forward", "pieces"]
 
 
 @triton.constexpr_function
@@ -52,7 +53,12 @@ def _start(pieces, n):
 
 
 @triton.constexpr_function
-def _covers(pieces, padded, covers_padded):
+def _covers_c(unit, own, others):
+    return unit % own == 0 and unit % others == 0
+
+
+@triton.constexpr_function
+def _covers_d(pieces, padded, covers_padded):
     return covers_padded and sum(pieces) == padded
 
 
@@ -132,7 +138,7 @@ def forward(
     out_b, out_s, out_t, out_f,
     lse_b,
     CHANNELS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
-    PADDED: tl.constexpr, COVERS_C: tl.constexpr, COVERS_PADDED: tl.constexpr,
+    UNIT: tl.constexpr, PADDED: tl.constexpr, COVERS_PADDED: tl.constexpr,
     ADD: tl.constexpr, RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     OWN: tl.constexpr, OTHERS: tl.constexpr, EXACT: tl.constexpr,
@@ -143,7 +149,8 @@ def forward(
     gamma plus x. Writes log2 Σ 2^score of every row of the map to `lse`.
     """
     PIECES: tl.constexpr = pieces(PADDED, EXACT)
-    COVERS_D: tl.constexpr = _covers(PIECES, PADDED, COVERS_PADDED)
+    COVERS_C: tl.constexpr = _covers_c(UNIT, OWN, OTHERS)
+    COVERS_D: tl.constexpr = _covers_d(PIECES, PADDED, COVERS_PADDED)
     blocks = tl.cdiv(C, OWN)
     # The blocks of a slice are neighbours: they read the same values.
     number = tl.program_id(0) // blocks
@@ -201,7 +208,7 @@ def backward_queries(
     out_b, out_s, out_t, out_f,
     lse_b,
     CHANNELS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
-    PADDED: tl.constexpr, COVERS_C: tl.constexpr, COVERS_PADDED: tl.constexpr,
+    UNIT: tl.constexpr, PADDED: tl.constexpr, COVERS_PADDED: tl.constexpr,
     ADD: tl.constexpr, GAMMA: tl.constexpr, RESIDUAL: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     OWN: tl.constexpr, OTHERS: tl.constexpr, EXACT: tl.constexpr,
@@ -214,7 +221,8 @@ def backward_queries(
     branch's result has to be kept.
     """
     PIECES: tl.constexpr = pieces(PADDED, EXACT)
-    COVERS_D: tl.constexpr = _covers(PIECES, PADDED, COVERS_PADDED)
+    COVERS_C: tl.constexpr = _covers_c(UNIT, OWN, OTHERS)
+    COVERS_D: tl.constexpr = _covers_d(PIECES, PADDED, COVERS_PADDED)
     blocks = tl.cdiv(C, OWN)
     number = tl.program_id(0) // blocks
     image = (number // S).to(tl.int64)
@@ -285,7 +293,7 @@ def backward_keys(
     out_b, out_s, out_t, out_f,
     lse_b,
     CHANNELS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
-    PADDED: tl.constexpr, COVERS_C: tl.constexpr, COVERS_PADDED: tl.constexpr,
+    UNIT: tl.constexpr, PADDED: tl.constexpr, COVERS_PADDED: tl.constexpr,
     GAMMA: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     OWN: tl.constexpr, OTHERS: tl.constexpr, EXACT: tl.constexpr,
@@ -297,7 +305,8 @@ def backward_keys(
     takes one for each part of the slices, to be added in their order.
     """
     PIECES: tl.constexpr = pieces(PADDED, EXACT)
-    COVERS_D: tl.constexpr = _covers(PIECES, PADDED, COVERS_PADDED)
+    COVERS_C: tl.constexpr = _covers_c(UNIT, OWN, OTHERS)
+    COVERS_D: tl.constexpr = _covers_d(PIECES, PADDED, COVERS_PADDED)
     blocks = tl.cdiv(C, OWN)
     parts = tl.cdiv(S, slices_each)
     part = tl.program_id(0) // blocks
@@ -347,3 +356,31 @@ def backward_keys(
         features = _start(PIECES, n) + tl.arange(0, _width(PIECES, n))
         inside = (j[:, None] < C) & (features[None, :] < D)
         tl.store(place + features[None, :], to_keys[n], mask=inside)
+
+
+@triton.jit
+def copy(
+    source, target,
+    A, D, R,
+    source_b, source_r, source_a, source_d,
+    target_b, target_r, target_a, target_d,
+    WIDE: tl.constexpr, TILE_A: tl.constexpr, TILE_D: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile (A, D) of slices, from one order in memory into another.
+
+    A is the slices or the tokens, R the other of the two. Reading and writing each go along their
+    own memory; the tile is turned on the way, in shared memory.
+    """
+    tiles_d = tl.cdiv(D, TILE_D)
+    tiles_a = tl.cdiv(A, TILE_A)
+    number = tl.program_id(0)
+    d = _tokens((number % tiles_d) * TILE_D, TILE_D, WIDE)[None, :]
+    a = _tokens((number // tiles_d % tiles_a) * TILE_A, TILE_A, WIDE)[:, None]
+    outer = number // tiles_d // tiles_a
+    r = (outer % R).to(tl.int64)
+    b = (outer // R).to(tl.int64)
+    source += b * source_b + r * source_r
+    target += b * target_b + r * target_r
+    inside = (a < A) & (d < D)
+    tile = tl.load(source + a * source_a + d * source_d, mask=inside)
+    tl.store(target + a * target_a + d * target_d, tile, mask=inside)

@@ -45,7 +45,11 @@ _PROGRAMS = 528
 _ALIGNED = 16
 _LOG2_E = 1 / math.log(2)
 
-KernelName = Literal["forward", "backward_queries", "backward_keys"]
+# Where a kernel fills windows and empties them: PyTorch's own copy is slow where memory is turned.
+# (On "meta" nothing is copied; the launch is there for who counts or compiles launches.)
+COPY_BY_KERNEL = {"cuda", "meta"}
+
+KernelName = Literal["forward", "backward_queries", "backward_keys", "copy"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class _Branch:
     rows: tuple[slice, slice]
 
 
-def _branches(key: Tensor, *slices: Tensor, adds: bool) -> Iterator[_Branch]:
+def _branches(key: Tensor, *slices: Tensor, adds: bool, run: Run) -> Iterator[_Branch]:
     """One branch in as many parts as its windows need; what is written there is put back."""
     batch, count, tokens, features = slices[0].shape
     if all(map(_is_readable, slices)):
@@ -138,9 +142,31 @@ def _branches(key: Tensor, *slices: Tensor, adds: bool) -> Iterator[_Branch]:
             parts = [x[rows] for x in slices]
             held = [buffer[: len(parts[0]), : parts[0].shape[1]] for buffer in buffers]
             for part, of_it in zip(parts if adds else parts[:-1], held, strict=False):
-                of_it[..., :features] = part
+                _copy(part, of_it[..., :features], run)
             yield _Branch(tuple(held), key[rows[0]], rows)
-            parts[-1].copy_(held[-1][..., :features])
+            _copy(held[-1][..., :features], parts[-1], run)
+
+
+def _copy(source: Tensor, target: Tensor, run: Run) -> None:
+    """Copy slices (b, s, C, D) from one order in memory into another, along both."""
+    if source.device.type not in COPY_BY_KERNEL:
+        target.copy_(source)
+        return
+    # The map's own unit axis and the window's, which is that of the features, span the tiles.
+    across, other = (2, 1) if 1 in (source.stride(2), target.stride(2)) else (1, 2)
+    order = (0, other, across, 3)
+    batch, rest, length, features = (source.shape[axis] for axis in order)
+    tile, tile_features = (min(64, power_of_two(size)) for size in (length, features))
+    arguments: dict[str, Any] = {"source": source, "target": target}
+    arguments |= {"A": length, "D": features, "R": rest}
+    reach = 0
+    for name, slices in (("source", source), ("target", target)):
+        strides = _strides(slices)
+        arguments |= {f"{name}_{of}": strides[axis] for of, axis in zip("brad", order, strict=True)}
+        reach = max(reach, length * strides[across] + features * strides[3])
+    constants = {"WIDE": reach >= 2**31, "TILE_A": tile, "TILE_D": tile_features}
+    programs = batch * rest * -(-length // tile) * -(-features // tile_features)
+    run(Launch("copy", arguments, constants, lambda own: programs))
 
 
 def window(shape: Sequence[int], number_bytes: int) -> tuple[int, int]:
@@ -200,7 +226,7 @@ def _shared(
         "FEATURES": features_class(features),
         "LAYOUT": "features" if x.stride(-1) == 1 else "tokens",
         "PADDED": padded(features),
-        "COVERS_C": tokens % 128 == 0,
+        "UNIT": math.gcd(tokens, 128),
         "COVERS_PADDED": features % _ALIGNED == 0,
         "PRECISION": precision,
         "WIDE": reach >= 2**31,
@@ -244,7 +270,7 @@ def forward(
 
     # A function, so that one branch's window is given back before the other's is taken.
     def attend(cut: Callable[[Tensor], Tensor], key: Tensor, lse: Tensor, last: bool) -> None:
-        for branch in _branches(key, cut(x), cut(out), adds=last):
+        for branch in _branches(key, cut(x), cut(out), adds=last, run=run):
             arguments, constants = _shared(branch, ("x", "out"), lse, scale, precision)
             arguments["gamma"] = x if gamma is None else gamma
             constants |= {"ADD": last, "RESIDUAL": last and gamma is not None}
@@ -294,7 +320,7 @@ def backward(
     ) -> Tensor:
         delta = torch.empty_like(lse)
         grad_key = torch.zeros_like(key, dtype=torch.float32)
-        for branch in _branches(key, cut(x), cut(grad), cut(grad_x), adds=not first):
+        for branch in _branches(key, cut(x), cut(grad), cut(grad_x), adds=not first, run=run):
             arguments, constants = _shared(branch, ("x", "grad", "out"), lse, scale, precision)
             arguments |= {"delta": delta[branch.rows], "plain_scale": scale}
             arguments["gamma"] = x if gamma is None else gamma

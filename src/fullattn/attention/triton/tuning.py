@@ -94,6 +94,9 @@ def run(launch: Launch) -> None:
         TritonError: the kernel does not compile, or no configuration fits the card.
     """
     arguments = launch.arguments | launch.constants
+    if launch.kernel == "copy":
+        kernels.copy[(launch.programs(1),)](**arguments)
+        return
     x, out = arguments["x"], arguments["out"]
     key = (launch.kernel, x.device, x.dtype, out.dtype, *(arguments[name] for name in _KEY))
 
