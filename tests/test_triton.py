@@ -303,7 +303,7 @@ def test_images_do_not_influence_each_other() -> None:
 
 
 def test_two_runs_are_bit_equal() -> None:
-    call = Drawn((2, 40, 7, 18), window=5000)
+    call = Drawn((2, 20, 3, 18), window=5000)
     inputs, grad = call.tensors(torch.float32)
     for one, other in zip(results(call, inputs, grad), results(call, inputs, grad), strict=True):
         assert torch.equal(one, other)
@@ -509,9 +509,14 @@ def test_a_kernel_that_does_not_fit_falls_back_once_and_right(
     call = Drawn((2, 5, 3, 4), layout="channels_last", gamma=gamma, scale=-0.5)
     inputs, grad = call.tensors(torch.float32)
     run = tuning.run
-    monkeypatch.setattr(
-        tuning, "run", lambda each: (_no_room if fails_in in each.kernel else run)(each)
-    )
+
+    def run_unless(each: launch.Launch) -> None:
+        if fails_in in each.kernel:
+            _no_room(each)
+        with warnings.catch_warnings(action="ignore"):  # Triton's own, which are not the point
+            run(each)
+
+    monkeypatch.setattr(tuning, "run", run_unless)
     with pytest.warns(RuntimeWarning, match=r"shape \(2, 5, 3, 4\).*shared memory") as caught:
         actual = results(call, inputs, grad)
     assert len(caught) == 1
