@@ -71,6 +71,7 @@ CHECKED: list[Shape] = [
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 PUBLIC, COMPILED, TRITON = "public form", "public form, torch.compile", "fully, triton"
 CHANNELS_LAST = "fully, triton, channels_last"
+IN_PLACE = "fully, triton, without windows"
 BASE = SHAPES[0]
 
 
@@ -86,6 +87,20 @@ class OnKernel(nn.Module):
         with sdpa_kernel(self.kernel):
             y: Tensor = self.layer(x)
         return y
+
+
+class InPlace(Workload):
+    """Runs the kernels on slices where they lie, without windows."""
+
+    def run(self, mode: Mode) -> None:
+        """Call the module once."""
+        from fullattn.attention.triton import launch
+
+        launch.IN_PLACE = True
+        try:
+            super().run(mode)
+        finally:
+            launch.IN_PLACE = False
 
 
 def contenders(channels: int, *, rehearsal: bool) -> dict[str, Callable[[], nn.Module]]:
@@ -108,6 +123,7 @@ def contenders(channels: int, *, rehearsal: bool) -> dict[str, Callable[[], nn.M
         "fully, sdpa efficient": lambda: OnKernel(fully("sdpa"), SDPBackend.EFFICIENT_ATTENTION),
         TRITON: lambda: fully("triton"),
         CHANNELS_LAST: lambda: fully("triton"),
+        IN_PLACE: lambda: fully("triton"),
         "channel, built": lambda: ChannelNonLocal(channels, gamma_init=0.5, backend="reference"),
         "channel, fused": lambda: ChannelNonLocal(channels, gamma_init=0.5, backend="sdpa"),
         "spatial, built": lambda: SpatialNonLocal(channels, zero_init=False, backend="reference"),
@@ -290,7 +306,8 @@ def measure(
             x = numbers.clone()
             if name == CHANNELS_LAST:
                 x = x.contiguous(memory_format=torch.channels_last)
-            workload = Workload(build().to(device, dtype), x, torch.randn_like(x))
+            kind = InPlace if name == IN_PLACE else Workload
+            workload = kind(build().to(device, dtype), x, torch.randn_like(x))
             try:
                 for _ in range(1 if rehearsal else 3):
                     workload.prepare(mode)

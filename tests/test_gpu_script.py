@@ -43,7 +43,7 @@ def test_rehearsal_checks_and_times_every_contender(tmp_path: Path) -> None:
         "sliced",
     }
     rows = {(row["contender"], row["mode"]): row for row in report["rows"]}
-    assert len(rows) == len(report["rows"]) == 11 * 2
+    assert len(rows) == len(report["rows"]) == 12 * 2
     for (contender, _), row in rows.items():
         # cuDNN and the memory-efficient kernel are CUDA's; everything else runs.
         assert (row["median"] is None) == ("cuDNN" in contender or "efficient" in contender)

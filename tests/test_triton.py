@@ -330,6 +330,14 @@ def test_windows_filled_and_emptied_by_a_kernel(
     assert torch.equal(back, x)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_gradient_with_slices_read_in_place(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "IN_PLACE", True)
+    assert_right(Drawn((2, 17, 3, 5), layout=layout, grad_layout="transposed"), torch.float32)
+
+
 def test_every_gradient_with_windows_that_a_kernel_fills(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "COPY_BY_KERNEL", {DEVICE})
     assert_right(Drawn((2, 17, 3, 5), grad_layout="sliced", window=2000), torch.float32)

@@ -39,6 +39,9 @@ __all__ = [
 # Bytes of one tensor's window: small beside the tensors that need it, and large enough that a
 # launch has several programs for every multiprocessor (2 images of 512x96x96 in bfloat16).
 WINDOW = 24 * 2**20
+# Read all slices where they lie, however that is: right, and by count of memory sectors a few times
+# slower. `benchmarks/gpu.py` sets it to measure what the windows are worth.
+IN_PLACE = False
 # Programs that `backward_keys` aims at, 4 for each multiprocessor of an H100. Not asked of the
 # card, because the order in which a key's gradient is summed hangs on it.
 _PROGRAMS = 528
@@ -129,7 +132,7 @@ class _Branch:
 def _branches(key: Tensor, *slices: Tensor, adds: bool, run: Run) -> Iterator[_Branch]:
     """One branch in as many parts as its windows need; what is written there is put back."""
     batch, count, tokens, features = slices[0].shape
-    if all(map(_is_readable, slices)):
+    if IN_PLACE or all(map(_is_readable, slices)):
         key = key if _is_readable(key) else _readable_key(key)[..., :features]
         yield _Branch(slices, key, (slice(0, batch), slice(0, count)))
         return
