@@ -432,7 +432,9 @@ def test_interruption_leaves_nothing(tmp_path: Path) -> None:
         _, err = running.communicate(timeout=60)
     finally:
         running.kill()
-    assert running.returncode == 130
+    # To a shell both are 130. CPython ends by the signal where it fell into an exec() of a string,
+    # as a dataclass is made, whoever caught the exception then.
+    assert running.returncode in (130, -signal.SIGINT), err
     assert "Traceback" not in err
     assert "interrupted, nothing was written" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["began", "slow.py"]
