@@ -24,7 +24,7 @@ __all__ = [
 
 HOPPER, AMPERE = "Hopper", "Ampere"
 # A choice made for one number of features serves all of its class.
-CLASSES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+CLASSES = (16, 32, 64, 80, 96, 112, 128, 192, 256, 512)
 MOST_FEATURES = CLASSES[-1]
 
 
@@ -32,8 +32,8 @@ def features_class(features: int) -> int:
     """The class of a number of features: the smallest of `CLASSES` that is not below it.
 
     Example:
-        >>> features_class(97), features_class(128)
-        (128, 128)
+        >>> features_class(97), features_class(129)
+        (112, 192)
     """
     return next(most for most in CLASSES if features <= most)
 
@@ -95,11 +95,12 @@ CONFIGURATIONS = {
         Configuration("small", 32, 32, 4, 2),
         Configuration("small_deep", 32, 32, 4, 3),
         Configuration("small_shared", 32, 32, 8, 2),
+        Configuration("small_shared_padded", 32, 32, 8, 2, exact=False),
         Configuration("tiny", 32, 16, 4, 1),
         Configuration("tiny_padded", 32, 16, 4, 1, exact=False),
         Configuration("tiny_shared", 32, 16, 8, 1),
         Configuration("long", 64, 16, 8, 1),
-        Configuration("least", 16, 16, 4, 1),
+        Configuration("least_shared_padded", 16, 16, 8, 1, exact=False),
     )
 }
 
@@ -112,19 +113,19 @@ _CHOICES: Mapping[tuple[str, str], _Choices] = {
             (96, ("wide", "wide_deep", "square", "slim")),
             (128, ("wide", "wide_deep", "wide_padded", "square")),
             (256, ("slim_shared", "long")),
-            (512, ("least",)),
+            (512, ("least_shared_padded",)),
         ),
         "backward_queries": (
             (128, ("wide", "square", "flat")),
             (256, ("slim_shared", "long")),
-            (512, ("least",)),
+            (512, ("least_shared_padded",)),
         ),
         "backward_keys": (
             (64, ("square", "flat", "slim_shared")),
             (96, ("flat", "slim_shared")),
             (128, ("slim_shared", "slim_shared_padded", "flat_padded")),
-            (192, ("long", "small")),
-            (512, ("least",)),
+            (192, ("long",)),
+            (512, ("least_shared_padded",)),
         ),
     },
     ("half", AMPERE): {
@@ -132,53 +133,73 @@ _CHOICES: Mapping[tuple[str, str], _Choices] = {
             (64, ("wide", "square", "slim")),
             (128, ("flat", "slim_shared")),
             (256, ("long",)),
-            (512, ("least",)),
+            (512, ("least_shared_padded",)),
         ),
         "backward_queries": (
             (64, ("wide", "flat", "slim")),
             (96, ("flat", "slim", "slim_shared")),
             (128, ("slim_shared", "small")),
             (256, ("long",)),
-            (512, ("least",)),
+            (512, ("least_shared_padded",)),
         ),
         "backward_keys": (
             (64, ("flat", "slim", "slim_shared")),
             (96, ("slim_shared",)),
             (128, ("slim_shared_padded", "slim_padded")),
             (256, ("slim_shared_padded",)),
-            (512, ("least",)),
+            (512, ("least_shared_padded",)),
         ),
     },
     ("tf32", HOPPER): {
-        "forward": ((128, ("slim_shared", "long")), (512, ("least",))),
-        "backward_queries": ((128, ("slim_shared", "long")), (512, ("least",))),
-        "backward_keys": ((128, ("long",)), (512, ("least",))),
+        "forward": ((128, ("slim_shared", "long")), (512, ("least_shared_padded",))),
+        "backward_queries": ((128, ("slim_shared", "long")), (512, ("least_shared_padded",))),
+        "backward_keys": ((128, ("long",)), (512, ("least_shared_padded",))),
     },
     ("tf32", AMPERE): {
-        "forward": ((128, ("slim_shared",)), (512, ("least",))),
-        "backward_queries": ((128, ("long", "tiny")), (512, ("least",))),
-        "backward_keys": ((128, ("tiny_padded",)), (512, ("least",))),
+        "forward": ((128, ("slim_shared",)), (512, ("least_shared_padded",))),
+        "backward_queries": ((128, ("long", "tiny")), (512, ("least_shared_padded",))),
+        "backward_keys": ((128, ("tiny_padded",)), (512, ("least_shared_padded",))),
     },
     ("ieee", HOPPER): {
         "forward": (
-            (96, ("small", "tiny_shared")),
+            (80, ("small", "small_shared")),
+            (112, ("small", "tiny_shared")),
             (128, ("small_shared", "tiny_shared")),
-            (512, ("least",)),
+            (512, ("least_shared_padded",)),
         ),
-        "backward_queries": ((96, ("slim_shared",)), (128, ("small_deep",)), (512, ("least",))),
+        "backward_queries": (
+            (64, ("small_shared", "tiny_shared")),
+            (112, ("slim_shared", "tiny_shared")),
+            (128, ("small_deep",)),
+            (512, ("least_shared_padded",)),
+        ),
         "backward_keys": (
-            (96, ("tiny_shared", "tiny")),
-            (128, ("small_shared",)),
-            (512, ("least",)),
+            (64, ("small", "tiny")),
+            (80, ("small_shared", "tiny_shared")),
+            (112, ("tiny_shared", "tiny")),
+            (128, ("small_shared", "tiny_shared")),
+            (512, ("least_shared_padded",)),
         ),
     },
     ("ieee", AMPERE): {
-        "forward": ((128, ("small", "small_shared", "tiny_shared")), (512, ("least",))),
-        "backward_queries": ((96, ("slim_shared",)), (128, ("small",)), (512, ("least",))),
+        "forward": (
+            (64, ("small", "small_shared")),
+            (128, ("small_shared", "tiny_shared")),
+            (512, ("least_shared_padded",)),
+        ),
+        "backward_queries": (
+            (64, ("small_shared", "tiny_shared")),
+            (96, ("slim_shared", "tiny_shared")),
+            (112, ("small_shared", "tiny_shared")),
+            (128, ("small",)),
+            (512, ("least_shared_padded",)),
+        ),
         "backward_keys": (
-            (96, ("tiny_shared", "tiny")),
-            (128, ("small_shared",)),
-            (512, ("least",)),
+            (64, ("small", "tiny")),
+            (80, ("small_shared",)),
+            (112, ("tiny_shared", "tiny")),
+            (128, ("small_shared", "small_shared_padded")),
+            (512, ("least_shared_padded",)),
         ),
     },
 }
@@ -211,4 +232,4 @@ def candidates(
     names = next(names for most, names in choices if features <= most)
     found = [CONFIGURATIONS[name] for name in names]
     fitting = [entry for entry in found if entry.own <= max(channels, 32)]
-    return fitting or [CONFIGURATIONS["small" if features <= 128 else "least"]]
+    return fitting or [CONFIGURATIONS["small" if features <= 128 else "least_shared_padded"]]
