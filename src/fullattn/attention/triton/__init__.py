@@ -25,6 +25,7 @@ from torch import Tensor
 from fullattn.attention import chunked, flops, operators
 from fullattn.attention.backend import FLOATING, Backend, Kind, Problem
 from fullattn.attention.residual import add_to
+from fullattn.attention.triton import launch
 from fullattn.attention.triton.configurations import MOST_FEATURES
 from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
 
@@ -125,19 +126,19 @@ def _forward(
     x: Tensor, column_key: Tensor, row_key: Tensor, gamma: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     def run() -> tuple[Tensor, Tensor, Tensor]:
-        from fullattn.attention.triton import launch, tuning
+        from fullattn.attention.triton import tuning
 
         with _on_device_of(x):
             return launch.forward(x, column_key, row_key, gamma, scale, _precision(), tuning.run)
 
     def plainly() -> tuple[Tensor, Tensor, Tensor]:
         attended = _attended(x, column_key, row_key, scale)
-        out, column_lse, row_lse = _empty_result(x, column_key, row_key, gamma, scale)
+        out, column_lse, row_lse = launch.empty_result(x, gamma)
         # The backward of this shape does without the statistics, too.
         return out.copy_(add_to(x, gamma, attended)), column_lse.zero_(), row_lse.zero_()
 
     if x.numel() == 0:
-        return _empty_result(x, column_key, row_key, gamma, scale)
+        return launch.empty_result(x, gamma)
     result: tuple[Tensor, Tensor, Tensor] = _or_plainly(x, run, plainly)
     return result
 
@@ -155,7 +156,7 @@ def _backward(
     inputs = (x, column_key, row_key, gamma)
 
     def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from fullattn.attention.triton import launch, tuning
+        from fullattn.attention.triton import tuning
 
         with _on_device_of(x):
             return launch.backward(
@@ -193,13 +194,7 @@ def _backward(
 def _empty_result(
     x: Tensor, column_key: Tensor, row_key: Tensor, gamma: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, height, width = x.shape
-    dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
-    return (
-        torch.empty_like(x, dtype=dtype),
-        x.new_empty(batch, width, channels, dtype=torch.float32),
-        x.new_empty(batch, height, channels, dtype=torch.float32),
-    )
+    return launch.empty_result(x, gamma)
 
 
 _operator = operators.register(

@@ -30,6 +30,7 @@ __all__ = [
     "Launch",
     "Run",
     "backward",
+    "empty_result",
     "forward",
     "padded",
     "slices_each",
@@ -241,6 +242,25 @@ def _blocks(count: int, tokens: int) -> Callable[[int], int]:
     return lambda own: count * -(-tokens // own)
 
 
+def empty_result(x: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What `forward` returns, not yet computed.
+
+    Args:
+        x: as given to `forward`.
+        gamma: as given to `forward`.
+
+    Returns:
+        The result, in the wider dtype of x and gamma, and the sums of the rows of both maps.
+    """
+    batch, channels, height, width = x.shape
+    dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
+    return (
+        torch.empty_like(x, dtype=dtype),
+        x.new_empty(batch, width, channels, dtype=torch.float32),
+        x.new_empty(batch, height, channels, dtype=torch.float32),
+    )
+
+
 def forward(
     x: Tensor,
     column_key: Tensor,
@@ -265,11 +285,7 @@ def forward(
         The result (B, C, H, W) in x's memory layout, and of the maps' rows log2 Σ 2^score:
         (B, W, C) for columns and (B, H, C) for rows, which the backward needs.
     """
-    batch, channels, height, width = x.shape
-    dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
-    out = torch.empty_like(x, dtype=dtype)
-    column_lse = x.new_empty(batch, width, channels, dtype=torch.float32)
-    row_lse = x.new_empty(batch, height, channels, dtype=torch.float32)
+    out, column_lse, row_lse = empty_result(x, gamma)
 
     # A function, so that one branch's window is given back before the other's is taken.
     def attend(cut: Callable[[Tensor], Tensor], key: Tensor, lse: Tensor, last: bool) -> None:
