@@ -364,3 +364,20 @@ def allocations() -> Iterator[list[int]]:
         live += event.nbytes()
         top = max(top, live)
     peak.append(top)
+
+
+def peak_bytes(
+    layer: nn.Module, shape: tuple[int, ...], backend: str, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Peak bytes in inference and in training."""
+    layer = layer.to(dtype)
+    x, grad = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    with fullattn.backend(backend):
+        with torch.no_grad(), allocations() as inference:
+            y = layer(x)
+        del y
+        x.requires_grad_()
+        with allocations() as training:
+            y = layer(x)
+            y.backward(grad)
+    return inference[0], training[0]

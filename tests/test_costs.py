@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fullattn
-from cases import allocations
+from cases import peak_bytes
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs
 from fullattn.attention.dispatch import BACKENDS
 
@@ -97,27 +97,12 @@ def test_a_fused_backend_computes_the_scores_once_more(backend: str) -> None:
     assert fused.backward_flops == reference.backward_flops + scores
 
 
-def measured(layer: nn.Module, shape: tuple[int, ...], backend: str, dtype: torch.dtype) -> Any:
-    """Peak bytes in inference and in training."""
-    layer = layer.to(dtype)
-    x, grad = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
-    with fullattn.backend(backend):
-        with torch.no_grad(), allocations() as inference:
-            y = layer(x)
-        del y
-        x.requires_grad_()
-        with allocations() as training:
-            y = layer(x)
-            y.backward(grad)
-    return inference[0], training[0]
-
-
 def check_memory(
     name: str, shape: tuple[int, ...], backend: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     layer = FORMS[name](shape[1])
     cost = costs.cost(layer, shape, dtype=dtype, backend=backend)
-    inference, training = measured(layer, shape, backend, dtype)
+    inference, training = peak_bytes(layer, shape, backend, dtype)
     slack = 50_000
     assert cost.inference_bytes == pytest.approx(inference, rel=tolerance, abs=slack), "inference"
     assert cost.training_bytes == pytest.approx(training, rel=tolerance, abs=slack), "training"

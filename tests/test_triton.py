@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fullattn
 import oracle
-from cases import allocations, arrays, assert_near
+from cases import arrays, assert_near, peak_bytes
 from fullattn import costs
 from fullattn.attention import attend_columns_and_rows, reference, triton
 from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
@@ -377,17 +377,9 @@ def test_memory_is_that_of_the_formula(
     monkeypatch.setattr(tuning, "run", lambda each: None)
     layer = layer_of(shape[1])
     cost = costs.cost(layer, shape, backend="triton", device=DEVICE)
-    x, grad = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE)
-    with fullattn.backend("triton"):
-        with torch.no_grad(), allocations() as inference:
-            y = layer(x)
-        del y
-        x.requires_grad_()
-        with allocations() as training:
-            y = layer(x)
-            y.backward(grad)
-    assert cost.inference_bytes == pytest.approx(inference[0], rel=0.1, abs=5000)
-    assert cost.training_bytes == pytest.approx(training[0], rel=0.1, abs=5000)
+    inference, training = peak_bytes(layer, shape, "triton", torch.float32)
+    assert cost.inference_bytes == pytest.approx(inference, rel=0.1, abs=5000)
+    assert cost.training_bytes == pytest.approx(training, rel=0.1, abs=5000)
 
 
 def test_flops_are_counted() -> None:
