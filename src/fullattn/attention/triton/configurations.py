@@ -1,8 +1,9 @@
 """The named configurations of the kernels, and which of them a problem may be tuned over.
 
-Which configurations stand in `_CHOICES` is measured, not guessed: with those, the assemblers of
-Triton 3.6 and 3.7 keep everything in registers, for any number of features of the class and in
-either layout. `tests/test_triton_compile.py` compiles them and looks.
+Which configurations stand in `_CHOICES` is by compiling, not by timing: at the common shapes that
+`tests/test_triton_compile.py` looks at, the assemblers of Triton 3.6 and 3.7 keep everything in
+registers with them. At some others (float32 beyond 128 features, unaligned slices beyond 128) a few
+bytes go to the stack. Their order is a guess that no GPU has judged yet.
 """
 
 from __future__ import annotations

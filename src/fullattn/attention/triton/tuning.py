@@ -1,11 +1,11 @@
 """Chooses a configuration for a launch, and launches it.
 
-By default Triton's autotuner does, once for each kind of card, dtype, layout, power of two of the
+By default Triton's autotuner does, once for each device, dtype, layout, power of two of the
 channels and class of the features: batch size and small changes of height and width do not tune
 again. Which configuration is fastest may differ from one process to the next, and with it the last
 bits of a result. So under `torch.use_deterministic_algorithms(True)` nothing is tuned: the first
-configuration that the card can hold runs. The same holds while a CUDA graph is captured, when
-nothing can be timed, and in Triton's interpreter.
+configuration that the card can hold runs. So it does in Triton's interpreter, and where nothing was
+tuned before a CUDA graph is captured, in which nothing can be timed.
 """
 
 # Triton has no types.
