@@ -188,7 +188,7 @@ MORE = [
         (torch.float32, "tf32"),
     ]
     for memory_format in (ROWS, LAST)
-    # float32 beyond 128 features spills whatever the configuration: a limit, said in configurations.
+    # float32 beyond 128 features spills in any configuration: a limit, said in `configurations`.
     if dtype != torch.float32 or max(shape[2:]) <= 128
 ]
 
