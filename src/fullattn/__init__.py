@@ -3,6 +3,7 @@
 from fullattn import functional
 from fullattn.attention import BackendError, backend
 from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+from fullattn.surgery import insert, remove, swap
 
 __all__ = [
     "BackendError",
@@ -11,5 +12,8 @@ __all__ = [
     "SpatialNonLocal",
     "backend",
     "functional",
+    "insert",
+    "remove",
+    "swap",
 ]
 __version__ = "0.1.0"
