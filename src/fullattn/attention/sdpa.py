@@ -50,6 +50,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     Returns:
         (B, S, N, E) in the query's dtype.
     """
+    if query.dtype in (torch.float16, torch.bfloat16) and _writes_onnx():
+        return attend(query.float(), key.float(), value.float(), scale).to(query.dtype)
     slices, value_features = query.shape[1], value.shape[-1]
     if scale < 0:  # a negative scale has been a source of bugs in the fused kernels
         query, scale = -query, -scale
@@ -63,6 +65,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     else:
         out = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return out if known(value_padded == value_features) else out[..., :value_features]
+
+
+def _writes_onnx() -> bool:
+    # PyTorch's kernels keep scores of halves in float32. In ONNX, a product of halves is halves:
+    # unscaled scores past 65504 would be infinite there, and the result NaN.
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def _in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -138,7 +138,7 @@ def _copy(
 
 
 class _ShapesAlone(TorchFunctionMode):
-    """Gives the shape of a batch normalisation, which PyTorch takes long to find on meta."""
+    """Gives two shapes at once that PyTorch computes numbers for on meta, and takes long to."""
 
     def __torch_function__(
         self,
@@ -149,7 +149,22 @@ class _ShapesAlone(TorchFunctionMode):
     ) -> Any:
         if func is F.batch_norm:
             return torch.empty_like(args[0])
+        if func is F.interpolate:
+            return _interpolated(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _interpolated(
+    x: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    sides = x.shape[2:]
+    if size is None:
+        factors = scale_factor if isinstance(scale_factor, (tuple, list)) else [scale_factor]
+        factors = list(factors) * (len(sides) // len(factors))
+        size = [int(side * factor) for side, factor in zip(sides, factors, strict=True)]
+    elif not isinstance(size, (tuple, list)):
+        size = [size] * len(sides)
+    return x.new_empty(*x.shape[:2], *size)
 
 
 def _run(copied: nn.Module, inputs: Inputs) -> Any:
