@@ -1,0 +1,135 @@
+"""Real networks with one of our layers in them: they run, train, save, load and compile."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fullattn
+from cases import assert_near
+from networks import NETWORKS, Network, call, tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the networks' own
+
+each_network = pytest.mark.parametrize("network", NETWORKS, ids=lambda network: network.name)
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+def changed(network: Network, seed: int = 0) -> tuple[nn.Module, fullattn.surgery.Report]:
+    model = network.built(seed)
+    return model, network.change(model, network.inputs(0, 2, 64))
+
+
+@each_network
+def test_the_layer_is_where_it_was_put_and_the_result_has_its_shape(network: Network) -> None:
+    model = network.built().eval()
+    x = network.inputs(0, 2, 64)
+    with torch.no_grad():
+        before = tensors(call(model, x))
+        report = network.change(model, x)
+        after = tensors(call(model, x))
+    assert [y.shape for y in after] == [y.shape for y in before]
+    assert all(y.isfinite().all() for y in after)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) == network.identity
+    for change in report.changes:
+        assert model.get_submodule(change.name) is change.now
+        assert change.flops_after
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    fullattn.remove(report)
+    with torch.no_grad():
+        again = tensors(call(model, x))
+    assert all(torch.equal(*pair) for pair in zip(before, again, strict=True))
+
+
+@each_network
+def test_one_step_of_training_reaches_every_parameter_of_the_layer(network: Network) -> None:
+    model, report = changed(network)
+    model.train()
+    for layer in report.layers:
+        open_the_layer(layer)
+    before = {n: p.detach().clone() for layer in report.layers for n, p in layer.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sum(y.square().mean() for y in tensors(call(model, network.inputs(0, 2, 64)))).backward()
+    optimizer.step()
+    for layer in report.layers:
+        for name, parameter in layer.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+        assert any(not torch.equal(p, before[n]) for n, p in layer.named_parameters())
+        gamma = getattr(layer, "gamma", None)
+        assert gamma is None or gamma.grad.abs().sum() > 0
+
+
+def open_the_layer(layer: nn.Module) -> None:
+    """Give what starts at 0 another value, so that attention takes part."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if not parameter.any():
+                parameter.fill_(0.3)
+            assert parameter.any(), name
+
+
+@each_network
+def test_state_dict_round_trip(network: Network) -> None:
+    model, report = changed(network, seed=1)
+    other, _ = changed(network, seed=2)
+    for layer in report.layers:
+        open_the_layer(layer)
+    x = network.inputs(3, 2, 64)
+    result = other.load_state_dict(model.state_dict(), strict=True)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    twins = [other, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    with torch.no_grad():
+        expected = tensors(call(model.eval(), x))
+        for twin in twins:
+            for one, two in zip(tensors(call(twin.eval(), x)), expected, strict=True):
+                assert torch.equal(one, two)
+
+
+@each_network
+@pytest.mark.slow
+def test_torch_compile_takes_it_in_one_graph(network: Network) -> None:
+    model, report = changed(network)
+    model.eval()
+    for layer in report.layers:
+        open_the_layer(layer)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = network.inputs(0, 2, 64)
+    with torch.no_grad():
+        # First, because transformers sets itself up in its first call, under a lock.
+        expected = tensors(call(model, x))
+        for one, two in zip(tensors(call(compiled, x)), expected, strict=True):
+            assert_near(one, two, torch.float32)
+
+
+@each_network
+@pytest.mark.network
+def test_inductor_agrees_with_eager_forward_and_backward(network: Network) -> None:
+    model, report = changed(network)
+    model.eval()  # batch statistics of 2 x 2 pixels make gradients that no tolerance fits
+    for layer in report.layers:
+        open_the_layer(layer)
+    compiled = torch.compile(model)
+    x = network.inputs(0, 2, 64)
+
+    def run(forward: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        results = tensors(call(forward, x))
+        sum(y.square().mean() for y in results).backward()
+        gradients = [p.grad for layer in report.layers for p in layer.parameters()]
+        return [*results, *gradients]
+
+    for one, two in zip(run(compiled), run(model), strict=True):
+        assert_near(one, two, torch.float32)
