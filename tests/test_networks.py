@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -112,6 +113,19 @@ def test_torch_compile_takes_it_in_one_graph(network: Network) -> None:
         expected = tensors(call(model, x))
         for one, two in zip(tensors(call(compiled, x)), expected, strict=True):
             assert_near(one, two, torch.float32)
+
+
+@pytest.mark.slow
+def test_a_swap_in_a_resnet50_takes_under_50_milliseconds() -> None:
+    (network,) = (network for network in NETWORKS if "deeplabv3_resnet50" in network.name)
+    model = network.built()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        report = fullattn.swap(model, "classifier.0", fullattn.FullyAttentional, project=False)
+        times.append(time.perf_counter() - start)
+        fullattn.remove(report)
+    assert min(times) < 0.05  # the best of them, as this machine may have other work
 
 
 @each_network

@@ -309,7 +309,10 @@ def returned_alone(module: nn.Module) -> Call:
     Raises:
         ValueError: it does not say its channels, takes more than a feature map, or does not run.
     """
-    parameters = list(inspect.signature(module.forward).parameters.values())
+    called = module
+    while isinstance(called, Inserted):
+        called = called.module
+    parameters = list(inspect.signature(called.forward).parameters.values())
     if len(parameters) != 1 or parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
         raise ValueError(f"it takes {', '.join(map(str, parameters)) or 'nothing'}")
     channels = next(filter(None, map(_says_channels, module.modules())), None)

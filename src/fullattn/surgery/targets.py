@@ -169,7 +169,7 @@ def _near(wanted: str, known: list[str]) -> str:
     """Known names that look like the wanted one, or the first few."""
     if not known:
         return "the model has no modules"
-    near = difflib.get_close_matches(wanted, known, n=5, cutoff=0.6)
+    near = difflib.get_close_matches(wanted, known, n=5, cutoff=0.5)
     last = wanted.rpartition(".")[2].strip("*?[]")
     near += [name for name in known if last and last in name.split(".") and name not in near]
     if near:

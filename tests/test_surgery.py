@@ -1,0 +1,778 @@
+"""swap, insert and remove: what changes, what must not, and what the report and the errors say."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fullattn
+from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs, insert, remove, swap
+
+LAYERS = (FullyAttentional, ChannelNonLocal, SpatialNonLocal)
+IDENTITY: dict[type[nn.Module], dict[str, Any]] = {
+    FullyAttentional: {"project": False},
+    ChannelNonLocal: {},
+    SpatialNonLocal: {},
+}
+each_layer = pytest.mark.parametrize("layer", LAYERS)
+
+
+class Pyramid(nn.Module):
+    """What a context module of a segmentation head looks like: branches that are joined again."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [nn.Conv2d(channels, out, 1), nn.Conv2d(channels, out, 3, padding=2, dilation=2)]
+        )
+        self.join = nn.Conv2d(2 * out, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(torch.cat([branch(x) for branch in self.branches], 1))
+
+
+class Skip(nn.Module):
+    """A decoder block with a skip connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16 + 8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.conv(torch.cat([x, skip], 1))
+
+
+class Net(nn.Module):
+    """A small segmentation net with what is difficult to change in real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8))
+        self.act = nn.ReLU()
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.context = Pyramid(16, 16)
+        self.reduce = Pyramid(16, 8)
+        self.skip = Skip()
+        shared = nn.Conv2d(8, 8, 1)
+        self.first, self.second = shared, shared
+        self.steps = [nn.Conv2d(8, 8, 3, padding=1)]
+        self.add_module("step0", self.steps[0])
+        self.head = nn.Conv2d(8, 5, 1)
+        self.unused = nn.Conv2d(4, 4, 1)
+        self.auxiliary = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        low = self.act(self.stem(x))
+        deep = self.context(self.body(low))
+        y = self.reduce(deep) + self.skip(deep, low)
+        y = self.second(self.first(y))
+        for step in self.steps:
+            y = step(y)
+        result = {"out": self.head(y)}
+        if self.training:
+            result["aux"] = self.auxiliary(deep)
+        return result
+
+
+X = torch.zeros(2, 3, 12, 20)
+
+
+def net(**options: Any) -> Net:
+    torch.manual_seed(0)
+    model = Net().to(**options)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def image(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(2, 3, 12, 20, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    """Everything that a failed or undone change must leave as it was."""
+    return [
+        [(name, id(module), module.training) for name, module in model.named_modules()],
+        [(name, id(x), x._version) for name, x in model.state_dict(keep_vars=True).items()],
+        [(name, x.clone()) for name, x in model.state_dict().items()],
+        torch.get_rng_state(),
+    ]
+
+
+def same(one: list[Any], two: list[Any]) -> bool:
+    return (
+        one[:2] == two[:2]
+        and all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(one[2], two[2], strict=True))
+        and torch.equal(one[3], two[3])
+    )
+
+
+def refused(model: nn.Module, kind: type[Exception], message: str) -> AbstractContextManager[Any]:
+    return pytest.raises(kind, match=message)
+
+
+# What is replaced.
+
+
+@each_layer
+def test_swap_puts_the_layer_in_place_of_the_module(layer: Any) -> None:
+    model = net()
+    old = model.context
+    report = swap(model, "context", layer)
+    assert type(model.context) is layer
+    assert model.context.channels == 16
+    (change,) = report.changes
+    assert (change.name, change.was, change.now, change.layer) == (
+        "context",
+        old,
+        model.context,
+        model.context,
+    )
+    assert (change.in_channels, change.out_channels, change.adapter) == (16, 16, None)
+    assert model(image())["out"].shape == (2, 5, 6, 10)
+
+
+@pytest.mark.parametrize("sample", [None, X], ids=["alone", "traced"])
+def test_other_channels_are_adapted_by_a_convolution_and_reported(sample: Any) -> None:
+    model = net()
+    report = swap(model, "reduce", FullyAttentional, sample_input=sample, gamma_init=0.3)
+    (change,) = report.changes
+    assert (change.in_channels, change.out_channels) == (16, 8)
+    assert change.adapter.weight.shape == (8, 16, 1, 1)
+    assert change.layer.channels == 8
+    assert "1×1 convolution takes 16 channels to 8" in str(report)
+    x = torch.randn(2, 16, 6, 10)
+    assert torch.equal(model.reduce(x), change.layer(change.adapter(x)))
+
+
+def test_options_and_callables_reach_the_layer() -> None:
+    model = net()
+    swap(model, "context", SpatialNonLocal, inner_channels=3, mode="dot_product")
+    assert (model.context.inner_channels, model.context.mode) == (3, "dot_product")
+    swap(model, "reduce", lambda channels: FullyAttentional(channels, project=False))
+    assert model.reduce.layer.project is None
+    swap(model, "first", partial(FullyAttentional, scale=None), project=False)
+    assert model.first.scale is None
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("context", ["context"]),
+        ("context.branches.1", ["context.branches.1"]),
+        ("*.branches.0", ["context.branches.0", "reduce.branches.0"]),
+        ("context.*", ["context.branches.0", "context.branches.1", "context.join"]),
+        ("re*e", ["reduce"]),
+        ("step[0-9]", ["step0"]),
+        (Pyramid, ["context", "reduce"]),
+        (nn.BatchNorm2d, ["stem.1", "body.1"]),
+        (
+            lambda name, module: isinstance(module, nn.Conv2d) and "join" in name,
+            ["context.join", "reduce.join"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_target_is_a_name_a_glob_a_class_or_a_predicate(target: Any, expected: list[str]) -> None:
+    model = net()
+    if target == "context.*":  # a ModuleList is not called, so its items are what can be replaced
+
+        def target(name: str, module: nn.Module) -> bool:
+            return name.startswith("context.") and not isinstance(module, nn.ModuleList)
+
+    report = swap(model, target, ChannelNonLocal)
+    assert [change.name for change in report.changes] == expected
+    for name in expected:
+        assert any(isinstance(m, ChannelNonLocal) for m in model.get_submodule(name).modules())
+    assert model(image())["out"].isfinite().all()
+
+
+def test_of_matches_within_each_other_the_outermost_is_replaced() -> None:
+    model = net()
+    report = swap(model, "context*", ChannelNonLocal)
+    assert [change.name for change in report.changes] == ["context"]
+
+
+def test_a_shared_module_stays_shared() -> None:
+    model = net()
+    report = swap(model, "second", ChannelNonLocal)
+    assert model.first is model.second
+    assert report.changes[0].names == ("first", "second")
+    assert "also second" in str(report)
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    remove(report)
+    assert model.first is model.second
+    assert isinstance(model.first, nn.Conv2d)
+
+
+def test_a_module_kept_in_a_plain_list_is_replaced_there_too() -> None:
+    model = net()
+    old = model.step0
+    report = swap(model, "step0", ChannelNonLocal, gamma_init=1.0)
+    assert model.steps[0] is model.step0
+    assert isinstance(model.step0, ChannelNonLocal)
+    remove(report)
+    assert model.steps[0] is model.step0 is old
+
+
+def test_a_module_that_only_training_calls_can_be_replaced() -> None:
+    model = net()
+    report = insert(model, ChannelNonLocal, after="auxiliary", sample_input=X)
+    assert report.changes[0].in_channels == 5
+
+
+# What is inherited.
+
+
+@pytest.mark.parametrize("target", ["context", "act", "reduce"])
+@each_layer
+def test_device_dtype_mode_and_memory_format_are_inherited(layer: Any, target: str) -> None:
+    model = net(dtype=torch.float64, memory_format=torch.channels_last)
+    getattr(model, target).train()
+    sample = X.double()
+    if target == "act":
+        report = insert(model, layer, after=target, sample_input=sample)
+    else:
+        report = swap(model, target, layer, sample_input=sample)
+    change = report.changes[0]
+    assert change.layer.training
+    assert change.now.training
+    for name, parameter in change.now.named_parameters():
+        assert parameter.dtype == torch.float64, name
+        if parameter.dim() == 4:
+            assert parameter.is_contiguous(memory_format=torch.channels_last), name
+    meta = net().to("meta")
+    report = insert(meta, layer, after=target, sample_input=X)
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+
+
+def test_a_model_on_meta_is_changed_and_then_given_memory() -> None:
+    with torch.device("meta"):
+        model = Net()
+    swap(model, "context", FullyAttentional, project=False)
+    insert(model, ChannelNonLocal, after="body", sample_input=X)
+    model.to_empty(device="cpu")
+    reference = net()
+    swap(reference, "context", FullyAttentional, project=False)
+    insert(reference, ChannelNonLocal, after="body")
+    model.load_state_dict(reference.state_dict())
+    assert torch.equal(model.eval()(image())["out"], reference(image())["out"])
+
+
+# What stays as it was.
+
+
+@each_layer
+@pytest.mark.parametrize("after", ["body", "context", "first", "act", "skip"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_an_inserted_layer_changes_no_bit_until_it_is_trained(
+    layer: Any, after: str, training: bool
+) -> None:
+    model, twin = net().train(training), net().train(training)
+    insert(model, layer, after=after, sample_input=X, **IDENTITY[layer])
+    for seed in (0, 1):  # in training, batch normalisations move in both
+        result, expected = model(image(seed)), twin(image(seed))
+        assert result.keys() == expected.keys()
+        for key in expected:
+            assert torch.equal(result[key], expected[key])
+
+
+@given(
+    channels=st.sampled_from([1, 2, 5, 8]),
+    size=st.tuples(st.sampled_from([1, 3, 8]), st.sampled_from([1, 2, 7])),
+    layer=st.sampled_from(LAYERS),
+)
+def test_insertion_is_exact_for_any_shape(
+    channels: int, size: tuple[int, int], layer: type[nn.Module]
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, channels, 1), nn.Tanh())
+    x = torch.randn(2, 3, *size)
+    before = model(x)
+    report = insert(model, layer, after="1", sample_input=x, **IDENTITY[layer])
+    assert torch.equal(model(x), before)
+    assert report.changes[0].input == (2, channels, *size)
+
+
+@pytest.mark.parametrize("after", ["context", "body", nn.BatchNorm2d, "*"])
+def test_remove_undoes_an_insertion(after: Any) -> None:
+    model = net()
+    if after == "*":
+
+        def after(name: str, module: nn.Module) -> bool:
+            return name in ("context", "context.join", "context.branches.0")
+
+    before = snapshot(model)
+    report = insert(model, FullyAttentional, after=after)
+    assert not same(snapshot(model), before)
+    remove(report)
+    before[3] = torch.get_rng_state()
+    assert same(snapshot(model), before)
+    assert report.removed
+    assert "removed" in str(report)
+
+
+def test_remove_undoes_a_swap_where_the_model_is_by_now() -> None:
+    model = net()
+    old = model.context
+    report = swap(model, "context", FullyAttentional)
+    model.double().train()
+    remove(report)
+    assert model.context is old
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    assert old.training
+    assert model(image(dtype=torch.float64))["out"].isfinite().all()
+
+
+def test_two_changes_are_undone_one_after_the_other() -> None:
+    model = net()
+    before = model(image())["out"]
+    first = insert(model, ChannelNonLocal, after="context", gamma_init=0.5)
+    second = insert(model, FullyAttentional, after="context")
+    with pytest.raises(ValueError, match="context has been changed since"):
+        remove(first)
+    remove(second)
+    remove(first)
+    assert torch.equal(model(image())["out"], before)
+    with pytest.raises(ValueError, match="has been removed already"):
+        remove(first)
+    with pytest.raises(TypeError, match="expected the report of swap or insert, got str"):
+        remove("context")  # type: ignore[arg-type]
+
+
+def test_looking_leaves_no_trace_in_the_model() -> None:
+    model = net().train()  # batch normalisations that count
+    model.body[1].eval()
+    model.cache = {}  # type: ignore[assignment]
+    model.register_forward_hook(lambda module, args, result: module.cache.update(result))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="changes the size"):
+        swap(model, "stem", FullyAttentional, sample_input=X)
+    assert same(snapshot(model), before)
+    assert model.cache == {}
+
+
+# A model that has a layer in it.
+
+
+def changed() -> tuple[Net, list[fullattn.surgery.Report]]:
+    model = net()
+    reports = [
+        swap(model, "reduce", FullyAttentional, gamma_init=0.5),
+        insert(model, SpatialNonLocal, after="context", zero_init=False),
+        insert(model, ChannelNonLocal, after="body", gamma_init=0.5),
+    ]
+    return model, reports
+
+
+def through_pickle(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+def through_torch_save(value: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, through_pickle, through_torch_save])
+def test_pickle_and_deepcopy_keep_model_and_report_together(twin: Callable[[Any], Any]) -> None:
+    model, reports = changed()
+    other, others = twin((model, reports))
+    assert torch.equal(other(image())["out"], model(image())["out"])
+    for report in reversed(others):
+        remove(report)
+    assert isinstance(other.reduce, Pyramid)
+    assert isinstance(model.reduce, nn.Sequential)
+    assert torch.equal(other(image())["out"], net()(image())["out"])
+
+
+def test_weights_from_before_the_insertion_still_load() -> None:
+    model = net()
+    insert(model, FullyAttentional, after="context", project=False)
+    insert(model, ChannelNonLocal, after="body.0")
+    torch.manual_seed(1)
+    trained = Net().eval()
+    result = model.load_state_dict(trained.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert {key.partition(".layer.")[0] for key in result.missing_keys} == {"context", "body.0"}
+    assert torch.equal(model(image())["out"], trained(image())["out"])
+    own = model.state_dict()
+    assert model.load_state_dict(own, strict=True)
+    with pytest.raises(RuntimeError, match=r"Missing key.*context.layer.gamma"):
+        model.load_state_dict(trained.state_dict(), strict=True)
+
+
+def test_an_inserted_pair_is_to_other_code_the_module_that_it_holds() -> None:
+    model = net()
+    old = model.body
+    insert(model, ChannelNonLocal, after="body")
+    assert len(model.body) == 3
+    assert model.body[0] is old[0]
+    assert list(model.body) == list(old)
+    insert(model, ChannelNonLocal, after="first")
+    assert model.first.out_channels == 8
+    assert bool(model.first)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = model.first.nonsense
+    with pytest.raises(TypeError):
+        len(model.first)
+
+
+@pytest.mark.slow
+def test_a_changed_model_compiles_and_exports() -> None:
+    model, _ = changed()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(image())["out"], model(image())["out"])
+    dims = {0: torch.export.Dim("batch"), 2: 2 * torch.export.Dim("h", min=2)}
+    program = torch.export.export(model, (X,), dynamic_shapes=(dims,), strict=True)
+    x = torch.randn(3, 3, 18, 20)
+    torch.testing.assert_close(program.module()(x)["out"], model(x)["out"])
+    torch._dynamo.reset()
+
+
+# The report.
+
+
+def test_the_report_counts_parameters_and_flops() -> None:
+    model = net()
+    before = sum(p.numel() for p in model.parameters())
+    report = swap(model, "reduce", FullyAttentional, sample_input=X)
+    (change,) = report.changes
+    assert change.input == (2, 16, 6, 10)
+    pixels = 2 * 6 * 10
+    pyramid = 2 * pixels * (16 * 8 + 16 * 8 * 9 + 16 * 8)
+    assert change.flops_before == pyramid
+    cost = costs.cost(change.layer, (2, 8, 6, 10))
+    assert change.flops_after == cost.flops + 2 * pixels * 16 * 8
+    assert change.parameters_after == cost.parameters + 16 * 8 + 8
+    assert report.parameters_before == before
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    assert report.layers == (change.layer,)
+
+
+def test_the_report_of_an_insertion_counts_what_came() -> None:
+    model = net()
+    report = insert(model, FullyAttentional, after="skip", sample_input=X)
+    (change,) = report.changes
+    cost = costs.cost(change.layer, (2, 8, 6, 10))
+    assert (change.parameters_before, change.parameters_after) == (0, cost.parameters)
+    assert (change.flops_before, change.flops_after) == (0, cost.flops)
+
+
+def test_the_report_prints_as_a_table() -> None:
+    model = net()
+    model.context.join.register_forward_hook(print)
+    lines = str(swap(model, Pyramid, FullyAttentional, sample_input=X)).splitlines()
+    assert lines[0].split() == ["was", "now", "channels", "parameters", "FLOPs", "at"]
+    assert lines[2].startswith("context")
+    assert lines[3].startswith("reduce")
+    assert "16 → 8" in lines[3]
+    assert lines[4].startswith("the model")
+    assert "context: no longer called: forward hook print of context.join" in lines
+    assert max(map(len, lines)) <= 100
+
+
+# What is refused; the model is then as it was.
+
+
+class Shrinks(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Breaks(Shrinks):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("does not work")
+
+
+def second_fails() -> Callable[[int], nn.Module]:
+    built: list[int] = []
+
+    def build(channels: int) -> nn.Module:
+        built.append(channels)
+        if len(built) == 2:
+            raise RuntimeError("the second one")
+        return ChannelNonLocal(channels)
+
+    return build
+
+
+REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
+    (
+        "no such name",
+        "contxt",
+        FullyAttentional,
+        {},
+        ValueError,
+        r"no module matches the name 'contxt'; near: context",
+    ),
+    (
+        "no such name at all",
+        "zzz",
+        FullyAttentional,
+        {},
+        ValueError,
+        r"no module matches the name 'zzz'; there are: stem, act, body",
+    ),
+    (
+        "its last part only",
+        "decoder.join",
+        FullyAttentional,
+        {},
+        ValueError,
+        r"near: .*context.join",
+    ),
+    (
+        "glob without match",
+        "decoder.*.aspp",
+        FullyAttentional,
+        {},
+        ValueError,
+        r"no module matches the glob 'decoder\.\*\.aspp'",
+    ),
+    (
+        "class without match",
+        nn.ConvTranspose2d,
+        FullyAttentional,
+        {},
+        ValueError,
+        r"no module is a ConvTranspose2d; near: Conv2d",
+    ),
+    (
+        "predicate without match",
+        lambda name, module: False,
+        FullyAttentional,
+        {},
+        ValueError,
+        r"no module of the \d+ in Net satisfies the predicate",
+    ),
+    ("root by name", "", FullyAttentional, {}, ValueError, "the target means the model itself"),
+    ("root by class", Net, FullyAttentional, {}, ValueError, r"the model itself \(Net\)"),
+    ("target a number", 3, FullyAttentional, {}, TypeError, "expected a target .* got int"),
+    ("target a module", nn.ReLU(), FullyAttentional, {}, TypeError, "expected a target .* ReLU"),
+    ("target another class", dict, FullyAttentional, {}, TypeError, "the class dict"),
+    (
+        "no channels",
+        "act",
+        FullyAttentional,
+        {},
+        ValueError,
+        r"channels of act \(ReLU\) cannot be found without sample_input: nothing in it says",
+    ),
+    (
+        "two arguments",
+        "skip",
+        FullyAttentional,
+        {},
+        ValueError,
+        r"channels of skip \(Skip\) cannot be found without sample_input: it takes x.*, skip",
+    ),
+    (
+        "two arguments traced",
+        "skip",
+        FullyAttentional,
+        {"sample_input": X},
+        ValueError,
+        r"skip takes a tensor \(2, 16, 6, 10\) and a tensor \(2, 8, 6, 10\); expected one tensor",
+    ),
+    ("list", "context.branches", FullyAttentional, {}, ValueError, "cannot be found without"),
+    (
+        "size changed alone",
+        "stem",
+        FullyAttentional,
+        {},
+        ValueError,
+        r"stem \(Sequential\) changes the size of its input from 32×32 to 16×16 "
+        r"\(height by a factor of 0.5 and width by a factor of 0.5\)",
+    ),
+    (
+        "size changed traced",
+        "stem",
+        FullyAttentional,
+        {"sample_input": X},
+        ValueError,
+        "from 12×20 to 6×10",
+    ),
+    (
+        "not called",
+        "unused",
+        FullyAttentional,
+        {"sample_input": X},
+        ValueError,
+        r"the model does not call unused when it runs on a tensor \(2, 3, 12, 20\)",
+    ),
+    (
+        "sample does not fit",
+        "context",
+        FullyAttentional,
+        {"sample_input": X[:, :2]},
+        ValueError,
+        r"Net does not run on a tensor \(2, 2, 12, 20\): RuntimeError",
+    ),
+    (
+        "sample is a shape",
+        "context",
+        FullyAttentional,
+        {"sample_input": (1, 3, 8, 8)},
+        TypeError,
+        r"expected a sample_input with tensors, got \(1, 3, 8, 8\); did you mean torch.zeros",
+    ),
+    (
+        "other shape",
+        "context",
+        Shrinks,
+        {},
+        ValueError,
+        r"expected the replacement Shrinks to give \(1, 16, 32, 32\) .* got \(1, 16, 30, 30\)",
+    ),
+    (
+        "breaks",
+        "context",
+        Breaks,
+        {},
+        ValueError,
+        r"context: the replacement Breaks does not run .*does not work",
+    ),
+    (
+        "no module",
+        "context",
+        lambda channels: channels,
+        {},
+        TypeError,
+        "expected the replacement to build a torch.nn.Module, got int",
+    ),
+    (
+        "an instance",
+        "context",
+        ChannelNonLocal(16),
+        {},
+        TypeError,
+        "expected a layer class or a callable .* got a module of ChannelNonLocal",
+    ),
+    ("no callable", "context", "fully", {}, TypeError, "expected a layer class .* got str"),
+    ("unknown option", "context", FullyAttentional, {"scal": 1}, TypeError, "scal"),
+    ("bad option", "context", FullyAttentional, {"scale": "x"}, TypeError, "scale must be"),
+    (
+        "dtype as option",
+        "context",
+        FullyAttentional,
+        {"dtype": torch.half},
+        TypeError,
+        "dtype come from the model",
+    ),
+    ("fails in the second place", Pyramid, second_fails(), {}, RuntimeError, "the second one"),
+]
+
+
+@pytest.mark.parametrize(
+    ("target", "replacement", "options", "error", "message"),
+    [case[1:] for case in REFUSED],
+    ids=[case[0] for case in REFUSED],
+)
+def test_what_cannot_be_done_is_refused_and_changes_nothing(
+    target: Any, replacement: Any, options: dict[str, Any], error: Any, message: str
+) -> None:
+    model = net().train()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        swap(model, target, replacement, **options)
+    after = snapshot(model)
+    after[3] = before[3]  # a layer that was built drew its weights
+    assert same(after, before)
+
+
+def test_what_returns_no_feature_map_is_refused() -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [x, self.conv(x)]
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = Features()
+            self.pool = nn.Flatten()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(self.backbone(x)[-1])
+
+    model = Outer()
+    with pytest.raises(ValueError, match=r"backbone returns a list of 2; expected one tensor"):
+        insert(model, ChannelNonLocal, after="backbone", sample_input=X)
+    with pytest.raises(ValueError, match=r"pool returns a tensor \(2, 960\); expected one tensor"):
+        insert(model, ChannelNonLocal, after="pool", sample_input=X)
+
+
+def test_a_reference_that_cannot_be_changed_is_refused() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.pair = (self.conv,)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pair[0](x)
+
+    model = Hidden()
+    with pytest.raises(ValueError, match="calls conv by a reference of its own"):
+        swap(model, "conv", ChannelNonLocal, sample_input=X)
+    assert isinstance(model.conv, nn.Conv2d)
+
+
+def test_a_module_called_with_several_channel_counts_is_refused() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.conv(self.act(x)))
+
+    with pytest.raises(ValueError, match="act is called several times and takes different numbers"):
+        swap(Twice(), "act", ChannelNonLocal, sample_input=X)
+
+
+def test_a_model_that_branches_on_numbers_is_run_with_numbers() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.norm(x)) if x.mean().item() < 1 else x
+
+    model = Branches().train()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="does not call conv"):
+        swap(model, "conv", ChannelNonLocal, sample_input=X + 2)
+    assert same(snapshot(model), before)
+    assert swap(model, "conv", ChannelNonLocal, sample_input=X).changes[0].out_channels == 4
+
+
+def test_model_must_be_a_module() -> None:
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module as model, got list"):
+        swap([nn.ReLU()], "0", ChannelNonLocal)  # type: ignore[arg-type]
