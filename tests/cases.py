@@ -97,10 +97,10 @@ class Case:
         """The layer's whole forward by the oracle, for the forms in `CASES`."""
         (image,) = arrays(x)
         attended = self.attended(layer, image, self.maps(layer, image))
-        if isinstance(layer, fullattn.SpatialNonLocal):
-            weight, bias = arrays(layer.output.conv.weight[:, :, 0, 0], layer.output.conv.bias)
-            return image + oracle.convolution_1x1(attended, weight, bias)
-        return layer.gamma.item() * attended + image
+        if layer.gamma is not None:
+            return layer.gamma.item() * attended + image
+        weight, bias = arrays(layer.output.conv.weight[:, :, 0, 0], layer.output.conv.bias)
+        return image + oracle.convolution_1x1(attended, weight, bias)
 
     def problem(self, dtype: torch.dtype, device: str = "cpu") -> Problem:
         """What the layer asks of a backend, at some size."""
@@ -190,6 +190,7 @@ SPATIAL_GAUSSIAN = _spatial("gaussian", Kind.SOFTMAX)
 SPATIAL_DOT_PRODUCT = _spatial("dot_product", Kind.DOT_PRODUCT)
 SPATIAL_CONCATENATION = _spatial("concatenation", Kind.CONCATENATION)
 SPATIAL_SUBSAMPLED = _spatial("embedded_gaussian", Kind.SOFTMAX, subsample=2)
+SPATIAL_UNPROJECTED = _spatial("embedded_gaussian", Kind.SOFTMAX, project=False, gamma_init=0.7)
 
 CASES = (
     FULLY_ATTENTIONAL,
@@ -200,6 +201,7 @@ CASES = (
     SPATIAL_DOT_PRODUCT,
     SPATIAL_CONCATENATION,
     SPATIAL_SUBSAMPLED,
+    SPATIAL_UNPROJECTED,
 )
 CHANNEL_CASES = (CHANNEL, CHANNEL_LEAST_SIMILAR)
 SPATIAL_CASES = CASES[3:]

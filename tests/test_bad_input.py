@@ -122,11 +122,16 @@ def test_bad_scale(layer_class: Any, value: Any, error: type[Exception]) -> None
         layer_class(8, scale=value)
 
 
-@pytest.mark.parametrize("layer_class", LAYERS[:2], ids=lambda layer: layer.__name__)
+@each_layer
 @pytest.mark.parametrize(("value", "error"), [*BAD_NUMBERS, *NOT_FINITE], ids=option_id)
 def test_bad_gamma_init(layer_class: Any, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match=r"gamma_init must be .*, got"):
         layer_class(8, gamma_init=value)
+
+
+def test_gamma_init_of_a_layer_without_gamma_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match=r"gamma_init=0\.5 is for project=False, got project=True"):
+        SpatialNonLocal(8, gamma_init=0.5)
 
 
 @each_layer
@@ -148,6 +153,7 @@ def test_bad_mode(value: Any) -> None:
         (FullyAttentional, "project"),
         (ChannelNonLocal, "least_similar"),
         (SpatialNonLocal, "zero_init"),
+        (SpatialNonLocal, "project"),
     ],
 )
 @pytest.mark.parametrize("value", ["yes", None, 2, [True]])

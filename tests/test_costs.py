@@ -32,6 +32,13 @@ FORMS: dict[str, Callable[..., nn.Module]] = {
     "spatial": SpatialNonLocal,
     "spatial-inner": lambda c, **o: SpatialNonLocal(c, inner_channels=7, norm_layer=None, **o),
     "spatial-subsampled": lambda c, **o: SpatialNonLocal(c, subsample=2, **o),
+    "spatial-unprojected": lambda c, **o: SpatialNonLocal(c, project=False, **o),
+    "spatial-danet": lambda c, **o: SpatialNonLocal(
+        c, inner_channels=max(1, c // 8), project=False, subsample=2, scale=None, **o
+    ),
+    "dot_product-unprojected": lambda c, **o: SpatialNonLocal(
+        c, inner_channels=max(1, c // 4), mode="dot_product", project=False, **o
+    ),
     "gaussian": lambda c, **o: SpatialNonLocal(c, mode="gaussian", **o),
     "gaussian-subsampled": lambda c, **o: SpatialNonLocal(c, mode="gaussian", subsample=3, **o),
     "dot_product": lambda c, **o: SpatialNonLocal(c, mode="dot_product", **o),

@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cases import CASES, CHANNEL, FULLY_ATTENTIONAL, SPATIAL, Case, assert_near
+from cases import (
+    CASES,
+    CHANNEL,
+    FULLY_ATTENTIONAL,
+    SPATIAL,
+    SPATIAL_UNPROJECTED,
+    Case,
+    assert_near,
+)
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, functional
 from fullattn.attention import Kind
 
@@ -39,7 +47,9 @@ def test_scale_is_a_factor_on_the_scores_of_either_sign(case: Case, scale: float
         assert (layer(x) - case.build(6)(x)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("case", [FULLY_ATTENTIONAL, CHANNEL], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [FULLY_ATTENTIONAL, CHANNEL, SPATIAL_UNPROJECTED], ids=lambda case: case.name
+)
 def test_gamma_init_is_the_initial_gamma(case: Case) -> None:
     x = image()
     layer = case.build(6, gamma_init=-2.5)
@@ -47,7 +57,7 @@ def test_gamma_init_is_the_initial_gamma(case: Case) -> None:
     assert layer.gamma.requires_grad
     attended = case.build(6, gamma_init=1.0)(x) - x
     assert_near(layer(x), x - 2.5 * attended, torch.float64)
-    assert case.layer(6).gamma.item() == 0.0
+    assert case.build(6, gamma_init=0.0).gamma.item() == 0.0
 
 
 def test_project_is_a_3x3_convolution_normalisation_and_activation_of_the_attention() -> None:
@@ -145,6 +155,20 @@ def test_zero_init_makes_the_spatial_layer_the_identity(norm_layer: Any) -> None
     assert not torch.equal(SpatialNonLocal(6, norm_layer=norm_layer, zero_init=False)(x), x)
 
 
+def test_without_projection_the_spatial_layer_has_all_channels_as_value_and_a_gamma() -> None:
+    x = image()
+    layer = SpatialNonLocal(6, inner_channels=2, project=False, dtype=torch.float64)
+    assert layer.output is None
+    assert layer.query.weight.shape == (2, 6, 1, 1)
+    assert layer.value.weight.shape == (6, 6, 1, 1)
+    assert layer.gamma.shape == (1,)
+    assert torch.equal(layer(x), x)
+    nn.init.constant_(layer.gamma, -2.0)
+    attended = torch.einsum("bpq,bcq->bcp", layer.similarity(x), layer.value(x).flatten(2))
+    assert_near(layer(x), x - 2.0 * attended.view(x.shape), torch.float64)
+    assert SpatialNonLocal(6).gamma is None
+
+
 @each_layer
 def test_backend_is_the_one_that_runs(layer_class: Any, ran: list[str]) -> None:
     layer_class(6, backend="sdpa")(image(dtype=torch.float32))
@@ -182,6 +206,7 @@ def test_a_layer_made_on_the_meta_device_works_once_it_has_memory(layer_class: A
         (SpatialNonLocal, {}),
         (SpatialNonLocal, {"zero_init": False}),
         (SpatialNonLocal, {"mode": "concatenation", "norm_layer": None}),
+        (SpatialNonLocal, {"project": False, "gamma_init": 0.25}),
     ],
 )
 def test_reset_parameters_is_as_good_as_new(layer_class: Any, options: dict[str, Any]) -> None:
@@ -209,7 +234,7 @@ def test_state_dict_round_trip(case: Case) -> None:
 
 
 def _moved(case: Case) -> dict[str, float]:
-    return {} if case.layer is SpatialNonLocal else {"gamma_init": 0.1}
+    return {"gamma_init": 0.1} if "gamma_init" in case.options else {}
 
 
 @each_case
@@ -239,6 +264,10 @@ def test_pickle_and_deepcopy_keep_everything(case: Case) -> None:
             "8, inner_channels=3, mode='gaussian', subsample=2, zero_init=False",
         ),
         (SpatialNonLocal(8, scale=0.5, backend="chunked"), "8, scale=0.5, backend='chunked'"),
+        (
+            SpatialNonLocal(8, inner_channels=1, project=False, gamma_init=0.5),
+            "8, inner_channels=1, project=False, gamma_init=0.5",
+        ),
     ],
 )
 def test_extra_repr_shows_what_differs_from_the_default(layer: nn.Module, shown: str) -> None:
@@ -263,6 +292,10 @@ def test_parameter_names_are_these() -> None:
         *(f"{name}.{part}" for name in ("query", "key", "value") for part in ("weight", "bias")),
         "score.weight",
         *(f"output.{name}.{part}" for name in ("conv", "norm") for part in ("weight", "bias")),
+    ]
+    assert list(dict(SpatialNonLocal(4, project=False).named_parameters())) == [
+        "gamma",
+        *(f"{name}.{part}" for name in ("query", "key", "value") for part in ("weight", "bias")),
     ]
 
 
@@ -299,6 +332,23 @@ def test_spatial_function_without_output_is_the_attention_alone() -> None:
     assert_near(x + layer.output(attended), layer(x), torch.float64)
     output = {"output_weight": layer.output.conv.weight, "output_bias": layer.output.conv.bias}
     whole = functional.spatial_non_local(x, *value, **weights, **output)
+    assert_near(whole, layer(x), torch.float64)
+
+
+def test_spatial_function_with_gamma_in_place_of_an_output_is_the_layer_without_projection() -> (
+    None
+):
+    layer, x = SPATIAL_UNPROJECTED.build(6), image()
+    whole = functional.spatial_non_local(
+        x,
+        layer.value.weight,
+        layer.value.bias,
+        query_weight=layer.query.weight,
+        query_bias=layer.query.bias,
+        key_weight=layer.key.weight,
+        key_bias=layer.key.bias,
+        gamma=layer.gamma,
+    )
     assert_near(whole, layer(x), torch.float64)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 
-import fullattn
 from cases import (
     CASES,
     CHANNEL,
@@ -86,10 +85,10 @@ def test_map_times_value_is_the_forward(run: Run, drawn: Drawn) -> None:
     maps = arrays(*_maps(layer, x))
     (image,) = arrays(x)
     attended = torch.from_numpy(run.case.attended(layer, image, maps))
-    if isinstance(layer, fullattn.SpatialNonLocal):
-        added = copy.deepcopy(layer.output).double().cpu()(attended)
-    else:
+    if layer.gamma is not None:
         added = layer.gamma.item() * attended
+    else:
+        added = copy.deepcopy(layer.output).double().cpu()(attended)
     assert_near(run(layer, x), x.double().cpu() + added, run.dtype)
 
 

@@ -13,6 +13,7 @@ from cases import (
     SPATIAL_DOT_PRODUCT,
     SPATIAL_GAUSSIAN,
     SPATIAL_SUBSAMPLED,
+    SPATIAL_UNPROJECTED,
     Run,
     fuses,
     runs,
@@ -25,6 +26,7 @@ CASES_WITHOUT_MAP = (
     SPATIAL_GAUSSIAN,
     SPATIAL_DOT_PRODUCT,
     SPATIAL_SUBSAMPLED,
+    SPATIAL_UNPROJECTED,
 )
 # Shapes at which every map is many times the size of anything else, in ordinary and in the
 # smallest form: one feature a token, which some fused kernels refuse without a word.

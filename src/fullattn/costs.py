@@ -10,7 +10,7 @@ counted, as `torch.utils.flop_counter.FlopCounterMode` does; the two agree. For 
                        18·B·C²·HW         the projection
     ChannelNonLocal    4·B·C²·HW
     SpatialNonLocal    2·B·HW·H'W'·(D+E)  D channels of a query, E of a value, after subsampling
-                       2·B·C·E·HW         each of its 1x1 convolutions
+                       2·B·C·N·HW         each of its 1x1 convolutions, from or to N channels
 
 Backward, with a gradient for x, costs twice the forward where the map is kept, and half the
 attention's forward more where a fused backend computes the scores again. `triton` computes more
@@ -249,6 +249,7 @@ class _Footprint:
         backward: peak of the backward pass, `saved`, the gradients of the inputs and that of the
             output included.
         backward_shared: the same without the gradient of the output, which others hold too.
+        contiguous_grad: what backward takes besides where that gradient is not contiguous.
         keeps_inputs: whether backward needs the inputs.
         keeps_output: whether backward needs the output.
     """
@@ -261,6 +262,7 @@ class _Footprint:
     forward: int
     backward: int
     backward_shared: int
+    contiguous_grad: int = 0
     keeps_inputs: bool = True
     keeps_output: bool = False
 
@@ -390,8 +392,8 @@ def _sdpa(a: _Attention) -> _Footprint:
     forward_block, backward_block = _sdpa_blocks(a, value_features)
     # The fused kernel takes the key's copy as if it had all slices, and so comes its gradient.
     grads = (prod(query) + prod(a.query[:2]) * a.key[2] * (features + value_features)) * size
-    backward = saved + grads + backward_block
     padded = value_features != a.value[3]  # and so the gradient of the output is padded again
+    backward = saved + grads + backward_block
     return _Footprint(
         flops=flops.attend(query, key, value),
         backward_flops=flops.attend_backward(out, query, key, value),
@@ -401,6 +403,7 @@ def _sdpa(a: _Attention) -> _Footprint:
         forward=saved + output + forward_block,
         backward=backward + output,
         backward_shared=backward + (output if padded else 0),
+        contiguous_grad=0 if padded else output,
         keeps_inputs=not copies,
         keeps_output=True,
     )
@@ -697,6 +700,8 @@ def _channel_non_local(layer: ChannelNonLocal, setting: _Setting) -> _Work:
 def _spatial_non_local(layer: SpatialNonLocal, setting: _Setting) -> _Work:
     batch, channels, height, width = setting.shape
     size, inner = setting.size, layer.inner_channels
+    projected = layer.output is not None
+    value = inner if projected else channels
     step = layer.subsample
     positions, memory = height * width, (height // step) * (width // step)
     embedded = layer.query is not None
@@ -711,7 +716,7 @@ def _spatial_non_local(layer: SpatialNonLocal, setting: _Setting) -> _Work:
         _Attention(
             query=query,
             key=key,
-            value=(batch, 1, memory, inner),
+            value=(batch, 1, memory, value),
             kind=kind,
             setting=setting,
             contiguous=False,
@@ -719,7 +724,8 @@ def _spatial_non_local(layer: SpatialNonLocal, setting: _Setting) -> _Work:
             scale=1.0 if layer.scale is None else layer.scale,
         )
     )
-    convolutions = 2 * batch * channels * inner * positions * (4 if embedded else 2)
+    convolved = (2 * inner if embedded else 0) + value + (inner if projected else 0)
+    convolutions = 2 * batch * channels * positions * convolved
     scores = 2 * batch * inner * (positions + memory) if scored else 0
 
     x = prod(setting.shape) * size
@@ -727,42 +733,48 @@ def _spatial_non_local(layer: SpatialNonLocal, setting: _Setting) -> _Work:
     indices = batch * memory * 8
     queries = inner * full if embedded else 0
     if step > 1:
-        keys, values = features * pooled, inner * pooled
+        keys, values = features * pooled, value * pooled
         # Pooling keeps its input and where the largest numbers were.
         pooling = (inner * full if embedded else 0) + features * indices
-        pooling += inner * (full + indices)
-        pool_peak = queries + keys + values + inner * (full + indices)
+        pooling += value * (full + indices)
+        pool_peak = queries + keys + values + value * (full + indices)
     else:
-        keys, values = (inner * full if embedded else 0), inner * full
+        keys, values = (inner * full if embedded else 0), value * full
         pooling = pool_peak = 0
     scaled = features * pooled if layer.scale is None and not scored else 0
     inputs = queries + keys + values + scaled
     attended, result = attention.output, x
-    normalised = hasattr(layer.output, "norm")
     kept_inputs = inputs if attention.keeps_inputs else 0
     kept = pooling + kept_inputs + attention.saved
-    values_out = inner * full
-    grads = (features * full if embedded else 0) + (features + inner) * pooled
+    held = pooling + kept_inputs + (attended if attention.keeps_output else 0) + result
+    grads = (features * full if embedded else 0) + (features + value) * pooled
     weights = channels * inner * size
+    ending: tuple[int, ...]  # the steps after the attention, and backward
+    if projected:
+        normalised = x if hasattr(layer.output, "norm") else 0
+        ending = (
+            kept + attended + 2 * x + normalised,  # output, normalised, sum with x
+            kept + attended + x + 2 * normalised,  # normalisation, backward
+            kept + attended + result + normalised + inner * full + weights,
+            held + weights + attention.backward,
+            pooling + result + grads + 2 * x + 4 * weights,  # convolutions, backward
+        )
+    else:
+        ending = (
+            kept + attended + result + 2 * x,  # gradients of the attended values and of gamma
+            # That of the attended values lies as the one that arrives does, in maps.
+            held + attention.backward + attention.contiguous_grad,
+            pooling + result + grads + 2 * x + 2 * weights + channels * channels * size,
+        )
     return _Work(
         backend=backend,
         flops=attention.flops + convolutions + scores,
         backward_flops=attention.backward_flops + 2 * (convolutions + scores),
         map_numbers=batch * problem.map_numbers,
-        inference=max(pool_peak, inputs + attention.inference, attended + 2 * x),
-        training=max(
-            pooling + inputs + attention.forward,
-            kept + attended + (3 if normalised else 2) * x,  # output, normalised, sum with x
-            kept + attended + (3 if normalised else 1) * x,  # normalisation, backward
-            kept + attended + result + (x if normalised else 0) + values_out + weights,
-            pooling
-            + kept_inputs
-            + (attended if attention.keeps_output else 0)
-            + result
-            + weights
-            + attention.backward,
-            pooling + result + grads + 2 * x + 4 * weights,  # convolutions, backward
+        inference=max(
+            pool_peak, inputs + attention.inference, attended + (2 if projected else 1) * x
         ),
+        training=max(pooling + inputs + attention.forward, *ending),
     )
 
 

@@ -343,17 +343,9 @@ def position_similarity(
     return attention.similarity(query, key, factor).squeeze(1)
 
 
-def _queries_and_keys(
-    x: Tensor,
-    query_weight: Tensor | None,
-    query_bias: Tensor | None,
-    key_weight: Tensor | None,
-    key_bias: Tensor | None,
-    subsample: int,
-) -> tuple[Tensor, Tensor]:
-    query = x if query_weight is None else F.conv2d(x, query_weight, query_bias)
-    key = x if key_weight is None else F.conv2d(x, key_weight, key_bias)
-    return query, key if subsample == 1 else F.max_pool2d(key, subsample)
+def _embedded(x: Tensor, weight: Tensor | None, bias: Tensor | None, subsample: int = 1) -> Tensor:
+    x = x if weight is None else F.conv2d(x, weight, bias)
+    return x if subsample == 1 else F.max_pool2d(x, subsample)
 
 
 def spatial_non_local(
@@ -367,6 +359,7 @@ def spatial_non_local(
     key_bias: Tensor | None = None,
     output_weight: Tensor | None = None,
     output_bias: Tensor | None = None,
+    gamma: Tensor | None = None,
     score_weight: Tensor | None = None,
     kind: Kind = Kind.SOFTMAX,
     scale: float | None = 1.0,
@@ -380,7 +373,8 @@ def spatial_non_local(
 
         x + output( attend_positions(query, key, value) )
 
-    or the attended values alone where there is no output weight.
+    or, where there is no output weight, gamma · attended + x as in DANet's position attention, or
+    the attended values alone where there is no gamma either.
 
     Args:
         x: feature map, (B, C, H, W).
@@ -390,8 +384,10 @@ def spatial_non_local(
         query_bias: (D,).
         key_weight: (D, C, 1, 1); None for the Gaussian form.
         key_bias: (D,).
-        output_weight: (C, E, 1, 1); None for no output convolution and no residual.
+        output_weight: (C, E, 1, 1); None for no output convolution.
         output_bias: (C,).
+        gamma: learnable factor of the attention, one number; only without an output weight, and
+            with E = C.
         score_weight: (2·D,), for `Kind.CONCATENATION` alone.
         kind: form of the similarity, as in `attend_positions`.
         scale: factor on the scores; None for 1/√D.
@@ -399,14 +395,15 @@ def spatial_non_local(
         backend: name of the backend; None for the automatic choice.
 
     Returns:
-        (B, C, H, W), or (B, E, H, W) without an output weight.
+        (B, C, H, W), or (B, E, H, W) without output weight and gamma.
 
     Raises:
         BackendError: the backend asked for cannot run this.
         ValueError: `Kind.CONCATENATION` without `score_weight`.
 
     Source:
-        Wang et al., Non-local Neural Networks, CVPR 2018 (arXiv 1711.07971), section 3.
+        Wang et al., Non-local Neural Networks, CVPR 2018 (arXiv 1711.07971), section 3; with gamma
+        Fu et al., CVPR 2019 (arXiv 1809.02983), section 3.2.
 
     Example:
         >>> import torch
@@ -414,14 +411,19 @@ def spatial_non_local(
         >>> spatial_non_local(x, weight, query_weight=weight, key_weight=weight).shape
         torch.Size([2, 4, 5, 6])
     """
-    query, key = _queries_and_keys(x, query_weight, query_bias, key_weight, key_bias, subsample)
-    value = F.conv2d(x, value_weight, value_bias)
-    if subsample != 1:
-        value = F.max_pool2d(value, subsample)
+    # Without names of their own query, key and value are free again before gamma is applied.
     attended = attend_positions(
-        query, key, value, kind=kind, scale=scale, score_weight=score_weight, backend=backend
+        _embedded(x, query_weight, query_bias),
+        _embedded(x, key_weight, key_bias, subsample),
+        _embedded(x, value_weight, value_bias, subsample),
+        kind=kind,
+        scale=scale,
+        score_weight=score_weight,
+        backend=backend,
     )
-    return attended if output_weight is None else x + F.conv2d(attended, output_weight, output_bias)
+    if output_weight is None:
+        return attention.add_to(x, gamma, attended)
+    return x + F.conv2d(attended, output_weight, output_bias)
 
 
 def spatial_similarity(
@@ -463,5 +465,10 @@ def spatial_similarity(
         >>> spatial_similarity(torch.randn(2, 4, 5, 6)).shape
         torch.Size([2, 30, 30])
     """
-    query, key = _queries_and_keys(x, query_weight, query_bias, key_weight, key_bias, subsample)
-    return position_similarity(query, key, kind=kind, scale=scale, score_weight=score_weight)
+    return position_similarity(
+        _embedded(x, query_weight, query_bias),
+        _embedded(x, key_weight, key_bias, subsample),
+        kind=kind,
+        scale=scale,
+        score_weight=score_weight,
+    )
