@@ -1,4 +1,4 @@
-"""The command line: `fullattn bench` and `fullattn info`.
+"""The command line: `fullattn bench`, `fullattn swap` and `fullattn info`.
 
 Whatever the user asks for that cannot be done ends with one sentence on standard error and exit
 status 2; Ctrl-C ends with 130. In neither case is anything written.
@@ -7,13 +7,14 @@ status 2; Ctrl-C ends with 130. In neither case is anything written.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import einops
 import torch
@@ -38,6 +39,10 @@ from fullattn.bench.shapes import (
     parse_shape,
     sweep_shapes,
 )
+from fullattn.bench.workload import MODES, Mode
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["main"]
 
@@ -57,6 +62,15 @@ shapes by name:
 {chr(10).join(f"  {name:<15} {shape!s:<14} {what}" for name, (shape, what) in NAMED.items())}
 """
 
+_SWAP_EXAMPLES = """\
+examples:
+  fullattn swap torchvision.models.segmentation:deeplabv3_resnet50 --target classifier.0 \\
+      --model-options weights=None weights_backbone=None
+  fullattn swap my_net.py:Net --insert --target backbone.layer4 --layer-options project=False
+  fullattn swap segmentation_models_pytorch:Unet --model-options encoder_weights=None \\
+      --insert --target encoder.layer4 --shape 2x3x256x256 --image street.jpg
+"""
+
 _INFO_EXAMPLES = """\
 examples:
   fullattn info
@@ -70,6 +84,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+# A parser, or a group of its arguments.
+_Adds: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 def _count(text: str) -> int:
@@ -108,15 +126,43 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fullattn {fullattn.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_bench(commands)
+    _add_swap(commands)
     _add_info(commands)
     return parser
 
 
-def _add_conditions(parser: argparse.ArgumentParser) -> None:
+def _add_conditions(parser: _Adds) -> None:
     parser.add_argument(
         "--dtype", default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (float32)"
     )
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (cpu)")
+
+
+def _add_inputs(parser: _Adds) -> None:
+    parser.add_argument(
+        "--memory-format",
+        default="contiguous",
+        metavar="FORMAT",
+        help=f"{' or '.join(MEMORY_FORMATS)} (contiguous)",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help="of parameters and inputs (0)")
+    parser.add_argument("--threads", type=_count, help="PyTorch's threads (PyTorch's own choice)")
+
+
+def _add_repetition(parser: _Adds) -> None:
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=2.0,
+        help="to spend on timing one contender at one shape in one mode; 3 to 20 calls (2)",
+    )
+    parser.add_argument("--repeats", type=_count, help="time exactly so many calls of each instead")
+    parser.add_argument(
+        "--no-memory",
+        action="store_true",
+        help="do not measure peak memory; saves one process and one call for every figure, and the "
+        "check that a row fits into memory before it is timed",
+    )
 
 
 def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -177,28 +223,15 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="forward, forward and backward, or both (both; without --shapes, two of the four "
         "shapes are run forward only)",
     )
-    _add_conditions(at)  # type: ignore[arg-type]
-    at.add_argument(
-        "--memory-format",
-        default="contiguous",
-        metavar="FORMAT",
-        help=f"{' or '.join(MEMORY_FORMATS)} (contiguous)",
-    )
+    _add_conditions(at)
     at.add_argument(
         "--image",
         metavar="PHOTO",
         help="make the inputs from a photograph, through a small random convolutional stem",
     )
-    at.add_argument("--seed", type=_seed, default=0, help="of parameters and inputs (0)")
-    at.add_argument("--threads", type=_count, help="PyTorch's threads (PyTorch's own choice)")
+    _add_inputs(at)
     how = bench.add_argument_group("how it is measured")
-    how.add_argument(
-        "--seconds",
-        type=_seconds,
-        default=2.0,
-        help="to spend on timing one contender at one shape in one mode; 3 to 20 calls (2)",
-    )
-    how.add_argument("--repeats", type=_count, help="time exactly so many calls of each instead")
+    _add_repetition(how)
     how.add_argument(
         "--limit",
         type=_seconds,
@@ -211,12 +244,6 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="seconds for the whole run, which all shapes and modes share; what does not fit is "
         f"timed less often or left out ({DEFAULT_BUDGET:g} without --shapes and --sweep, "
         "otherwise none)",
-    )
-    how.add_argument(
-        "--no-memory",
-        action="store_true",
-        help="do not measure peak memory; saves one process and one call for every figure, and the "
-        "check that a row fits into memory before it is timed",
     )
     out = bench.add_argument_group("what comes out")
     out.add_argument(
@@ -232,6 +259,65 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="show what became slower than in an earlier run, beyond the noise",
     )
     bench.set_defaults(run=_bench)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+def _add_swap(commands: argparse._SubParsersAction[_Parser]) -> None:
+    swap = commands.add_parser(
+        "swap",
+        help="put a layer into a network and see what that costs",
+        description="Put one of the layers into a network that can be imported, in place of a "
+        "module or behind it, and print parameters, FLOPs, time and memory before and after.",
+        epilog=_SWAP_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    swap.add_argument(
+        "model",
+        metavar="MODEL",
+        help="package.module:FACTORY or FILE.py:FACTORY; the factory builds the network",
+    )
+    swap.add_argument(
+        "--target",
+        required=True,
+        metavar="NAME",
+        help="dotted name of the module, or a glob over dotted names",
+    )
+    swap.add_argument(
+        "--layer", default="fully", metavar="LAYER", help=f"{', '.join(LAYERS)} (fully)"
+    )
+    swap.add_argument("--insert", action="store_true", help="behind the target, not in its place")
+    for name, what in (("--model-options", "the factory"), ("--layer-options", "the layer")):
+        swap.add_argument(
+            name,
+            nargs="+",
+            type=_setting,
+            default=[],
+            metavar="NAME=VALUE",
+            help=f"what {what} is called with, beside its defaults",
+        )
+    swap.add_argument(
+        "--shape",
+        default="1x3x512x512",
+        metavar="SHAPE",
+        help="of the images, CxHxW or BxCxHxW (1x3x512x512)",
+    )
+    swap.add_argument("--image", metavar="PHOTO", help="a photograph as input, in place of noise")
+    swap.add_argument(
+        "--mode", choices=("inference", "training", "both"), default="both", help="(both)"
+    )
+    _add_conditions(swap)
+    _add_inputs(swap)
+    _add_repetition(swap)
+    swap.set_defaults(run=_swap, project=False)
 
 
 def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -271,22 +357,12 @@ def _conditions(args: argparse.Namespace) -> Conditions:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    missing = [name for name in ("rich", "matplotlib", "PIL") if not importlib.util.find_spec(name)]
-    if missing:
-        raise UsageError(f"the benchmark needs {', '.join(missing)}: pip install 'fullattn[bench]'")
-    from rich.console import Console
-
+    _need_extra("the benchmark")
     from fullattn.bench.measure import Plan
     from fullattn.bench.report import read_report
     from fullattn.bench.run import Options, bench
-    from fullattn.bench.table import WIDTH
-    from fullattn.bench.workload import MODES, Mode
 
-    chosen: dict[str | None, tuple[Mode, ...]] = {
-        "inference": ("inference",),
-        "training": ("training",),
-    }
-    modes = chosen.get(args.mode, MODES)
+    modes = _modes(args.mode)
     budget = args.budget
     given = [parse_shape(text) for text in _words(args.shapes or [])]
     shapes: list[tuple[Shape, tuple[Mode, ...]]]
@@ -315,10 +391,54 @@ def _bench(args: argparse.Namespace) -> None:
         memory=not args.no_memory,
     )
     old = None if args.compare is None else read_report(args.compare)
+    bench(options, args.output, old, _console())
+
+
+def _need_extra(what: str) -> None:
+    missing = [name for name in ("rich", "matplotlib", "PIL") if not importlib.util.find_spec(name)]
+    if missing:
+        raise UsageError(f"{what} needs {', '.join(missing)}: pip install 'fullattn[bench]'")
+
+
+def _modes(chosen: str | None) -> tuple[Mode, ...]:
+    """The mode of that name, or for any other name both."""
+    return tuple(mode for mode in MODES if mode == chosen) or MODES
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    from fullattn.bench.table import WIDTH
+
     console = Console()
     if not console.is_terminal or console.width < WIDTH:
         console = Console(width=WIDTH)
-    bench(options, args.output, old, console)
+    return console
+
+
+def _swap(args: argparse.Namespace) -> None:
+    _need_extra("the comparison")
+    from fullattn.bench.before_after import compare
+    from fullattn.bench.measure import Plan
+    from fullattn.bench.network import Network
+
+    if args.layer not in LAYERS:
+        raise UsageError(f"expected a layer of {', '.join(LAYERS)}, got {args.layer!r}")
+    shape = parse_shape(args.shape)
+    if args.image is not None and shape.channels != 3:
+        raise UsageError(f"expected a shape of 3 channels for --image, got {shape}")
+    network = Network(
+        factory=args.model,
+        options=dict(args.model_options),
+        shape=shape,
+        conditions=_conditions(args),
+        target=args.target,
+        layer=args.layer,
+        layer_options=dict(args.layer_options),
+        behind=args.insert,
+    )
+    plan = Plan(args.seconds, args.repeats)
+    compare(network, _modes(args.mode), plan, _console(), memory=not args.no_memory)
 
 
 def _info(args: argparse.Namespace) -> None:

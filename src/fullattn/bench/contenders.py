@@ -20,6 +20,7 @@ from fullattn.bench.conditions import Conditions
 from fullattn.bench.copied_public_form import CopiedPublicForm
 from fullattn.bench.errors import UsageError, describe
 from fullattn.bench.shapes import Shape
+from fullattn.integrations.torchvision import ensure_importable
 from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.reshape import to_channels, to_positions
 
@@ -166,36 +167,37 @@ def contenders_at(
     return found
 
 
-def load_class(target: str) -> Callable[[int], nn.Module]:
-    """Import a user's class.
+def load_class(target: str, what: str = "contender") -> Callable[..., nn.Module]:
+    """Import a user's class or function.
 
     Args:
         target: "FILE.py:CLASS" or "package.module:CLASS"; modules are also looked for in the
             current folder.
+        what: what it is for, in messages.
 
     Returns:
-        The class, or any other callable of the number of channels.
+        The class, or any other callable.
 
     Raises:
         UsageError: the file, the module or the class is not there, or importing it failed.
     """
-    place, colon, class_name = target.rpartition(":")
-    if not (place and colon and class_name):
+    place, colon, name = target.rpartition(":")
+    if not (place and colon and name):
         raise UsageError(
-            f"expected a contender as FILE.py:CLASS or package.module:CLASS, got {target!r}"
+            f"expected a {what} as FILE.py:NAME or package.module:NAME, got {target!r}"
         )
     if place.endswith(".py") and not Path(place).is_file():
-        raise UsageError(f"expected a file at {place!r} for contender {target!r}, found none")
+        raise UsageError(f"expected a file at {place!r} for {what} {target!r}, found none")
     try:
         module = _import(place)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"contender {target!r} does not import: {describe(error)}") from error
-    factory = getattr(module, class_name, None)
+        raise UsageError(f"{what} {target!r} does not import: {describe(error)}") from error
+    factory = getattr(module, name, None)
     if factory is None:
-        raise UsageError(f"expected a class {class_name!r} in {place!r}, found none of that name")
+        raise UsageError(f"expected {name!r} in {place!r}, found nothing of that name")
     if not callable(factory):
-        raise UsageError(f"expected {target!r} to be a class, got {type(factory).__name__}")
-    loaded: Callable[[int], nn.Module] = factory
+        raise UsageError(f"expected {target!r} to be callable, got {type(factory).__name__}")
+    loaded: Callable[..., nn.Module] = factory
     return loaded
 
 
@@ -203,7 +205,13 @@ def _import(place: str) -> Any:
     if not place.endswith(".py"):
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-        return importlib.import_module(place)
+        try:
+            return importlib.import_module(place)
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+            ensure_importable()
+            return importlib.import_module(place)
     path = Path(place).resolve()
     name = f"fullattn_contender_{abs(hash(path))}"
     if name not in sys.modules:

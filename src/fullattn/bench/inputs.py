@@ -10,7 +10,7 @@ from fullattn.bench.conditions import MEMORY_FORMATS, Conditions
 from fullattn.bench.errors import UsageError, describe
 from fullattn.bench.shapes import Shape
 
-__all__ = ["check_image", "feature_map", "random_like"]
+__all__ = ["check_image", "feature_map", "noise", "photograph", "random_like"]
 
 _STRIDE = 8  # of the stem: three convolutions of stride 2
 
@@ -29,9 +29,10 @@ def feature_map(shape: Shape, conditions: Conditions) -> Tensor:
         UsageError: the image cannot be read.
     """
     if conditions.image is None:
-        x = _noise(shape, conditions.seed)
+        x = noise(shape, conditions.seed)
     else:
-        x = _through_stem(_photograph(conditions.image, shape), shape, conditions.seed)
+        larger = shape._replace(height=shape.height * _STRIDE, width=shape.width * _STRIDE)
+        x = _through_stem(photograph(conditions.image, larger), shape, conditions.seed)
     dtype = getattr(torch, conditions.dtype)
     x = x.to(device=conditions.device, dtype=dtype)
     return x.contiguous(memory_format=MEMORY_FORMATS[conditions.memory_format])
@@ -39,24 +40,37 @@ def feature_map(shape: Shape, conditions: Conditions) -> Tensor:
 
 def random_like(x: Tensor, seed: int) -> Tensor:
     """Normal noise with the shape, dtype, device and memory format of x: the gradient of y."""
-    return torch.empty_like(x).copy_(_noise(Shape(*x.shape), seed + 1))
+    return torch.empty_like(x).copy_(noise(Shape(*x.shape), seed + 1))
 
 
-def _noise(shape: Shape, seed: int) -> Tensor:
+def noise(shape: Shape, seed: int) -> Tensor:
+    """Normal noise of a shape, float32 on the CPU."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def check_image(path: str) -> None:
     """Raise UsageError unless the file at `path` is an image that can be read."""
-    _photograph(path, Shape(1, 3, 1, 1))
+    photograph(path, Shape(1, 3, 8, 8))
 
 
-def _photograph(path: str, shape: Shape) -> Tensor:
-    """The image as (B, 3, 8·H, 8·W); every image of a batch is shifted further to the side."""
+def photograph(path: str, shape: Shape) -> Tensor:
+    """An image file as a batch.
+
+    Args:
+        path: of the file.
+        shape: (B, 3, H, W) that the image is scaled to.
+
+    Returns:
+        (B, 3, H, W) of mean 0 and deviation 1; every image of the batch is shifted further to the
+        side.
+
+    Raises:
+        UsageError: the file cannot be read as an image.
+    """
     import numpy as np
     from PIL import Image
 
-    size = (shape.width * _STRIDE, shape.height * _STRIDE)
+    size = (shape.width, shape.height)
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
@@ -64,10 +78,10 @@ def _photograph(path: str, shape: Shape) -> Tensor:
         raise UsageError(
             f"expected an image that can be read at {path!r}: {describe(error)}"
         ) from error
-    photograph = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
-    photograph = (photograph - photograph.mean()) / photograph.std().clamp(min=1e-3)
+    x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+    x = (x - x.mean()) / x.std().clamp(min=1e-3)
     shift = size[0] // shape.batch
-    return torch.stack([photograph.roll(n * shift, dims=2) for n in range(shape.batch)])
+    return torch.stack([x.roll(n * shift, dims=2) for n in range(shape.batch)])
 
 
 def _through_stem(images: Tensor, shape: Shape, seed: int) -> Tensor:

@@ -11,12 +11,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from fullattn.bench.conditions import Conditions
 from fullattn.bench.contenders import Contender
 from fullattn.bench.failures import Failure
+from fullattn.bench.network import Network
 from fullattn.bench.shapes import Shape
 from fullattn.bench.workload import Mode, Workload
 
@@ -93,6 +95,13 @@ class CpuMemory:
             "mode": mode,
             "limit": limit,
         }
+        return self._ask(job)
+
+    def probe_network(self, network: Network, mode: Mode, limit: float) -> Probe | Failure:
+        """Measure one call of a whole network; arguments and result as of `probe`."""
+        return self._ask({"network": dataclasses.asdict(network), "mode": mode, "limit": limit})
+
+    def _ask(self, job: dict[str, Any]) -> Probe | Failure:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:

@@ -25,6 +25,7 @@ import torch
 from fullattn.bench.conditions import Conditions, available_bytes
 from fullattn.bench.contenders import Contender
 from fullattn.bench.failures import Failure
+from fullattn.bench.network import Network
 from fullattn.bench.shapes import Shape
 from fullattn.bench.workload import Mode, Workload
 
@@ -77,13 +78,8 @@ def _refuse_more_than_there_is() -> None:
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job in this process; returns peak bytes and seconds, or the failure."""
     mode: Mode = job["mode"]
-    conditions = Conditions(**job["conditions"])
     try:
-        torch.set_num_threads(conditions.threads)
-        _refuse_more_than_there_is()
-        workload = Workload.of(
-            Contender(**job["contender"]), Shape(*job["shape"]), conditions, mode
-        )
+        workload = _workload(job, mode)
         _warm_up(workload.smaller(), mode)
         workload.prepare(mode)
         peak = _Peak()
@@ -97,6 +93,19 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     except (Exception, SystemExit) as error:
         failure = Failure.of(error)
         return {"failure": [failure.kind, failure.reason]}
+
+
+def _workload(job: dict[str, Any], mode: Mode) -> Workload:
+    if "network" in job:
+        network = Network.of(job["network"])
+        conditions = network.conditions
+    else:
+        conditions = Conditions(**job["conditions"])
+    torch.set_num_threads(conditions.threads)
+    _refuse_more_than_there_is()
+    if "network" in job:
+        return network.workload()
+    return Workload.of(Contender(**job["contender"]), Shape(*job["shape"]), conditions, mode)
 
 
 def _warm_up(small: Workload, mode: Mode) -> None:

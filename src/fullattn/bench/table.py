@@ -11,7 +11,7 @@ from rich.table import Table
 from fullattn.bench.report import Formula, Measurement, Report, Row
 from fullattn.bench.workload import MODES, Mode
 
-__all__ = ["WIDTH", "digits", "print_report", "si"]
+__all__ = ["WIDTH", "digits", "mebibytes", "print_report", "ratio", "si", "time"]
 
 WIDTH = 120
 NOTHING = "–"
@@ -46,7 +46,8 @@ def _name(row: Row) -> str:
     return f" {row.contender.title} [cyan]{row.contender.backend or ''}{star}[/cyan]"
 
 
-def _time(measurement: Measurement | None) -> str:
+def time(measurement: Measurement | None) -> str:
+    """Median milliseconds ± interquartile range, the failure, or a dash."""
     if measurement is None:
         return NOTHING
     if measurement.failure is not None:
@@ -57,12 +58,14 @@ def _time(measurement: Measurement | None) -> str:
     return digits(measurement.median_ms) + ("" if spread is None else f" ± {digits(spread)}")
 
 
-def _mebibytes(number: int | None) -> str:
+def mebibytes(number: int | None) -> str:
+    """Bytes in MiB, or a dash."""
     return NOTHING if number is None else digits(number / _MIB)
 
 
-def _times(ratio: float | None) -> str:
-    return NOTHING if ratio is None else f"{digits(ratio)}×"
+def ratio(number: float | None) -> str:
+    """A ratio as 1.23×, or a dash."""
+    return NOTHING if number is None else f"{digits(number)}×"
 
 
 def _modes(report: Report) -> list[Mode]:
@@ -92,10 +95,10 @@ def _measured(report: Report) -> Table:
         for mode in modes:
             slower = report.time_ratio(row, mode)
             found += [
-                _time(row.measured.get(mode)),
-                _times(1 / slower if slower else None),
-                _mebibytes(row.peak(mode)),
-                _times(report.memory_ratio(row, mode)),
+                time(row.measured.get(mode)),
+                ratio(1 / slower if slower else None),
+                mebibytes(row.peak(mode)),
+                ratio(report.memory_ratio(row, mode)),
             ]
         return found
 
@@ -126,9 +129,9 @@ def _formula(formula: Formula) -> list[str]:
         si(formula.flops),
         si(formula.counted_flops),
         si(formula.map_numbers),
-        _mebibytes(formula.map_bytes),
-        _mebibytes(formula.inference_bytes),
-        _mebibytes(formula.training_bytes),
+        mebibytes(formula.map_bytes),
+        mebibytes(formula.inference_bytes),
+        mebibytes(formula.training_bytes),
     ]
 
 

@@ -2,5 +2,6 @@
 
 from fullattn.surgery.operations import insert, remove, swap
 from fullattn.surgery.report import Change, Report
+from fullattn.surgery.shadow import count_flops
 
-__all__ = ["Change", "Report", "insert", "remove", "swap"]
+__all__ = ["Change", "Report", "count_flops", "insert", "remove", "swap"]

@@ -1,0 +1,143 @@
+"""`fullattn swap`: the table of a network before and after, and one sentence for bad input."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fullattn.cli import main
+
+pytest.importorskip("rich", reason="fullattn swap needs rich")
+pytest.importorskip("matplotlib", reason="fullattn swap needs matplotlib")
+Image = pytest.importorskip("PIL.Image", reason="fullattn swap needs pillow")
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, channels=16, *, name="net"):
+        super().__init__()
+        assert name == "net", name
+        self.stem = nn.Conv2d(3, channels, 3, stride=2, padding=1)
+        self.body = nn.Conv2d(channels, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        return {"out": self.head(self.body(self.stem(x))), "aux": None}
+
+class Strict(Net):
+    def forward(self, x):
+        assert not self.training, "cannot be trained"
+        return super().forward(x)
+
+def nothing():
+    return None
+"""
+QUICK = ["--shape", "3x16x12", "--repeats", "2", "--threads", "1", "--no-memory"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NET)
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["swap", *arguments, *QUICK]) == 0
+    return capsys.readouterr().out
+
+
+def row(text: str, name: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{name} ")]
+    return re.split(r"  +", line.strip())[1:]
+
+
+def test_the_table_has_parameters_flops_and_time_of_both(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = output(capsys, "net.py:Net", "--target", "body", "--layer-options", "project=False")
+    pixels = 8 * 6
+    stem, body, head = 3 * 16 * 9 + 16, 16 * 8 * 9 + 8, 8 * 5 + 5
+    adapter, layer = 16 * 8 + 8, 2 * (8 * 8 + 8) + 1
+    assert row(text, "parameters")[:2] == [
+        f"{(stem + body + head) / 1e3:.2f}K",
+        str(stem + adapter + layer + head),
+    ]
+    around = 2 * pixels * (3 * 16 * 9 + 8 * 5)
+    before = around + 2 * pixels * 16 * 8 * 9
+    after = around + 2 * pixels * 16 * 8 + 8 * 8 * 8 * pixels + 2 * 8 * 8 * (8 + 6)
+    assert row(text, "FLOPs")[:2] == [f"{before / 1e3:.0f}K", f"{after / 1e3:.0f}K"]
+    assert "±" in row(text, "forward, ms")[0]
+    assert "±" in row(text, "forward + backward, ms")[1]
+    assert "body" in text
+    assert "1×1, FullyAttentional" in text
+
+
+def test_insert_puts_the_layer_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(
+        capsys,
+        *("net.py:Net", "--insert", "--target", "stem", "--layer", "channel"),
+        *("--model-options", "channels=6", "name=net", "--mode", "inference"),
+    )
+    assert "Conv2d, ChannelNonLocal" in text
+    assert "1×6×8×6" in text
+    assert "backward, ms" not in text
+
+
+def test_memory_is_measured_in_a_process_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["swap", "net.py:Net", "--insert", "--target", "stem", "--mode", "inference"]
+    assert main([*arguments, "--shape", "3x512x512", "--repeats", "1", "--threads", "1"]) == 0
+    before, after, _ = row(capsys.readouterr().out, "forward, peak MiB")
+    largest = 16 * 256 * 256 * 4 / 2**20  # the stem's result
+    assert float(before) >= largest
+    assert float(after) >= float(before)
+
+
+def test_a_photograph_is_the_input(capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (40, 30), (200, 30, 90)).save("photo.png")
+    text = output(capsys, "net.py:Net", "--target", "body", "--image", "photo.png")
+    assert "image photo.png" in text
+
+
+def test_a_network_that_cannot_be_trained_is_timed_in_inference(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = output(capsys, "net.py:Strict", "--target", "body", "--mode", "inference")
+    assert "forward, ms" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["net.py:Net", "--target", "bodi"], "no module matches the name 'bodi'; near: body"),
+        (["net.py:Net", "--target", ""], "the target means the model itself"),
+        (["net.py:Net", "--target", "stem"], "changes the size of its input from 16×12 to 8×6"),
+        (["net.py:Net"], "the following arguments are required: --target"),
+        (["net.py:Nett", "--target", "body"], "expected 'Nett' in 'net.py', found nothing"),
+        (["no_such:Net", "--target", "body"], "model 'no_such:Net' does not import: Module"),
+        (["none.py:Net", "--target", "body"], "expected a file at 'none.py' for model"),
+        (["net.py", "--target", "body"], "expected a model as FILE.py:NAME or"),
+        (["net.py:torch", "--target", "body"], "expected 'net.py:torch' to be callable"),
+        (["net.py:nothing", "--target", "body"], "to build a torch.nn.Module, got NoneType"),
+        (["net.py:Net", "--target", "body", "--layer", "self"], "expected a layer of fully"),
+        (["net.py:Net", "--target", "body", "--model-options", "x=1"], "cannot be built with"),
+        (["net.py:Net", "--target", "body", "--model-options", "x"], "expected NAME=VALUE"),
+        (["net.py:Net", "--target", "body", "--layer-options", "x=1"], "argument 'x'"),
+        (["net.py:Net", "--target", "body", "--shape", "3x0x9"], "expected a shape CxHxW"),
+        (["net.py:Net", "--target", "body", "--shape", "4x9x9"], "does not run on a tensor"),
+        (["net.py:Net", "--target", "body", "--image", "no.png"], "expected an image that can"),
+        (["net.py:Net", "--target", "body", "--dtype", "int8"], "expected a dtype of float32"),
+        (["net.py:Strict", "--target", "body"], "cannot be trained"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_ends_with_a_sentence_and_status_2(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["swap", *QUICK, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.strip().splitlines()) == 1
