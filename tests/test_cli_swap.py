@@ -51,7 +51,7 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def row(text: str, name: str) -> list[str]:
-    (line,) = [line for line in text.splitlines() if line.strip().startswith(f"{name} ")]
+    line = next(line for line in text.splitlines() if line.strip().startswith(f"{name}  "))
     return re.split(r"  +", line.strip())[1:]
 
 
