@@ -154,6 +154,7 @@ def test_bad_mode(value: Any) -> None:
         (ChannelNonLocal, "least_similar"),
         (SpatialNonLocal, "zero_init"),
         (SpatialNonLocal, "project"),
+        (FullyAttentional, "mix_images"),
     ],
 )
 @pytest.mark.parametrize("value", ["yes", None, 2, [True]])

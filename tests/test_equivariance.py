@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fullattn
+import public_code
 from cases import (
     CHANNEL_CASES,
     FULLY_ATTENTIONAL,
@@ -158,26 +158,6 @@ def test_permuting_the_inner_channels_does_not_change_the_spatial_map(
     assert_near(permuted.similarity(x), layer.similarity(x), run.dtype)
 
 
-def _copied_public_code(x: Tensor, layer: fullattn.FullyAttentional) -> Tensor:
-    """The attention of the widely copied code: features flattened (b w), context tiled (w b)."""
-    batch, channels, height, width = x.shape
-
-    def branch(features: Tensor, context: Tensor, linear: torch.nn.Linear, copies: int) -> Tensor:
-        # features (b w, c, h), context (b, c, h) -> (b w, c, h)
-        key = linear(context.mT).mT
-        tiled = key.repeat(copies, 1, 1)
-        similarity = torch.softmax(features @ tiled.mT, dim=-1)
-        return similarity @ features
-
-    columns = x.permute(0, 3, 1, 2).reshape(batch * width, channels, height)
-    rows = x.permute(0, 2, 1, 3).reshape(batch * height, channels, width)
-    columns = branch(columns, x.mean(3), layer.column_key, width)
-    rows = branch(rows, x.mean(2), layer.row_key, height)
-    columns = columns.view(batch, width, channels, height).permute(0, 2, 3, 1)
-    rows = rows.view(batch, height, channels, width).permute(0, 2, 1, 3)
-    return layer.gamma * (columns + rows) + x
-
-
 def _leak(forward: object, x: Tensor) -> float:
     """How much of the first image's result depends on the second image, by its gradient."""
     x = x.detach().requires_grad_()
@@ -193,7 +173,10 @@ def test_the_copied_public_code_mixes_images_and_this_layer_does_not(run: Run) -
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 4, 6, generator=generator).to(run.device, run.dtype)
 
-    assert_near(_copied_public_code(x[:1], layer), run(layer, x[:1]), run.dtype)
-    assert (_copied_public_code(x, layer) - run(layer, x)).abs().max() > 0.01
-    assert _leak(lambda x: _copied_public_code(x, layer), x) > 0.01
+    def copied(x: Tensor) -> Tensor:
+        return public_code.fully_attentional(x, layer.column_key, layer.row_key, layer.gamma)
+
+    assert_near(copied(x[:1]), run(layer, x[:1]), run.dtype)
+    assert (copied(x) - run(layer, x)).abs().max() > 0.01
+    assert _leak(copied, x) > 0.01
     assert _leak(lambda x: run(layer, x), x) == 0.0

@@ -105,7 +105,8 @@ def cost(
     Raises:
         BackendError: the backend asked for cannot run this.
         TypeError: not one of this package's layers, or not a real floating-point dtype.
-        ValueError: a shape that the layer does not take, or an unknown backend.
+        ValueError: a shape that the layer does not take, an unknown backend, or a layer with
+            `mix_images`, for which there is no formula.
 
     Example:
         >>> from fullattn import ChannelNonLocal
@@ -120,6 +121,8 @@ def cost(
     if dtype not in FLOATING:
         raise TypeError(f"expected a real floating-point dtype, got {dtype}")
     setting = _Setting(_checked(layer, shape), dtype, torch.device(device).type, backend)
+    if getattr(layer, "mix_images", False):
+        raise ValueError("expected a layer without mix_images=True, for which there is no formula")
     if isinstance(layer, FullyAttentional):
         work = _fully_attentional(layer, setting)
     elif isinstance(layer, ChannelNonLocal):

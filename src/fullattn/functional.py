@@ -11,13 +11,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from fullattn import attention
 from fullattn.attention import Kind, reference
 from fullattn.reshape import (
     from_channels,
+    from_columns,
     from_positions,
+    from_rows,
     to_channels,
     to_columns,
     to_positions,
@@ -70,6 +73,14 @@ def _column_and_row_keys(
     return column_key, row_key
 
 
+def _key_of_slices(key: Tensor, slices: int, mix_images: bool) -> Tensor:
+    if not mix_images:
+        return key.unsqueeze(1)
+    # The copied code's mistake, on purpose: tiled slice by slice, read image by image.
+    tiled = repeat(key, "b c d -> (slices b) c d", slices=slices)
+    return rearrange(tiled, "(b slices) c d -> b slices c d", slices=slices)
+
+
 def fully_attentional(
     x: Tensor,
     column_weight: Tensor,
@@ -79,6 +90,7 @@ def fully_attentional(
     gamma: Tensor | None = None,
     *,
     scale: float | None = 1.0,
+    mix_images: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Channel attention with a map of its own for every column and every row.
@@ -99,6 +111,8 @@ def fully_attentional(
         row_bias: its bias, (C,).
         gamma: learnable factor of the attention, one number.
         scale: factor on the scores; None for 1/√H in the columns and 1/√W in the rows.
+        mix_images: give column w of image b the key of image (b·W + w) mod B, and row h that of
+            (b·H + h) mod B, as the copied public code does; for evaluating its weights alone.
         backend: name of the backend; None for the automatic choice.
 
     Returns:
@@ -120,9 +134,16 @@ def fully_attentional(
     column_key, row_key = _column_and_row_keys(x, column_weight, row_weight, column_bias, row_bias)
     column_key, factor = _scaled(column_key, scale)
     row_key, _ = _scaled(row_key, scale)
-    return attention.attend_columns_and_rows(
-        x, column_key, row_key, factor, gamma=gamma, backend=backend
-    )
+    if not mix_images:
+        return attention.attend_columns_and_rows(
+            x, column_key, row_key, factor, gamma=gamma, backend=backend
+        )
+    columns, rows = to_columns(x), to_rows(x)
+    column_keys = _key_of_slices(column_key, columns.shape[1], mix_images)
+    row_keys = _key_of_slices(row_key, rows.shape[1], mix_images)
+    attended_columns = attention.attend(columns, column_keys, columns, factor, backend=backend)
+    attended_rows = attention.attend(rows, row_keys, rows, factor, backend=backend)
+    return attention.add_to(x, gamma, from_columns(attended_columns) + from_rows(attended_rows))
 
 
 def fully_attentional_similarity(
@@ -133,6 +154,7 @@ def fully_attentional_similarity(
     row_bias: Tensor | None = None,
     *,
     scale: float | None = 1.0,
+    mix_images: bool = False,
 ) -> FullyAttentionalSimilarity:
     """The maps that `fully_attentional` multiplies with x.
 
@@ -143,6 +165,7 @@ def fully_attentional_similarity(
         column_bias: (C,).
         row_bias: (C,).
         scale: as in `fully_attentional`.
+        mix_images: as in `fully_attentional`.
 
     Returns:
         columns (B, W, C, C) and rows (B, H, C, C); every row of a map sums to 1.
@@ -160,9 +183,11 @@ def fully_attentional_similarity(
     column_key, row_key = _column_and_row_keys(x, column_weight, row_weight, column_bias, row_bias)
     column_key, factor = _scaled(column_key, scale)
     row_key, _ = _scaled(row_key, scale)
+    column_keys = _key_of_slices(column_key, x.shape[3], mix_images)
+    row_keys = _key_of_slices(row_key, x.shape[2], mix_images)
     return FullyAttentionalSimilarity(
-        columns=attention.similarity(to_columns(x), column_key.unsqueeze(1), factor),
-        rows=attention.similarity(to_rows(x), row_key.unsqueeze(1), factor),
+        columns=attention.similarity(to_columns(x), column_keys, factor),
+        rows=attention.similarity(to_rows(x), row_keys, factor),
     )
 
 

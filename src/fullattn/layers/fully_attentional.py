@@ -8,12 +8,15 @@ What to know before using it:
   layer is then the identity; with the projection it is the projection alone.
 - Widely copied public code pairs, for batches larger than one, each image with the context of
   another. This layer treats every image alone, and so differs from it except at batch size one.
+  `mix_images=True` does as that code does, to evaluate weights that were trained with it.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +27,16 @@ from fullattn.functional import FullyAttentionalSimilarity
 from fullattn.layers import _checks
 
 __all__ = ["FullyAttentional"]
+
+
+@cache
+def _warn_of_mixing() -> None:
+    """Warn the first time in a process."""
+    warnings.warn(
+        "mix_images=True: images of a batch influence each other, as in the copied public code; "
+        "use it to evaluate weights that were trained with that code, and for nothing else",
+        stacklevel=3,
+    )
 
 
 class FullyAttentional(nn.Module):
@@ -45,6 +58,10 @@ class FullyAttentional(nn.Module):
         gamma_init: initial value of gamma. At the paper's 0 attention adds nothing at first.
         project: whether to end with the 3x3 convolution, normalisation and activation. Without
             it the layer is the identity at initialisation: the form for a pretrained net.
+        mix_images: compare column w of image b with the context of image (b·W + w) mod B, and row
+            h with that of (b·H + h) mod B, as the copied public code does; at B = 1 they are the
+            image's own. Only for evaluating weights that were trained with that code at larger
+            batches; the first such layer warns.
         norm_layer: class or callable of the channel count for the projection's normalisation;
             None for none (the convolution then has a bias).
         act_layer: class or callable for the projection's activation; None for none.
@@ -79,6 +96,7 @@ class FullyAttentional(nn.Module):
         scale: float | None = 1.0,
         gamma_init: float = 0.0,
         project: bool = True,
+        mix_images: bool = False,
         norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
         act_layer: Callable[..., nn.Module] | None = nn.ReLU,
         backend: str | None = None,
@@ -89,6 +107,7 @@ class FullyAttentional(nn.Module):
         self.channels = _checks.positive(channels, "channels")
         self.scale = _checks.scale(scale)
         self.gamma_init = _checks.number(gamma_init, "gamma_init")
+        self.mix_images = _checks.option(mix_images, "mix_images", (False, True))
         self.backend = _checks.backend(backend)
         norm_layer = _checks.module_factory(norm_layer, "norm_layer")
         act_layer = _checks.module_factory(act_layer, "act_layer")
@@ -109,6 +128,8 @@ class FullyAttentional(nn.Module):
                 steps["act"] = act_layer()
             self.project = nn.Sequential(steps)
         nn.init.constant_(self.gamma, self.gamma_init)
+        if self.mix_images:
+            _warn_of_mixing()
 
     def reset_parameters(self) -> None:
         """Initialise all parameters again."""
@@ -135,6 +156,7 @@ class FullyAttentional(nn.Module):
             self.row_key.bias,
             self.gamma,
             scale=self.scale,
+            mix_images=self.mix_images,
             backend=self.backend,
         )
         if self.project is not None:
@@ -158,6 +180,7 @@ class FullyAttentional(nn.Module):
             self.column_key.bias,
             self.row_key.bias,
             scale=self.scale,
+            mix_images=self.mix_images,
         )
         if unbatched:
             return FullyAttentionalSimilarity(maps.columns.squeeze(0), maps.rows.squeeze(0))
@@ -172,6 +195,8 @@ class FullyAttentional(nn.Module):
             shown.append(f"gamma_init={self.gamma_init}")
         if self.project is None:
             shown.append("project=False")
+        if self.mix_images:
+            shown.append("mix_images=True")
         if self.backend is not None:
             shown.append(f"backend={self.backend!r}")
         return ", ".join(shown)
