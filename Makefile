@@ -5,9 +5,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 JOBS ?= 2
 # One thread a test process: the processes already fill the cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+PYTEST := $(TESTS) -m 'not network'
 
-.PHONY: bench test quick deep lint format clean
+.PHONY: bench test quick networks deep lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,7 +24,10 @@ test: $(READY)  ## every test
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton.py
 
 quick: $(READY)  ## every test but those that compile or time something
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not network'
+
+networks: $(READY)  ## other people's networks compiled and exported too: the table in docs
+	$(TESTS) tests/test_networks.py tests/test_export.py --networks-table docs/networks.md
 
 deep: $(READY)  ## every test, with many more hypothesis examples
 	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,3 +47,46 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for kind, run in backend.run.items():
             monkeypatch.setitem(backend.run, kind, noting(backend.name, run))
     return names
+
+
+# `make networks`: what became of every test of every network, as a table for the documentation.
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--networks-table", metavar="FILE", help="write the table of networks there")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--networks-table"):
+        config.pluginmanager.register(NetworksTable(Path(path)))
+
+
+class NetworksTable:
+    """Collects the outcomes of tests/test_networks.py by network and test."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cells: dict[str, dict[str, str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        file, _, rest = report.nodeid.partition("::")
+        test, bracket, network = rest.rstrip("]").partition("[")
+        if not (file.endswith("test_networks.py") and bracket):
+            return
+        if report.when == "call" or report.outcome != "passed":
+            self.cells.setdefault(network, {})[test] = self._cell(report)
+
+    @staticmethod
+    def _cell(report: pytest.TestReport) -> str:
+        if report.outcome == "passed":
+            return "✓"
+        if isinstance(report.longrepr, tuple):  # skipped: file, line, reason
+            return report.longrepr[2].removeprefix("Skipped: ")
+        reason = getattr(report, "wasxfail", "")
+        return reason or "fails"
+
+    def pytest_terminal_summary(self) -> None:
+        from networks import NETWORKS, table
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(table([network.name for network in NETWORKS], self.cells))

@@ -7,8 +7,9 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -82,7 +83,10 @@ class Network:
         package: whose it is.
         build: makes the network from the imported package.
         change: puts a layer in, from (network, sample input).
-        inputs: what the network is called with, for a seed, a batch and a height and width.
+        inputs: what the network is called with, for a seed, a batch, a height and a width, which
+            are multiples of 64.
+        free_sizes: for torch.export, which of their axes are free: of the batch, and of height and
+            width in units of 64.
         identity: whether the network computes the same as before, bit for bit.
     """
 
@@ -90,9 +94,8 @@ class Network:
     package: str
     build: Callable[[Any], nn.Module]
     change: Callable[[nn.Module, Any], Report]
-    inputs: Callable[[int, int, int], Any] = field(
-        default=lambda seed, batch, size: image(seed, batch, size)
-    )
+    inputs: Callable[[int, int, int, int], Any] = lambda *shape: image(*shape)
+    free_sizes: Callable[[Any, Any, Any], Any] = lambda *free: (_free(1, *free),)
     identity: bool = True
 
     def built(self, seed: int = 0) -> nn.Module:
@@ -104,8 +107,13 @@ class Network:
             return self.build(package)
 
 
-def image(seed: int, batch: int, size: int) -> Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+def image(seed: int, batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def _free(stride: int, batch: Any, height: Any, width: Any) -> dict[int, Any]:
+    """Free axes of a tensor whose height and width are those of the image over a stride."""
+    return {0: batch, 2: (64 // stride) * height, 3: (64 // stride) * width}
 
 
 def call(network: nn.Module, inputs: Any) -> Any:
@@ -191,19 +199,26 @@ def _segformer(transformers: Any) -> nn.Module:
     )
 
 
-def _pixel_values(seed: int, batch: int, size: int) -> Any:
-    return {"pixel_values": image(seed, batch, size)}
+def _pixel_values(*shape: int) -> Any:
+    return {"pixel_values": image(*shape)}
 
 
-def _pyramid(seed: int, batch: int, size: int) -> Any:
+def _free_pixel_values(*free: Any) -> Any:
+    return {"pixel_values": _free(1, *free)}
+
+
+_STAGES = ((8, 4), (16, 8), (32, 8), (64, 8))  # channels and stride of a pyramid of features
+
+
+def _pyramid(seed: int, batch: int, height: int, width: int) -> Any:
     """The one argument of an mmsegmentation head: the features of four stages."""
     generator = torch.Generator().manual_seed(seed)
-    return (
-        [
-            torch.randn(batch, channels, size // stride, size // stride, generator=generator)
-            for channels, stride in ((8, 4), (16, 8), (32, 8), (64, 8))
-        ],
-    )
+    shapes = [(batch, c, height // stride, width // stride) for c, stride in _STAGES]
+    return ([torch.randn(shape, generator=generator) for shape in shapes],)
+
+
+def _free_pyramid(*free: Any) -> Any:
+    return ([_free(stride, *free) for _, stride in _STAGES],)
 
 
 _MM_COMMON: dict[str, Any] = {
@@ -290,6 +305,7 @@ NETWORKS = (
         _upernet,
         _inserted("backbone.encoder.stages.3"),
         _pixel_values,
+        _free_pixel_values,
     ),
     Network(
         "transformers Segformer",
@@ -297,6 +313,7 @@ NETWORKS = (
         _segformer,
         _inserted("decode_head.linear_fuse"),
         _pixel_values,
+        _free_pixel_values,
     ),
     Network(
         "mmseg FCNHead", "mmseg", _mm_head("FCNHead", num_convs=2), _inserted("convs"), _pyramid
@@ -307,13 +324,15 @@ NETWORKS = (
         _mm_head("NLHead"),
         _swapped(_is_non_local, fullattn.SpatialNonLocal),
         _pyramid,
+        _free_pyramid,
     ),
     Network(
         "mmseg DAHead",
         "mmseg",
         _mm_head("DAHead", pam_channels=4),
         _swapped("pam", project=False),
-        _pyramid,  # gamma of both starts at 0
+        _pyramid,
+        _free_pyramid,  # gamma of both starts at 0
     ),
     Network(
         "mmseg UPerHead",
@@ -323,6 +342,7 @@ NETWORKS = (
         ),
         _inserted("fpn_bottleneck"),
         _pyramid,
+        _free_pyramid,
     ),
     Network(
         "mmseg PSPHead",
@@ -330,6 +350,7 @@ NETWORKS = (
         _mm_head("PSPHead", pool_scales=(1, 2)),
         _inserted("bottleneck"),
         _pyramid,
+        _free_pyramid,
     ),
     Network(
         "mmseg ASPPHead",
@@ -337,6 +358,60 @@ NETWORKS = (
         _mm_head("ASPPHead", dilations=(1, 2)),
         _inserted("bottleneck"),
         _pyramid,
+        _free_pyramid,
     ),
     Network("mmseg EncoderDecoder", "mmseg", _mm_encoder_decoder, _inserted("backbone.layer4")),
 )
+
+
+# What the tests of a network show, as headings of the table in the documentation.
+COLUMNS = {
+    "test_the_layer_is_where_it_was_put_and_the_result_has_its_shape": "forward",
+    "test_one_step_of_training_reaches_every_parameter_of_the_layer": "backward and a step",
+    "test_state_dict_round_trip": "`state_dict`, pickle, deepcopy",
+    "test_torch_compile_takes_it_in_one_graph": "`torch.compile(fullgraph=True)`",
+    "test_inductor_agrees_with_eager": "inductor",
+    "test_strict_export_with_free_batch_and_size": "strict export, free B, H, W",
+}
+
+
+def table(names: Sequence[str], cells: Mapping[str, Mapping[str, str]]) -> str:
+    """A page with what became of every test of every network.
+
+    Args:
+        names: of the networks, in their order.
+        cells: by network and test: a tick, or why there is none.
+    """
+    versions = {
+        name: metadata.version(name)
+        for name in (
+            *("torch", "segmentation-models-pytorch", "torchvision", "timm", "transformers"),
+            *("mmcv-lite", "mmsegmentation"),
+        )
+    }
+    reasons: list[str] = []
+
+    def cell(text: str | None) -> str:
+        if text is None:
+            return "not run"
+        if text == "✓":
+            return text
+        if text not in reasons:
+            reasons.append(text)
+        return f"[{reasons.index(text) + 1}]"
+
+    lines = [
+        "# Networks with our layers in them",
+        "",
+        "Written by `make networks`, with "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ". Random weights; images of 64×64; on the CPU. Which layer goes where is in the guides.",
+        "",
+        "| network | " + " | ".join(COLUMNS.values()) + " |",
+        "| --- |" + " :-: |" * len(COLUMNS),
+    ]
+    for name in names:
+        found = [cell(cells.get(name, {}).get(test)) for test in COLUMNS]
+        lines.append(f"| {name} | {' | '.join(found)} |")
+    lines += ["", *(f"[{number}]: {reason}  " for number, reason in enumerate(reasons, start=1))]
+    return "\n".join(lines).rstrip() + "\n"

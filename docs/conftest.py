@@ -1,0 +1,28 @@
+"""The guides run as tests; a guide to a library that is not there is skipped with the reason."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+from networks import NEEDS, load
+
+# The library that a guide is about, where it is not the guide's own name.
+ABOUT = {"mmsegmentation": "mmseg"}
+
+
+@pytest.fixture(autouse=True)
+def _library(request: pytest.FixtureRequest) -> Iterator[None]:
+    name = ABOUT.get(request.path.stem, request.path.stem)
+    if name not in NEEDS:
+        yield
+        return
+    load(name)
+    logging.disable(logging.INFO)  # mmengine tells of every weight that it initialises
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs
+        yield
+    logging.disable(logging.NOTSET)
