@@ -725,6 +725,48 @@ def test_what_returns_no_feature_map_is_refused() -> None:
         insert(model, ChannelNonLocal, after="pool", sample_input=X)
 
 
+def test_a_module_called_by_keyword_is_not_replaced_and_can_be_followed() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(input=x)
+
+    model = Keyword()
+    with pytest.raises(
+        ValueError, match=r"conv takes input=a tensor \(2, 3, 12, 20\); expected one"
+    ):
+        swap(model, "conv", ChannelNonLocal, sample_input=X)
+    insert(model, ChannelNonLocal, after="conv", sample_input=X)
+    assert model(X).shape == X.shape
+
+
+def test_a_model_that_cannot_be_copied_is_refused() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 1), nn.ReLU())
+    with pytest.raises(ValueError, match="Sequential cannot be copied to find its shapes"):
+        insert(model, ChannelNonLocal, after="1", sample_input=X)
+    model(X)
+    assert insert(model, ChannelNonLocal, after="1", sample_input=X).changes[0].in_channels == 4
+
+
+def test_old_weight_normalisation_is_copied() -> None:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 1)), nn.ReLU())
+    assert insert(model, ChannelNonLocal, after="1", sample_input=X).changes[0].in_channels == 4
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_looked_at_without_compiling() -> None:
+    def never(graph: Any, inputs: Any) -> Any:
+        raise AssertionError("compiled")
+
+    model = torch.compile(net(), backend=never)
+    insert(model, ChannelNonLocal, after="*.context", sample_input=X)
+    torch._dynamo.reset()
+
+
 def test_a_reference_that_cannot_be_changed_is_refused() -> None:
     class Hidden(nn.Module):
         def __init__(self) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,20 +121,21 @@ def _copy(
 ) -> tuple[nn.Module, dict[int, Any]]:
     """A copy of a model in eval mode with other tensors, and what became of everything, by id."""
     memo: dict[int, Any] = {}
-    for module in model.modules():
-        for held in (module._parameters, module._buffers, vars(module)):
-            for value in held.values():
-                if isinstance(value, Tensor) and id(value) not in memo:
-                    other = tensors(value)
-                    if isinstance(value, nn.Parameter):
-                        other = nn.Parameter(other, requires_grad=False)
-                    memo[id(value)] = other
     try:
+        for module in model.modules():
+            for held in (module._parameters, module._buffers, vars(module)):
+                for value in held.values():
+                    if isinstance(value, Tensor) and id(value) not in memo:
+                        other = tensors(value)
+                        if isinstance(value, nn.Parameter):
+                            other = nn.Parameter(other, requires_grad=False)
+                        memo[id(value)] = other
         return copy.deepcopy(model, memo).eval(), memo
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} cannot be copied to find its shapes ({error}); change it "
-            "before it is wrapped or compiled"
+            f"{type(model).__name__} cannot be copied to find its shapes "
+            f"({type(error).__name__}: {error}); change it before it is wrapped, and after lazy "
+            "modules have their parameters"
         ) from error
 
 
@@ -171,6 +173,8 @@ def _run(copied: nn.Module, inputs: Inputs) -> Any:
     device = next((x.device for x in _tensors_in((inputs.args, inputs.kwargs))), None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if device is not None and device.type == "meta":
             # What a forward pass makes without naming a device is made there as well.
             stack.enter_context(torch.device("meta"))
@@ -232,7 +236,7 @@ class _Watched(Inserted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module and note the shapes."""
         result = self.module(*args, **kwargs)
-        taken = _shape_or_words(*args, *kwargs.values())
+        taken = str(Inputs(args, kwargs)) if kwargs else _shape_or_words(*args)
         self.calls.append(Call(taken, _shape_or_words(result)))
         return result
 
