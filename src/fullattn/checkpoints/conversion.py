@@ -79,8 +79,8 @@ def _check_variant(source: Source, reverse: bool, variant: str | None) -> None:
     variants = tuple(dict.fromkeys(form.variant for form in FORMS[source] if form.variant))
     if variant is not None and not (reverse and variants):
         raise ValueError(
-            f"variant={variant!r} is for reverse=True and a source that has several: of source "
-            f"{source!r} {_listed(variants) if variants else 'there are none'}"
+            f"variant={variant!r} is for reverse=True and a source that has variants: "
+            f"{source!r} has {_listed(variants) or 'none'}"
         )
     _checks.option(variant, "variant", (None, *variants))
 
@@ -119,7 +119,7 @@ def _why_none_fits(
     if names:
         nearest = min(forms, key=lambda form: len(form.names() ^ names))
         reason = f"these are not the keys of a layer of source {source!r}, nearest {nearest.old}"
-        if missing := nearest.names() - names:
+        if missing := nearest.needed() - names:
             reason += f"; missing: {_listed(missing, prefix)}"
         if left_over := names - nearest.names():
             reason += f"; left over: {_listed(left_over, prefix)}"

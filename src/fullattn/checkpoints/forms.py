@@ -73,10 +73,13 @@ class Form:
         """Names of all tensors before the conversion."""
         return {key.old for key in self.keys if key.old}
 
+    def needed(self) -> set[str]:
+        """The same without those that old files leave out."""
+        return self.names() - {key.old for key in self.keys if key.counter}
+
     def fits(self, names: Set[str]) -> bool:
-        """Whether these are the names before the conversion, but for counters."""
-        counters = {key.old for key in self.keys if key.counter}
-        return self.names() - counters <= names <= self.names()
+        """Whether these are the names before the conversion, no fewer and no more."""
+        return self.needed() <= names <= self.names()
 
 
 def _affine(theirs: str, ours: str, *shape: int | str) -> tuple[Key, ...]:
