@@ -24,7 +24,7 @@ import fullattn
 import networks
 import public_code
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
-from fullattn.checkpoints import CheckpointError, convert, load, table
+from fullattn.checkpoints import CheckpointError, convert, load, load_into, table
 from fullattn.checkpoints.forms import _TABLE, FORMS, Form
 
 pytestmark = pytest.mark.filterwarnings("ignore:mix_images=True:UserWarning")
@@ -703,3 +703,42 @@ def test_a_checkpoint_goes_from_file_to_layer(tmp_path: Path) -> None:
     layer.load_state_dict(convert(load(path), "danet", prefix="head.sa"))
     x = image(2, C, 5, 6)
     assert_same(layer, model.head.sa, x, differentiable=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "message"),
+    [
+        (
+            SpatialNonLocal,
+            {"channels": 16, "inner_channels": D},
+            r"'key.weight' is \(3, 16, 1, 1\)",
+        ),
+        (
+            SpatialNonLocal,
+            {"inner_channels": D + 2},
+            r"not of SpatialNonLocal\(8, inner_channels=5",
+        ),
+        (SpatialNonLocal, {"inner_channels": D, "norm_layer": None}, "has no 'output.norm.bias'"),
+        (SpatialNonLocal, {"inner_channels": C, "project": False}, "they lack 'gamma'"),
+        (FullyAttentional, {}, "they lack 'column_key.bias'"),
+    ],
+    ids=["other C", "other D", "no norm", "other form", "other layer"],
+)
+def test_weights_that_do_not_fit_leave_the_layer_as_it_was(
+    layer: Callable[..., nn.Module], options: dict[str, Any], message: str
+) -> None:
+    module = layer(**{"channels": C, **options})
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_into(module, timm_weights(), "timm")
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_weights_that_fit_are_loaded_below_a_prefix() -> None:
+    module = SpatialNonLocal(C, inner_channels=D).double()
+    weights = timm_weights()
+    load_into(module, {f"neck.{k}": v for k, v in weights.items()}, "timm", prefix="neck")
+    expected = convert(weights, "timm")
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name

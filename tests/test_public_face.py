@@ -31,7 +31,11 @@ def test_public_names() -> None:
         "FullyAttentional",
         "SpatialNonLocal",
         "backend",
+        "checkpoints",
         "functional",
+        "insert",
+        "remove",
+        "swap",
     ]
     for name in fullattn.__all__:
         assert getattr(fullattn, name) is not None

@@ -1,6 +1,6 @@
 """Attention layers for 2-D feature maps, and the tools to compare what they cost."""
 
-from fullattn import functional
+from fullattn import checkpoints, functional
 from fullattn.attention import BackendError, backend
 from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.surgery import insert, remove, swap
@@ -11,6 +11,7 @@ __all__ = [
     "FullyAttentional",
     "SpatialNonLocal",
     "backend",
+    "checkpoints",
     "functional",
     "insert",
     "remove",

@@ -58,8 +58,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     features, value_padded = padded_features(query.device.type, query.shape[-1], value_features)
     query, key = _pad_features(query, features), _pad_features(key, features)
     value = _pad_features(value, value_padded)
-    key = key.expand(-1, slices, -1, -1)
-    value = value.expand(-1, slices, -1, -1)
+    key, value = _of_every_slice(key, slices), _of_every_slice(value, slices)
     if query.device.type == "cuda" and known(query.shape[0] * slices > _CUDA_GRID):
         out = _in_parts(query, key, value, scale)
     else:
@@ -71,6 +70,12 @@ def _writes_onnx() -> bool:
     # PyTorch's kernels keep scores of halves in float32. In ONNX, a product of halves is halves:
     # unscaled scores past 65504 would be infinite there, and the result NaN.
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def _of_every_slice(x: Tensor, slices: int) -> Tensor:
+    # Inductor cannot order the strides of a view of free sizes that is saved for backward, and an
+    # expansion is one even where it changes nothing.
+    return x if known(x.shape[1] == slices) else x.expand(-1, slices, -1, -1)
 
 
 def _in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

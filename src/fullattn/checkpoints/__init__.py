@@ -1,7 +1,8 @@
 """Weights that were trained with other projects' layers, in ours, and back.
 
-`convert` renames and reshapes the state dict of one layer; `load` reads a checkpoint without
-running anything in it. Which of our layers takes whose weights, and with which options:
+`convert` renames and reshapes the state dict of one layer, and `load_into` loads it as well; `load`
+reads a checkpoint without running anything in it. Which of our layers takes whose weights, and with
+which options:
 
     >>> from fullattn import checkpoints
     >>> print(checkpoints.table())
@@ -24,8 +25,8 @@ running anything in it. Which of our layers takes whose weights, and with which 
 C is the number of channels. With these weights our layer computes what theirs does.
 """
 
-from fullattn.checkpoints.conversion import convert
+from fullattn.checkpoints.conversion import convert, load_into
 from fullattn.checkpoints.files import CheckpointError, load
 from fullattn.checkpoints.forms import table
 
-__all__ = ["CheckpointError", "convert", "load", "table"]
+__all__ = ["CheckpointError", "convert", "load", "load_into", "table"]

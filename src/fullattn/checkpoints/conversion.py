@@ -6,12 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Set
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fullattn.checkpoints.forms import FORMS, Form, Shape, Source
 from fullattn.layers import _checks
 
-__all__ = ["convert"]
+__all__ = ["convert", "load_into"]
 
 
 def convert(
@@ -69,6 +69,49 @@ def convert(
     sizes = _sizes(form, tensors)
     _check_shapes(form, tensors, sizes, before)
     return {after + name: x for name, x in _converted(form, tensors, sizes).items()}
+
+
+def load_into(
+    layer: nn.Module, state_dict: Mapping[str, Tensor], source: Source, *, prefix: str = ""
+) -> None:
+    """Load another project's weights into one of our layers, all of them or none.
+
+    The same as `layer.load_state_dict(convert(state_dict, source, prefix=prefix))`, except that
+    names and shapes are compared before the first tensor is copied.
+
+    Args:
+        layer: one of this package's layers, with the options that `table()` names.
+        state_dict: as in `convert`.
+        source: as in `convert`.
+        prefix: as in `convert`.
+
+    Raises:
+        TypeError: as in `convert`.
+        ValueError: as in `convert`, or the layer has other tensors; it is then as it was.
+
+    Example:
+        >>> import torch, fullattn
+        >>> layer = fullattn.ChannelNonLocal(8, least_similar=True)
+        >>> load_into(layer, {"sc.gamma": torch.tensor([0.5])}, "danet", prefix="sc")
+        >>> layer.gamma.item()
+        0.5
+    """
+    converted = convert(state_dict, source, prefix=prefix)
+    own = {name: tuple(x.shape) for name, x in layer.state_dict().items()}
+    reasons = []
+    if lacking := own.keys() - converted.keys():
+        reasons.append(f"they lack {_listed(lacking)}")
+    if left_over := converted.keys() - own.keys():
+        reasons.append(f"it has no {_listed(left_over)}")
+    reasons += [
+        f"{name!r} is {own[name]} in it and {tuple(x.shape)} in them"
+        for name, x in converted.items()
+        if name in own and own[name] != tuple(x.shape)
+    ][:10]
+    if reasons:
+        described = f"{type(layer).__name__}({layer.extra_repr()})"
+        raise ValueError(f"these weights are not of {described}: {'; '.join(reasons)}")
+    layer.load_state_dict(converted)
 
 
 def _forms(source: Source, reverse: bool) -> list[Form]:
