@@ -28,6 +28,7 @@ NEEDS = {
     "timm": ("timm", "torchvision"),
     "segmentation_models_pytorch": ("segmentation_models_pytorch", "timm", "torchvision"),
     "transformers": ("transformers", "torchvision"),
+    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "mmcv": ("mmcv", "mmengine", "torchvision"),
     "mmseg": ("mmseg", "mmcv", "mmengine", "ftfy", "regex", "torchvision"),
 }
