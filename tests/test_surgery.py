@@ -474,6 +474,13 @@ def test_the_report_of_an_insertion_counts_what_came() -> None:
     assert (change.flops_before, change.flops_after) == (0, cost.flops)
 
 
+def test_the_reports_flops_are_those_of_all_its_changes() -> None:
+    report = swap(net(), Pyramid, FullyAttentional, sample_input=X)
+    one, two = report.changes
+    assert report.flops_before == one.flops_before + two.flops_before > 0
+    assert report.flops_after == one.flops_after + two.flops_after > 0
+
+
 def test_the_report_prints_as_a_table() -> None:
     model = net()
     model.context.join.register_forward_hook(print)
@@ -765,6 +772,19 @@ def test_a_compiled_model_is_looked_at_without_compiling() -> None:
     model = torch.compile(net(), backend=never)
     insert(model, ChannelNonLocal, after="*.context", sample_input=X)
     torch._dynamo.reset()
+
+
+def test_a_module_that_changes_the_size_in_its_second_call_is_refused() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = nn.AdaptiveAvgPool2d((12, 20))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(x) + self.pool(x[..., ::2, ::2])
+
+    with pytest.raises(ValueError, match=r"from 6×10 to 12×20 \(height by a factor of 2"):
+        swap(Pool(), "pool", ChannelNonLocal, sample_input=X)
 
 
 def test_a_reference_that_cannot_be_changed_is_refused() -> None:

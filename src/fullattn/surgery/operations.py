@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -77,7 +77,7 @@ def swap(
     places = find(model, target, outermost=True)
     changes = []
     for place, calls in zip(places, _observed(model, places, sample_input), strict=True):
-        taken, returned = _feature_maps(place, calls)
+        taken, returned = _taken_and_returned(place, calls)
         layer = _built(replacement, returned[1], options, like=place.module, model=model)
         now: nn.Module = layer
         adapter = None
@@ -242,31 +242,37 @@ def _alone(place: Place) -> Call:
         ) from error
 
 
-def _one(place: Place, shapes: list[torch.Size | str], does: str) -> torch.Size:
-    """The shape of a feature map, the first of several that differ in size alone."""
+def _maps(place: Place, shapes: Iterable[torch.Size | str], does: str) -> list[torch.Size]:
+    """The shapes of the feature maps in several calls, which differ in size alone."""
+    maps: list[torch.Size] = []
     for shape in shapes:
         if isinstance(shape, str) or len(shape) != 4:
             given = shape if isinstance(shape, str) else f"a tensor {tuple(shape)}"
             raise ValueError(f"{place.name} {does} {given}; expected one tensor (B, C, H, W)")
-    channels = {shape[1] for shape in shapes}
+        maps.append(shape)
+    channels = {shape[1] for shape in maps}
     if len(channels) > 1:
         raise ValueError(
             f"{place.name} is called several times and {does} different numbers of channels: "
             f"{', '.join(map(str, sorted(channels)))}"
         )
-    first = shapes[0]
-    assert isinstance(first, torch.Size)
-    return first
+    return maps
 
 
 def _returned(place: Place, calls: list[Call]) -> torch.Size:
-    return _one(place, [call.returned for call in calls], "returns")
+    return _maps(place, (call.returned for call in calls), "returns")[0]
 
 
-def _feature_maps(place: Place, calls: list[Call]) -> tuple[torch.Size, torch.Size]:
-    """What goes in and comes out, of one height and width."""
-    taken = _one(place, [call.taken for call in calls], "takes")
-    returned = _returned(place, calls)
+def _taken_and_returned(place: Place, calls: list[Call]) -> tuple[torch.Size, torch.Size]:
+    """What goes in and comes out in the first call, if no call changes height or width."""
+    ins = _maps(place, (call.taken for call in calls), "takes")
+    outs = _maps(place, (call.returned for call in calls), "returns")
+    for taken, returned in zip(ins, outs, strict=True):
+        _check_size(place, taken, returned)
+    return ins[0], outs[0]
+
+
+def _check_size(place: Place, taken: torch.Size, returned: torch.Size) -> None:
     factors = " and ".join(
         f"{axis} by a factor of {returned[i] / taken[i]:.4g}"
         for i, axis in ((2, "height"), (3, "width"))
@@ -278,7 +284,6 @@ def _feature_maps(place: Place, calls: list[Call]) -> tuple[torch.Size, torch.Si
             f"{taken[2]}×{taken[3]} to {returned[2]}×{returned[3]} ({factors}), and a layer keeps "
             "it; swap a module that keeps the size, or insert the layer after this one"
         )
-    return taken, returned
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,9 +77,9 @@ class Change:
         return count_flops(self.layer if self.inserted else self.now, self.input)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Report:
-    """What `swap` or `insert` did. Prints as a table; `remove` takes the changes back.
+    """What `swap` or `insert` did. Shows as a table; `remove` takes the changes back.
 
     FLOPs are 2 for each multiplication with an addition, in a forward pass of one place at the
     shape that the table gives; they are counted when they are asked for.
@@ -102,7 +103,17 @@ class Report:
         """The new layers, in the order of `changes`."""
         return tuple(change.layer for change in self.changes)
 
-    def __str__(self) -> str:
+    @property
+    def flops_before(self) -> int | None:
+        """FLOPs of all replaced modules together; None where one of them cannot be counted."""
+        return _sum(change.flops_before for change in self.changes)
+
+    @property
+    def flops_after(self) -> int | None:
+        """FLOPs of all that came; None where one of them cannot be counted."""
+        return _sum(change.flops_after for change in self.changes)
+
+    def __repr__(self) -> str:
         rows = [
             ("", "was", "now", "channels", "parameters", "FLOPs", "at"),
             *map(_row, self.changes),
@@ -152,6 +163,11 @@ def _row(change: Change) -> tuple[str, ...]:
         f"{_short(change.flops_before)} → {_short(change.flops_after)}",
         "×".join(map(str, change.input)),
     )
+
+
+def _sum(numbers: Iterable[int | None]) -> int | None:
+    known = list(numbers)
+    return None if None in known else sum(number or 0 for number in known)
 
 
 def _parameters(module: nn.Module) -> int:
