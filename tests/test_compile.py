@@ -16,6 +16,7 @@ from cases import (
     CHANNEL,
     FULLY_ATTENTIONAL,
     SPATIAL,
+    SPATIAL_DOT_PRODUCT,
     SPATIAL_SUBSAMPLED,
     Case,
     Run,
@@ -83,10 +84,15 @@ def test_one_compiled_graph_serves_all_sizes() -> None:
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 @pytest.mark.parametrize(
     ("case", "dynamic"),
-    # Inductor (torch 2.6 to 2.13) cannot order the strides of a view of free sizes that a
-    # convolution saves for backward, with or without this package: no (SPATIAL, True).
-    [(FULLY_ATTENTIONAL, True), (SPATIAL, False)],
-    ids=["fully_attentional-dynamic", "spatial-static"],
+    [
+        (FULLY_ATTENTIONAL, True),
+        (SPATIAL, False),
+        # Inductor (torch 2.6 to 2.13) cannot order the strides of a view of free sizes that is
+        # saved for backward or goes into a convolution, so there must be none.
+        (SPATIAL, True),
+        (SPATIAL_DOT_PRODUCT, True),
+    ],
+    ids=lambda given: given.name if isinstance(given, Case) else "dynamic" if given else "static",
 )
 def test_compiled_by_inductor_agrees_with_eager(case: Case, dynamic: bool) -> None:
     layer = case.build(6, torch.float32)

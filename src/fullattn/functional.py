@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fullattn import attention
 from fullattn.attention import Kind, reference
+from fullattn.attention.backend import is_free
 from fullattn.reshape import (
     from_channels,
     from_columns,
@@ -326,7 +327,10 @@ def attend_positions(
     height, width = query.shape[2:]
     query, key, factor = _position_tokens(query, key, kind, scale, score_weight)
     attended = attention.attend(query, key, to_positions(value), factor, kind=kind, backend=backend)
-    return from_positions(attended, height, width)
+    attended = from_positions(attended, height, width)
+    # Inductor cannot order the strides of a view whose free H and W are one axis underneath, which
+    # it does for the convolution that follows.
+    return attended.contiguous() if is_free(height) or is_free(width) else attended
 
 
 def position_similarity(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Kind", "Problem", "known"]
+__all__ = ["Backend", "Kind", "Problem", "is_free", "known"]
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -25,6 +25,15 @@ def known(condition: bool) -> bool:
 
         return statically_known_true(condition)
     return condition
+
+
+def is_free(size: int) -> bool:
+    """Whether a size is a symbol, which stands for many sizes in a traced program."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        return not has_static_value(size)
+    return False
 
 
 class Kind(enum.Enum):
