@@ -317,7 +317,12 @@ NETWORKS = (
         _free_pixel_values,
     ),
     Network(
-        "mmseg FCNHead", "mmseg", _mm_head("FCNHead", num_convs=2), _inserted("convs"), _pyramid
+        "mmseg FCNHead",
+        "mmseg",
+        _mm_head("FCNHead", num_convs=2),
+        _inserted("convs"),
+        _pyramid,
+        _free_pyramid,
     ),
     Network(
         "mmseg NLHead",

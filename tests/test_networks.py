@@ -6,6 +6,7 @@ import copy
 import pickle
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,30 @@ def changed(network: Network, seed: int = 0) -> tuple[nn.Module, fullattn.surger
     return model, network.change(model, network.inputs(0, 2, 64, 64))
 
 
+def awake(model: nn.Module, report: fullattn.surgery.Report, inputs: Any) -> nn.Module:
+    """The network in evaluation, with attention that its result depends on."""
+    for layer in report.layers:
+        open_the_layer(layer)
+    # With the statistics that a normalisation starts with, random weights let an image fade away.
+    momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+    for module in momenta:
+        module.momentum = 1.0
+    with torch.no_grad():
+        call(model.train(), inputs)
+    for module, momentum in momenta.items():
+        module.momentum = momentum
+    return model.eval()
+
+
+def open_the_layer(layer: nn.Module) -> None:
+    """Give what starts at 0 another value, so that attention takes part."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if not parameter.any():
+                parameter.fill_(0.3)
+            assert parameter.any(), name
+
+
 @each_network
 def test_the_layer_is_where_it_was_put_and_the_result_has_its_shape(network: Network) -> None:
     model = network.built().eval()
@@ -53,6 +78,21 @@ def test_the_layer_is_where_it_was_put_and_the_result_has_its_shape(network: Net
 
 
 @each_network
+def test_the_result_depends_on_the_layer(network: Network) -> None:
+    # Otherwise the comparisons below would say nothing of it.
+    x = network.inputs(0, 2, 64, 64)
+    model, report = changed(network)
+    awake(model, report, x)
+    with torch.no_grad():
+        expected = tensors(call(model, x))
+        for layer in report.layers:
+            layer.forward = lambda x: x
+        without = tensors(call(model, x))
+    pairs = zip(expected, without, strict=True)
+    assert max((y - z).abs().max() / y.abs().max() for y, z in pairs) > 0.01
+
+
+@each_network
 def test_one_step_of_training_reaches_every_parameter_of_the_layer(network: Network) -> None:
     model, report = changed(network)
     model.train()
@@ -71,22 +111,13 @@ def test_one_step_of_training_reaches_every_parameter_of_the_layer(network: Netw
         assert gamma is None or gamma.grad.abs().sum() > 0
 
 
-def open_the_layer(layer: nn.Module) -> None:
-    """Give what starts at 0 another value, so that attention takes part."""
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            if not parameter.any():
-                parameter.fill_(0.3)
-            assert parameter.any(), name
-
-
 @each_network
 def test_state_dict_round_trip(network: Network) -> None:
     model, report = changed(network, seed=1)
     other, _ = changed(network, seed=2)
+    x = network.inputs(3, 2, 64, 128)
     for layer in report.layers:
         open_the_layer(layer)
-    x = network.inputs(3, 2, 64, 128)
     result = other.load_state_dict(model.state_dict(), strict=True)
     assert not result.missing_keys
     assert not result.unexpected_keys
@@ -101,10 +132,7 @@ def test_state_dict_round_trip(network: Network) -> None:
 @each_network
 @pytest.mark.slow
 def test_torch_compile_takes_it_in_one_graph(network: Network) -> None:
-    model, report = changed(network)
-    model.eval()
-    for layer in report.layers:
-        open_the_layer(layer)
+    model = awake(*changed(network), network.inputs(0, 2, 64, 64))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     x = network.inputs(0, 2, 64, 64)
     with torch.no_grad():
@@ -131,10 +159,7 @@ def test_a_swap_in_a_resnet50_takes_under_50_milliseconds() -> None:
 @pytest.mark.network
 @pytest.mark.timeout(900)
 def test_inductor_agrees_with_eager(network: Network) -> None:
-    model, report = changed(network)
-    model.eval()
-    for layer in report.layers:
-        open_the_layer(layer)
+    model = awake(*changed(network), network.inputs(0, 2, 64, 64))
     x = network.inputs(0, 2, 64, 64)
     with torch.no_grad():
         expected = tensors(call(model, x))
@@ -146,10 +171,7 @@ def test_inductor_agrees_with_eager(network: Network) -> None:
 @each_network
 @pytest.mark.network
 def test_strict_export_with_free_batch_and_size(network: Network) -> None:
-    model, report = changed(network)
-    model.eval()
-    for layer in report.layers:
-        open_the_layer(layer)
+    model = awake(*changed(network), network.inputs(0, 2, 64, 64))
     seen, unseen = network.inputs(0, 2, 128, 192), network.inputs(1, 3, 192, 128)
     with torch.no_grad():
         call(model, seen)  # transformers sets itself up in its first call, under a lock
