@@ -6,12 +6,10 @@ seen. `tests/test_compile.py` has torch.compile and torch.export of the layers a
 
 from __future__ import annotations
 
-import importlib
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from cases import (
     Case,
     assert_near,
 )
+from networks import load
 from test_compile import assert_same, images, output_and_gradients, pooling_exports
 
 pytestmark = [
@@ -166,7 +165,15 @@ def aot_inductor(model: nn.Module, x: Tensor, smallest: int, folder: Path) -> An
 
 
 @needs_compiler
-@pytest.mark.parametrize("case", [FULLY_ATTENTIONAL, CHANNEL, SPATIAL], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        FULLY_ATTENTIONAL,
+        pytest.param(CHANNEL, marks=pytest.mark.network),
+        pytest.param(SPATIAL, marks=pytest.mark.network),
+    ],
+    ids=lambda case: case.name,
+)
 def test_an_aot_inductor_package_agrees_with_eager_at_unseen_sizes(
     case: Case, tmp_path: Path
 ) -> None:
@@ -196,28 +203,8 @@ class SmallNetwork(nn.Module):
         return F.interpolate(scores, size=image.shape[-2:], mode="bilinear", align_corners=False)
 
 
-@cache
-def _torchvision() -> Any:
-    """torchvision's segmentation models, also beside a PyTorch that lacks its operators.
-
-    The wheel that pip offers is built for CUDA; beside a CPU PyTorch its import fails because
-    nobody has declared `torchvision::nms`. The models do not call it, so declaring it is enough.
-    """
-    try:
-        return importlib.import_module("torchvision.models.segmentation")
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        segmentation = importlib.import_module("torchvision.models.segmentation")
-        segmentation._keeps_its_operators_declared = library
-        return segmentation
-
-
 def lraspp() -> nn.Module:
-    model: nn.Module = _torchvision().lraspp_mobilenet_v3_large(
+    model: nn.Module = load("torchvision").lraspp_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=5
     )
     return model
@@ -231,7 +218,6 @@ class Network:
         name: for the test's id.
         build: makes the network with random weights.
         behind: name of the module that the layer follows.
-        channels: how many that module has.
         smallest: height and width from which on the network takes every size.
         package: what it needs.
         real: whether it is of a size that makes tracing it take its time.
@@ -240,18 +226,13 @@ class Network:
     name: str
     build: Callable[[], nn.Module]
     behind: str
-    channels: int
     smallest: int
     package: str = "torch"
     real: bool = True
 
-    def marks(self) -> list[pytest.MarkDecorator]:
-        """What a test with this network is marked with."""
-        return [needs(self.package), *([pytest.mark.network] if self.real else [])]
 
-
-SMALL = Network("small", SmallNetwork, "backbone", 16, 8, real=False)
-NETWORKS = (SMALL, Network("lraspp", lraspp, "backbone.16", 960, 64, "torchvision"))
+SMALL = Network("small", SmallNetwork, "backbone", 8, real=False)
+NETWORKS = (SMALL, Network("lraspp", lraspp, "backbone.16", 64, "torchvision"))
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "fully_attentional": partial(fullattn.FullyAttentional, gamma_init=0.7, project=False),
     "channel": partial(fullattn.ChannelNonLocal, gamma_init=0.7),
@@ -260,24 +241,30 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def every_layer_in(*networks: Network) -> Any:
-    """Parametrise a test over networks and the layers in them."""
+    """Parametrise a test over networks and the layers in them.
 
-    def decorate(test: Any) -> Any:
-        test = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)(test)
-        return pytest.mark.parametrize(
-            "network",
-            [pytest.param(each, id=each.name, marks=each.marks()) for each in networks],
-        )(test)
-
-    return decorate
+    Of the small network `make test` takes one layer; the others are alone in the other tests.
+    """
+    parameters = [
+        pytest.param(
+            network,
+            layer,
+            id=f"{name}-{network.name}",
+            marks=[
+                needs(network.package),
+                *([pytest.mark.network] if network.real or name != "fully_attentional" else []),
+            ],
+        )
+        for network in networks
+        for name, layer in LAYERS.items()
+    ]
+    return pytest.mark.parametrize(("network", "layer"), parameters)
 
 
 def swapped(network: Network, layer: Callable[[int], nn.Module]) -> nn.Module:
     """The network with a layer behind one of its modules, ready for inference."""
     model = network.build()
-    parent, _, name = network.behind.rpartition(".")
-    behind = nn.Sequential(model.get_submodule(network.behind), layer(network.channels))
-    model.get_submodule(parent).add_module(name, behind)
+    fullattn.insert(model, layer, after=network.behind, sample_input=photographs(network)[0])
     # With the statistics that a normalisation starts with, random weights let an image fade away.
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -314,7 +301,8 @@ def test_a_network_depends_on_the_layer_in_it(network: Network, layer: Any) -> N
     # Otherwise the comparisons below would say nothing of the layer.
     model = swapped(network, layer)
     example, _ = photographs(network)
-    (inside,) = (each for each in model.modules() if type(each).__module__.startswith("fullattn"))
+    ours = tuple(getattr(fullattn, name) for name in fullattn.layers.__all__)
+    (inside,) = (each for each in model.modules() if isinstance(each, ours))
     with torch.no_grad():
         y = model(example)
         inside.forward = lambda x: x
