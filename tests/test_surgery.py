@@ -185,7 +185,7 @@ def test_options_and_callables_reach_the_layer() -> None:
             ["context.join", "reduce.join"],
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", ""),
 )
 def test_a_target_is_a_name_a_glob_a_class_or_a_predicate(target: Any, expected: list[str]) -> None:
     model = net()
