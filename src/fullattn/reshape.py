@@ -159,4 +159,5 @@ def from_positions(slices: Tensor, height: int, width: int) -> Tensor:
     """
     # Not in one step: 1 and H side by side leave a guard 1 % H behind, which a strict export with
     # free sizes cannot prove where H is a quotient of the height of an image.
-    return from_channels(slices.mT, height, width)
+    positions = rearrange(slices, "b 1 n c -> b n c")
+    return rearrange(positions, "b (h w) c -> b c h w", h=height, w=width)
