@@ -102,11 +102,13 @@ def test_a_photograph_is_the_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert "image photo.png" in text
 
 
-def test_a_network_that_cannot_be_trained_is_timed_in_inference(
+def test_a_network_that_cannot_be_trained_is_measured_in_inference(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    text = output(capsys, "net.py:Strict", "--target", "body", "--mode", "inference")
-    assert "forward, ms" in text
+    text = output(capsys, "net.py:Strict", "--target", "body")
+    assert "±" in row(text, "forward, ms")[0]
+    assert row(text, "forward + backward, ms") == ["failed", "failed", "–"]
+    assert "before, forward + backward: AssertionError: cannot be trained" in text
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,7 @@ def test_a_network_that_cannot_be_trained_is_timed_in_inference(
         (["net.py:Net", "--target", "body", "--shape", "4x9x9"], "does not run on a tensor"),
         (["net.py:Net", "--target", "body", "--image", "no.png"], "expected an image that can"),
         (["net.py:Net", "--target", "body", "--dtype", "int8"], "expected a dtype of float32"),
-        (["net.py:Strict", "--target", "body"], "cannot be trained"),
+        (["net.py:Strict", "--target", "body", "--mode", "training"], "cannot be trained"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -79,6 +79,10 @@ def compare(
                 _time(sides, mode, plan)
                 if memory:
                     _add_peaks(sides, mode, plan, probe)
+            measured = sides["before"].measured.values()
+            reasons = [m.failure.reason for m in measured if m.failure is not None]
+            if len(reasons) == len(modes):
+                raise UsageError(f"the model does not run: {'; '.join(dict.fromkeys(reasons))}")
     finally:
         torch.set_num_threads(threads)
     _print(sides, report, modes, console)
@@ -97,14 +101,14 @@ def _time(sides: Mapping[str, _Side], mode: Mode, plan: Plan) -> None:
     ready = {name: workloads[name] for name in calls}
     times, failed = take_turns(ready, calls, mode, clock)
     failures |= failed
-    if failure := failures.get("before"):
-        raise UsageError(f"the model does not run {_TITLES[mode]}: {failure.reason}")
     for name, side in sides.items():
         side.measured[mode] = Measurement(times.get(name, []), None, failures.get(name))
 
 
 def _add_peaks(sides: Mapping[str, _Side], mode: Mode, plan: Plan, probe: CpuMemory | None) -> None:
     for side in sides.values():
+        if side.measured[mode].failure is not None:
+            continue
         if side.workload.x.device.type == "cuda":
             peak = cuda_peak(side.workload, mode)
         elif probe is None:
