@@ -165,15 +165,8 @@ def aot_inductor(model: nn.Module, x: Tensor, smallest: int, folder: Path) -> An
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "case",
-    [
-        FULLY_ATTENTIONAL,
-        pytest.param(CHANNEL, marks=pytest.mark.network),
-        pytest.param(SPATIAL, marks=pytest.mark.network),
-    ],
-    ids=lambda case: case.name,
-)
+@pytest.mark.network
+@pytest.mark.parametrize("case", [FULLY_ATTENTIONAL, CHANNEL, SPATIAL], ids=lambda case: case.name)
 def test_an_aot_inductor_package_agrees_with_eager_at_unseen_sizes(
     case: Case, tmp_path: Path
 ) -> None:

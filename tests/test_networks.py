@@ -129,7 +129,15 @@ def test_state_dict_round_trip(network: Network) -> None:
                 assert torch.equal(one, two)
 
 
-@each_network
+@pytest.mark.parametrize(
+    "network",
+    [
+        # The larger ones take minutes together; `make networks` has them all.
+        pytest.param(n, marks=[] if n.package in ("timm", "mmseg") else [pytest.mark.network])
+        for n in NETWORKS
+    ],
+    ids=lambda network: network.name,
+)
 @pytest.mark.slow
 def test_torch_compile_takes_it_in_one_graph(network: Network) -> None:
     model = awake(*changed(network), network.inputs(0, 2, 64, 64))
