@@ -19,7 +19,7 @@ bench: $(READY)  ## compare the layers and their backends: a table, out/bench/be
 	$(BIN)/fullattn bench --output out/bench
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen from the start.
-test: $(READY)  ## every test
+test: $(READY)  ## every test but those of `make networks`
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton.py
 
@@ -29,7 +29,7 @@ quick: $(READY)  ## every test but those that compile or time something
 networks: $(READY)  ## other people's networks compiled and exported too: the table in docs
 	$(TESTS) tests/test_networks.py tests/test_export.py --networks-table docs/networks.md
 
-deep: $(READY)  ## every test, with many more hypothesis examples
+deep: $(READY)  ## the same tests as `make test`, with many more hypothesis examples
 	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600
 	HYPOTHESIS_PROFILE=deep TRITON_INTERPRET=1 $(PYTEST) --timeout 3600 tests/test_triton.py
 

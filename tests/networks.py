@@ -411,7 +411,8 @@ def table(names: Sequence[str], cells: Mapping[str, Mapping[str, str]]) -> str:
         "",
         "Written by `make networks`, with "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ". Random weights; images of 64×64; on the CPU. Which layer goes where is in the guides.",
+        + ". Random weights; images of 64×64, for exports of 128×192 and then 192×128; on the CPU. "
+        "Which layer goes where is in the guides.",
         "",
         "| network | " + " | ".join(COLUMNS.values()) + " |",
         "| --- |" + " :-: |" * len(COLUMNS),

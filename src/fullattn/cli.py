@@ -65,7 +65,7 @@ shapes by name:
 _SWAP_EXAMPLES = """\
 examples:
   fullattn swap torchvision.models.segmentation:deeplabv3_resnet50 --target classifier.0 \\
-      --model-options weights=None weights_backbone=None
+      --model-options weights=None weights_backbone=None --shape 2x3x512x512
   fullattn swap my_net.py:Net --insert --target backbone.layer4 --layer-options project=False
   fullattn swap segmentation_models_pytorch:Unet --model-options encoder_weights=None \\
       --insert --target encoder.layer4 --shape 2x3x256x256 --image street.jpg
