@@ -7,19 +7,19 @@ status 2; Ctrl-C ends with 130. In neither case is anything written.
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib.util
 import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING
 
 import einops
 import torch
 
 import fullattn
+from fullattn.arguments import Adds, Parser, count, seconds, seed, setting, words
 from fullattn.attention import dispatch
 from fullattn.bench.conditions import (
     DTYPES,
@@ -79,47 +79,8 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-# A parser, or a group of its arguments.
-_Adds: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
-    return value
-
-
-def _words(values: Sequence[str]) -> list[str]:
-    """Values given one by one or with commas between them."""
-    return [word for value in values for word in value.split(",") if word]
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="fullattn",
         description="Attention layers for 2-D feature maps: what they cost, and what runs them.",
     )
@@ -131,32 +92,32 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_conditions(parser: _Adds) -> None:
+def _add_conditions(parser: Adds) -> None:
     parser.add_argument(
         "--dtype", default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (float32)"
     )
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (cpu)")
 
 
-def _add_inputs(parser: _Adds) -> None:
+def _add_inputs(parser: Adds) -> None:
     parser.add_argument(
         "--memory-format",
         default="contiguous",
         metavar="FORMAT",
         help=f"{' or '.join(MEMORY_FORMATS)} (contiguous)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of parameters and inputs (0)")
-    parser.add_argument("--threads", type=_count, help="PyTorch's threads (PyTorch's own choice)")
+    parser.add_argument("--seed", type=seed, default=0, help="of parameters and inputs (0)")
+    parser.add_argument("--threads", type=count, help="PyTorch's threads (PyTorch's own choice)")
 
 
-def _add_repetition(parser: _Adds) -> None:
+def _add_repetition(parser: Adds) -> None:
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=seconds,
         default=2.0,
         help="to spend on timing one contender at one shape in one mode; 3 to 20 calls (2)",
     )
-    parser.add_argument("--repeats", type=_count, help="time exactly so many calls of each instead")
+    parser.add_argument("--repeats", type=count, help="time exactly so many calls of each instead")
     parser.add_argument(
         "--no-memory",
         action="store_true",
@@ -165,7 +126,7 @@ def _add_repetition(parser: _Adds) -> None:
     )
 
 
-def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     bench = commands.add_parser(
         "bench",
         help="compare what layers and backends cost",
@@ -234,13 +195,13 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     _add_repetition(how)
     how.add_argument(
         "--limit",
-        type=_seconds,
+        type=seconds,
         default=10.0,
         help="leave a row out where one call takes more seconds than this (10)",
     )
     how.add_argument(
         "--budget",
-        type=_seconds,
+        type=seconds,
         help="seconds for the whole run, which all shapes and modes share; what does not fit is "
         f"timed less often or left out ({DEFAULT_BUDGET:g} without --shapes and --sweep, "
         "otherwise none)",
@@ -261,17 +222,7 @@ def _add_bench(commands: argparse._SubParsersAction[_Parser]) -> None:
     bench.set_defaults(run=_bench)
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not (name.isidentifier() and equals):
-        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
-    try:
-        return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
-        return name, value
-
-
-def _add_swap(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_swap(commands: argparse._SubParsersAction[Parser]) -> None:
     swap = commands.add_parser(
         "swap",
         help="put a layer into a network and see what that costs",
@@ -299,7 +250,7 @@ def _add_swap(commands: argparse._SubParsersAction[_Parser]) -> None:
         swap.add_argument(
             name,
             nargs="+",
-            type=_setting,
+            type=setting,
             default=[],
             metavar="NAME=VALUE",
             help=f"what {what} is called with, beside its defaults",
@@ -320,7 +271,7 @@ def _add_swap(commands: argparse._SubParsersAction[_Parser]) -> None:
     swap.set_defaults(run=_swap, project=False)
 
 
-def _add_info(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_info(commands: argparse._SubParsersAction[Parser]) -> None:
     info = commands.add_parser(
         "info",
         help="say which backend runs, and why the others do not",
@@ -364,7 +315,7 @@ def _bench(args: argparse.Namespace) -> None:
 
     modes = _modes(args.mode)
     budget = args.budget
-    given = [parse_shape(text) for text in _words(args.shapes or [])]
+    given = [parse_shape(text) for text in words(args.shapes or [])]
     shapes: list[tuple[Shape, tuple[Mode, ...]]]
     if args.sweep:
         if len(given) > 1:
@@ -382,8 +333,8 @@ def _bench(args: argparse.Namespace) -> None:
     options = Options(
         shapes=shapes,
         conditions=_conditions(args),
-        layers=_words(args.layers),
-        backends=_words(args.backends),
+        layers=words(args.layers),
+        backends=words(args.backends),
         users=args.contender,
         baseline=args.baseline,
         sweep=args.sweep,
@@ -445,7 +396,7 @@ def _info(args: argparse.Namespace) -> None:
     shape = parse_shape(args.shape)
     dtype = parse_dtype(args.dtype)
     device = parse_device(args.device)
-    layers = _words(args.layer)
+    layers = words(args.layer)
     for layer in layers:
         if layer not in LAYERS:
             raise UsageError(f"expected layers of {', '.join(LAYERS)}, got {layer!r}")
