@@ -1,6 +1,6 @@
 """Attention layers for 2-D feature maps, and the tools to compare what they cost."""
 
-from fullattn import checkpoints, functional
+from fullattn import checkpoints, functional, models
 from fullattn.attention import BackendError, backend
 from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.surgery import insert, remove, swap
@@ -14,6 +14,7 @@ __all__ = [
     "checkpoints",
     "functional",
     "insert",
+    "models",
     "remove",
     "swap",
 ]

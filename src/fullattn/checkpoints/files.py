@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "load"]
+__all__ = ["CheckpointError", "contents", "load"]
 
 # Where training programs put the weights among the other things that they save.
 _WRAPPERS = (
@@ -61,6 +61,23 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ...     load(file.name)
         {'gamma': tensor([1.])}
     """
+    return _weights(Path(path), contents(path))
+
+
+def contents(path: str | os.PathLike[str]) -> Any:
+    """Read all that is in a file of weights, on the CPU, without running anything that is in it.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        What was saved: tensors, and plain values in dicts and lists.
+
+    Raises:
+        CheckpointError: as in `load`, except that it need not be a state dict.
+        FileNotFoundError: there is no such file.
+        ImportError: the file is safetensors, and the package for them is missing.
+    """
     path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a directory; expected the file of a checkpoint")
@@ -70,12 +87,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if not head:
             raise CheckpointError(f"{path} is empty")
         try:
-            found = _reader(path, head)(path, file)
+            return _reader(path, head)(path, file)
         except (CheckpointError, ImportError):
             raise
         except Exception as error:  # a damaged file makes its reader raise anything
             raise CheckpointError(_reason(path, error)) from error
-    return _weights(path, found)
 
 
 def _reader(path: Path, head: bytes) -> Callable[[Path, BinaryIO], Any]:

@@ -1,0 +1,150 @@
+"""The part in which the networks that are compared differ: a module from C channels to C.
+
+All of them leave their input as it is, or double it, until training moves them; so networks that
+differ in this part alone start from the same function.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+
+__all__ = ["ATTENTIONS", "Attention", "Convolution", "Dual", "build"]
+
+Attention: TypeAlias = str | Callable[[int], nn.Module]
+
+
+class Dual(nn.Module):
+    """Channel and spatial attention side by side, summed.
+
+    y = ChannelNonLocal(x) + SpatialNonLocal(x), each with its own residual.
+
+    Args:
+        channels: C.
+
+    Shape:
+        x: (B, C, H, W).
+        output: as x.
+
+    Source:
+        The arrangement of Fu et al., CVPR 2019 (arXiv 1809.02983), section 3.1, on one input.
+
+    Example:
+        >>> x = torch.randn(2, 16, 9, 7)
+        >>> torch.equal(Dual(16)(x), 2 * x)  # both leave x as it is at first
+        True
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channel = ChannelNonLocal(channels)
+        self.spatial = SpatialNonLocal(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both layers to x and add what they give."""
+        y: Tensor = self.channel(x) + self.spatial(x)
+        return y
+
+
+class Convolution(nn.Module):
+    """Two 1x1 convolutions with the parameters of FullyAttentional, and no attention: a control.
+
+    y = x + gamma · second( ReLU( first(x) ) ), gamma 0 at first.
+
+    Args:
+        channels: C.
+
+    Shape:
+        x: (B, C, H, W).
+        output: as x.
+
+    Example:
+        >>> sizes = [sum(p.numel() for p in module.parameters())
+        ...          for module in (Convolution(16), FullyAttentional(16, project=False))]
+        >>> sizes
+        [545, 545]
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 1)
+        self.second = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add what the two convolutions make of x."""
+        y: Tensor = x + self.gamma * self.second(torch.relu(self.first(x)))
+        return y
+
+
+def _channel_then_spatial(channels: int) -> nn.Module:
+    steps = OrderedDict(channel=ChannelNonLocal(channels), spatial=SpatialNonLocal(channels))
+    return nn.Sequential(steps)
+
+
+def _none(channels: int) -> nn.Module:
+    return nn.Identity()
+
+
+# A head ends with a projection of its own, the same for all, so that of FullyAttentional is left
+# out here.
+ATTENTIONS: Mapping[str, Callable[..., nn.Module]] = {
+    "fully": partial(FullyAttentional, project=False),
+    "channel": ChannelNonLocal,
+    "spatial": SpatialNonLocal,
+    "dual": Dual,
+    "channel_spatial": _channel_then_spatial,
+    "none": _none,
+    "convolution": Convolution,
+}
+_WITH_OPTIONS = ("fully", "channel", "spatial")
+
+
+def build(attention: Attention, channels: int, options: Mapping[str, Any]) -> nn.Module:
+    """The module for a name of `ATTENTIONS`, or what a callable of the channel count gives.
+
+    Args:
+        attention: the name or the callable.
+        channels: C.
+        options: keywords for the layer of "fully", "channel" and "spatial".
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: an unknown name, or options for something that takes none.
+        TypeError: neither a name nor a callable, an option that the layer does not have, or a
+            callable that gives something other than a module.
+    """
+    if isinstance(attention, str):
+        if attention not in ATTENTIONS:
+            near = difflib.get_close_matches(attention, ATTENTIONS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            allowed = ", ".join(map(repr, ATTENTIONS))
+            raise ValueError(
+                f"attention must be one of {allowed} or a callable, got {attention!r}{hint}"
+            )
+        if options and attention not in _WITH_OPTIONS:
+            raise ValueError(
+                f"attention_options are for {', '.join(map(repr, _WITH_OPTIONS))}, "
+                f"got attention={attention!r}"
+            )
+        return ATTENTIONS[attention](channels, **options)
+    if isinstance(attention, nn.Module) or not callable(attention):
+        raise TypeError(
+            f"attention must be a name or a callable of the channel count, got {attention!r}"
+        )
+    if options:
+        raise ValueError("attention_options are for named attention; bind them to the callable")
+    module = attention(channels)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"attention({channels}) must give a module, got {type(module).__name__}")
+    return module
