@@ -1,0 +1,49 @@
+"""Images with masks: the data sets of segmentation on disk, and what training makes of them.
+
+>>> from fullattn import data
+>>> dataset = data.open_dataset("camvid", "path/to/camvid", "train+val")  # doctest: +SKIP
+>>> dataset.check().raise_for_problems()                                  # doctest: +SKIP
+>>> examples = data.Examples(dataset, data.Augment(crop=(352, 480)))      # doctest: +SKIP
+>>> loader = torch.utils.data.DataLoader(                                 # doctest: +SKIP
+...     examples, batch_size=8, shuffle=True, collate_fn=data.collate
+... )
+"""
+
+try:
+    import numpy  # noqa: F401
+    import PIL  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"fullattn.data needs NumPy and Pillow: pip install 'fullattn[data]' ({error})"
+    ) from error
+
+from fullattn.data.classes import IGNORE_INDEX, Classes
+from fullattn.data.dataset import SegmentationDataset, SmallestImage, open_dataset, smallest_image
+from fullattn.data.decode import read_image
+from fullattn.data.errors import DataError
+from fullattn.data.examples import Examples, collate
+from fullattn.data.layouts import LAYOUTS
+from fullattn.data.listing import Problem, Sample
+from fullattn.data.report import Report
+from fullattn.data.transforms import Augment, Normalize
+
+DATASETS = tuple(LAYOUTS)
+
+__all__ = [
+    "DATASETS",
+    "IGNORE_INDEX",
+    "Augment",
+    "Classes",
+    "DataError",
+    "Examples",
+    "Normalize",
+    "Problem",
+    "Report",
+    "Sample",
+    "SegmentationDataset",
+    "SmallestImage",
+    "collate",
+    "open_dataset",
+    "read_image",
+    "smallest_image",
+]
