@@ -1,0 +1,12 @@
+"""Evaluation and prediction: what a trained network sees, and how often it is right.
+
+`segment` gives the probability of every class at every pixel, from one pass or many; `evaluate`
+compares them with the masks of a data set and returns `Scores`. The pictures are in
+`fullattn.evaluation.overlay` and `fullattn.evaluation.maps`, which need Pillow and matplotlib.
+"""
+
+from fullattn.evaluation.evaluate import evaluate
+from fullattn.evaluation.scores import Scores, confusion_matrix
+from fullattn.evaluation.segment import segment
+
+__all__ = ["Scores", "confusion_matrix", "evaluate", "segment"]

@@ -1,0 +1,364 @@
+"""`fullattn evaluate` and `fullattn predict`: their arguments, and errors as one sentence.
+
+Everything that takes long to import is imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fullattn.arguments import Adds, Parser, count
+from fullattn.bench.conditions import environment, parse_device
+from fullattn.bench.errors import UsageError, describe
+from fullattn.bench.output import output_folder, write_all
+
+if TYPE_CHECKING:
+    from fullattn.models.files import Trained
+
+__all__ = ["add_evaluate", "add_predict"]
+
+_EVALUATE_EXAMPLES = """\
+examples:
+  fullattn evaluate last.ckpt --data camvid data/camvid
+  fullattn evaluate last.ckpt --data camvid data/camvid --only 'Seq05VD*' --output unseen.json
+  fullattn evaluate last.ckpt --data cityscapes data/cityscapes --split val --device cuda \\
+      --scales 0.5 0.75 1 1.25 1.5 1.75 --flip --window 769x769 --precision bfloat16
+"""
+
+_PREDICT_EXAMPLES = """\
+examples:
+  fullattn predict street.jpg --checkpoint last.ckpt --output out
+  fullattn predict street.jpg --checkpoint last.ckpt --output out --maps --point 320,240
+  fullattn predict photos/*.jpg --checkpoint last.ckpt --output out --labels --scales 0.75 1 1.25
+"""
+
+
+def add_evaluate(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add `fullattn evaluate` to the command line.
+
+    Args:
+        commands: the subparsers.
+    """
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a trained network on a data set",
+        description="Segment the images of a data set and compare with its masks: IoU of each "
+        "class, means over all, over thin and over large classes, and accuracies.",
+        epilog=_EVALUATE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="a file of `fullattn train`"
+    )
+    evaluate.add_argument(
+        "--data",
+        nargs=2,
+        required=True,
+        metavar=("NAME", "ROOT"),
+        help="data set (cityscapes, ade20k, voc, camvid, folder) and its folder",
+    )
+    evaluate.add_argument(
+        "--split", default="test", metavar="SPLIT", help="test, val, train or train+val (test)"
+    )
+    evaluate.add_argument(
+        "--only", metavar="GLOB", help="only images whose file name matches, such as 'Seq05VD*'"
+    )
+    evaluate.add_argument(
+        "--skip-bad", action="store_true", help="leave out files that cannot be read, and list them"
+    )
+    _add_passes(evaluate.add_argument_group("how images are segmented"))
+    how = evaluate.add_argument_group("how it is run")
+    _add_device(how)
+    how.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of convolutions and products (float32)",
+    )
+    how.add_argument(
+        "--batch-size", type=count, default=1, help="images of one size run at once (1)"
+    )
+    how.add_argument(
+        "--workers", type=_count_or_none, default=0, help="processes that read files (0: none)"
+    )
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="write the scores there too"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def add_predict(commands: argparse._SubParsersAction[Parser]) -> None:
+    """Add `fullattn predict` to the command line.
+
+    Args:
+        commands: the subparsers.
+    """
+    predict = commands.add_parser(
+        "predict",
+        help="segment photographs, and show what the layer attends to",
+        description="Segment photographs and write their classes in colour over them, with a "
+        "legend; on request the labels, and the similarity maps of the layer.",
+        epilog=_PREDICT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    predict.add_argument("photographs", nargs="+", type=Path, metavar="PHOTO")
+    predict.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a file of `fullattn train`",
+    )
+    predict.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of PHOTO_overlay.png and the other pictures",
+    )
+    predict.add_argument(
+        "--alpha",
+        type=_number,
+        default=0.5,
+        help="from 0, the photograph alone, to 1, the colours alone (0.5)",
+    )
+    predict.add_argument(
+        "--labels", action="store_true", help="write PHOTO_labels.png, the index of each class, too"
+    )
+    maps = predict.add_argument_group("similarity maps of the attention layer")
+    maps.add_argument("--maps", action="store_true", help="draw them, at a point or a channel")
+    where = maps.add_mutually_exclusive_group()
+    where.add_argument(
+        "--point", type=_point, metavar="X,Y", help="pixel of the photograph, from its top left"
+    )
+    where.add_argument(
+        "--channel", type=_count_or_none, metavar="C", help="index of a channel, from 0"
+    )
+    _add_passes(predict.add_argument_group("how photographs are segmented"))
+    _add_device(predict)
+    predict.set_defaults(run=_predict)
+
+
+def _add_passes(parser: Adds) -> None:
+    parser.add_argument(
+        "--scales",
+        nargs="+",
+        type=_number,
+        default=[1.0],
+        metavar="SCALE",
+        help="average over images scaled by these factors (1)",
+    )
+    parser.add_argument(
+        "--flip", action="store_true", help="average over images and their mirror images"
+    )
+    parser.add_argument(
+        "--window", type=_size, metavar="HxW", help="slide a window of so many pixels over images"
+    )
+    parser.add_argument(
+        "--stride", type=_size, metavar="HxW", help="steps of the window (two thirds of it)"
+    )
+
+
+def _add_device(parser: Adds) -> None:
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (cpu)")
+
+
+def _number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return value
+
+
+def _count_or_none(text: str) -> int:
+    """A whole number from 0."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
+
+
+def _pair(text: str, separator: str, form: str) -> tuple[int, int]:
+    numbers = text.split(separator)
+    if len(numbers) != 2 or not all(n.isascii() and n.isdigit() for n in numbers):
+        raise argparse.ArgumentTypeError(f"expected {form}, got {text!r}")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _size(text: str) -> tuple[int, int]:
+    """HxW."""
+    return _pair(text, "x", "HxW such as 512x1024")
+
+
+def _point(text: str) -> tuple[int, int]:
+    """X,Y."""
+    return _pair(text, ",", "X,Y such as 320,240")
+
+
+def _passes(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `segment`."""
+    from fullattn.evaluation.segment import check_options
+
+    with _sentences():
+        check_options(args.scales, args.window, args.stride)
+    return {
+        "scales": tuple(args.scales),
+        "flip": args.flip,
+        "window": args.window,
+        "stride": args.stride,
+    }
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """What a library finds wrong with what the user gave it, as the user's one sentence."""
+    try:
+        yield
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _trained(path: Path) -> Trained:
+    with _sentences():
+        from fullattn.models.files import load
+
+        try:
+            return load(path)
+        except OSError as error:
+            raise UsageError(
+                f"expected a checkpoint that can be read at {str(path)!r}: {describe(error)}"
+            ) from error
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    passes = _passes(args)
+    device = parse_device(args.device)
+    if args.output is not None and args.output.is_dir():
+        raise UsageError(f"expected a file for --output, got the folder {str(args.output)!r}")
+    trained = _trained(args.checkpoint)
+    description = trained.description
+    name, root = args.data
+    with _sentences():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        from fullattn.data import open_dataset
+        from fullattn.evaluation.evaluate import evaluate
+        from fullattn.evaluation.table import table
+
+        dataset = open_dataset(name, root, args.split, skip_bad=args.skip_bad)
+    if len(dataset.classes) != len(description.classes):
+        raise UsageError(
+            f"{args.checkpoint} was trained on {len(description.classes)} classes of "
+            f"{description.dataset}, and {name} has {len(dataset.classes)}"
+        )
+    indices = [
+        index
+        for index, sample in enumerate(dataset.samples)
+        if args.only is None or fnmatchcase(sample.image.name, args.only)
+    ]
+    if not indices:
+        raise UsageError(
+            f"expected file names that match {args.only!r}, got none among {len(dataset.samples)} "
+            f"such as {dataset.samples[0].image.name}"
+        )
+    writable = nullcontext() if args.output is None else output_folder(args.output.parent)
+    with writable, _sentences():
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("images", total=len(indices))
+            scores = evaluate(
+                trained.model,
+                dataset,
+                mean=description.mean,
+                std=description.std,
+                indices=indices,
+                batch_size=args.batch_size,
+                workers=args.workers,
+                device=device,
+                precision=args.precision,
+                skip_bad=args.skip_bad,
+                progress=lambda images: progress.advance(task, images),
+                **passes,
+            )
+        console = Console()
+        only = "" if args.only is None else f", {args.only}"
+        title = f"{args.checkpoint.name} on {name}, {args.split}{only}: {scores.images} images"
+        console.print(table(scores, title))
+        if list(dataset.classes) != list(description.classes):
+            console.print(
+                f"Beware: the checkpoint names its classes {', '.join(description.classes)}.",
+                markup=False,
+            )
+        if scores.skipped:
+            console.print(f"{len(scores.skipped)} files were skipped:")
+        for path in scores.skipped:
+            console.print(f"  {path}", markup=False, soft_wrap=True)
+        if args.output is not None:
+            report = {
+                "checkpoint": str(args.checkpoint),
+                "step": description.step,
+                "network": dict(description.model),
+                "data": {"name": name, "split": args.split, "only": args.only},
+                "passes": passes,
+                "precision": args.precision,
+                "device": str(device),
+                "environment": asdict(environment(device)),
+                "scores": scores.as_dict(),
+            }
+            _write_json(args.output, report)
+
+
+def _write_json(path: Path, report: Mapping[str, Any]) -> None:
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    write_all({path: lambda part: part.write_text(text)})
+
+
+def _predict(args: argparse.Namespace) -> None:
+    at = args.point is not None or args.channel is not None
+    if args.maps and not at:
+        raise UsageError("expected --point X,Y or --channel C with --maps")
+    if at and not args.maps:
+        raise UsageError("expected --maps with --point and --channel")
+    passes = _passes(args)
+    device = parse_device(args.device)
+    trained = _trained(args.checkpoint)
+    with _sentences():
+        from rich.console import Console
+
+        from fullattn.evaluation.predict import predict
+    # Pictures are put into the folder together, when all of them are there.
+    with (
+        output_folder(args.output) as folder,
+        tempfile.TemporaryDirectory(prefix=".part", dir=folder) as part,
+        _sentences(),
+    ):
+        written = predict(
+            trained,
+            args.photographs,
+            Path(part),
+            alpha=args.alpha,
+            labels=args.labels,
+            point=args.point,
+            channel=args.channel,
+            device=device,
+            **passes,
+        )
+        names = [path.name for paths in written for path in paths]
+        for name in names:
+            os.replace(Path(part) / name, folder / name)
+    console = Console()
+    for name in names:
+        console.print(folder / name, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,130 @@
+"""Pictures of labels: colours over a photograph with a legend, and labels as a paletted PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["index_picture", "overlay"]
+
+_TEXT = "#222222"
+_EDGE = "#888888"
+_SMALLEST_LETTERS = 12  # pixels; below that they cannot be read
+
+
+def overlay(
+    image: Tensor,
+    labels: Tensor,
+    palette: Sequence[Sequence[int]],
+    classes: Sequence[str],
+    alpha: float = 0.5,
+) -> Image:
+    """A photograph under the colours of its classes, above a legend of those that are in it.
+
+    Args:
+        image: uint8, (3, H, W).
+        labels: class indices, (H, W); a pixel whose index is of no class keeps its own colour.
+        palette: (red, green, blue) from 0 to 255 of each class.
+        classes: names of the classes.
+        alpha: how much of the colour there is, from 0 (the photograph) to 1 (the colours).
+
+    Returns:
+        An RGB picture of at least (H, W): the photograph's top left corner is the picture's. The
+        legend gives each class's share of the pixels.
+
+    Raises:
+        ValueError: alpha is out of range, or shapes or counts do not fit each other.
+
+    Example:
+        >>> image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+        >>> labels = torch.ones(20, 30, dtype=torch.uint8)
+        >>> picture = overlay(image, labels, [(0, 0, 0), (100, 200, 50)], ["Road", "Tree"])
+        >>> picture.getpixel((0, 0))
+        (50, 100, 25)
+    """
+    from PIL import Image
+
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"expected alpha from 0 to 1, got {alpha}")
+    if len(palette) != len(classes):
+        raise ValueError(
+            f"expected a colour for each of {len(classes)} classes, got {len(palette)}"
+        )
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
+        raise ValueError(
+            f"expected a uint8 image (3, H, W), got {image.dtype} {tuple(image.shape)}"
+        )
+    if labels.shape != image.shape[1:]:
+        raise ValueError(
+            f"expected labels of shape {tuple(image.shape[1:])}, got {tuple(labels.shape)}"
+        )
+    labels = labels.long()
+    known = (labels >= 0) & (labels < len(classes))
+    colours = torch.tensor([list(colour) for colour in palette], dtype=torch.float32)
+    photograph = image.permute(1, 2, 0)
+    blended = (1 - alpha) * photograph[known] + alpha * colours[labels[known]]
+    pixels = photograph.clone()
+    pixels[known] = blended.round().to(torch.uint8)
+
+    shares = torch.bincount(labels[known], minlength=len(classes)) / labels.numel()
+    entries = [
+        (f"{name} {_percent(share)}", tuple(colour))
+        for name, colour, share in zip(classes, palette, shares.tolist(), strict=True)
+        if share
+    ]
+    return _above_legend(Image.fromarray(pixels.numpy()), entries)
+
+
+def index_picture(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
+    """Labels as an 8-bit picture whose values are the class indices, shown in their colours.
+
+    Args:
+        labels: class indices below 256, (H, W).
+        palette: (red, green, blue) from 0 to 255 of each class.
+
+    Returns:
+        A picture of mode "P", as PASCAL VOC's masks are.
+
+    Example:
+        >>> index_picture(torch.tensor([[0, 1]]), [(0, 0, 0), (100, 200, 50)]).getpixel((1, 0))
+        1
+    """
+    from PIL import Image
+
+    picture = Image.fromarray(labels.to(torch.uint8).numpy())
+    picture.putpalette([value for colour in palette for value in colour])
+    return picture
+
+
+def _percent(share: float) -> str:
+    return "<1%" if share < 0.01 else f"{share:.0%}"
+
+
+def _above_legend(picture: Image, entries: Sequence[tuple[str, tuple[int, ...]]]) -> Image:
+    """The picture on white, and below it the entries in as many lines as they take."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    letters = max(_SMALLEST_LETTERS, picture.height // 40)
+    font = ImageFont.load_default(letters)
+    widths = [letters * 3 + round(font.getlength(text)) for text, _ in entries]
+    width = max([picture.width, *(letters + width for width in widths)])
+    places: list[tuple[int, int]] = []
+    x, y = letters, picture.height + letters
+    for wide in widths:
+        if x + wide > width and x > letters:
+            x, y = letters, y + 2 * letters
+        places.append((x, y))
+        x += wide
+    sheet = Image.new("RGB", (width, y + 2 * letters), "white")
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    for (text, colour), (left, top) in zip(entries, places, strict=True):
+        draw.rectangle((left, top, left + letters, top + letters), tuple(colour), _EDGE)
+        draw.text((left + letters * 3 // 2, top), text, _TEXT, font)
+    return sheet

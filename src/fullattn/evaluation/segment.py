@@ -1,0 +1,192 @@
+"""Class probabilities of images: from one pass, from several scales with flips, or from windows.
+
+What is averaged, and where:
+
+- a window's logits are averaged with those of the other windows that see the same pixel;
+- the logits of one pass over a scaled or flipped image are brought back to the image's own size and
+  orientation, and become probabilities there;
+- the probabilities of all passes are averaged.
+
+Images are scaled bilinearly with antialiasing, as training examples are. Logits are scaled
+bilinearly without it. Neither aligns corners: the edges of pictures lie on each other, not the
+centres of corner pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["check_options", "segment", "starts"]
+
+
+def check_options(
+    scales: Sequence[float],
+    window: tuple[int, int] | None,
+    stride: tuple[int, int] | None,
+) -> None:
+    """Check the options of `segment` without running anything.
+
+    Args:
+        scales: as in `segment`.
+        window: as in `segment`.
+        stride: as in `segment`.
+
+    Raises:
+        ValueError: one of them cannot be used; the message says why.
+    """
+    if not scales:
+        raise ValueError("expected at least one scale, got none")
+    for scale in scales:
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"expected scales above 0, got {scale}")
+    if stride is not None and window is None:
+        raise ValueError("a stride is for windows, and no window was given")
+    if window is None:
+        return
+    for name, pair in (("window", window), ("stride", stride or _default_stride(window))):
+        if len(pair) != 2 or any(length < 1 for length in pair):
+            raise ValueError(f"expected a {name} of two lengths of at least 1, got {pair}")
+    if stride is not None and any(
+        step > length for step, length in zip(stride, window, strict=True)
+    ):
+        raise ValueError(
+            f"a stride of {stride} over windows of {window} would leave pixels out; "
+            "expected one that is not longer than the window"
+        )
+
+
+def segment(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
+) -> Tensor:
+    """The probability of every class at every pixel, averaged over scales, flips and windows.
+
+    With scale 1, no flip and no window this is `model(images).softmax(1)`. The model runs once for
+    every scale, flip and window, without gradients.
+
+    Args:
+        model: takes (B, 3, h, w) of any size to logits (B, K, h, w); a network in evaluation mode.
+        images: normalised, (B, 3, H, W).
+        scales: factors on H and W; each is a pass over the scaled images.
+        flip: whether to make each pass again over the images mirrored left to right.
+        window: height and width in pixels of the scaled image. Each pass then slides a window of
+            that size over the images, clipped to their size; each pixel's logits are the average
+            over the windows that see it. None for whole images.
+        stride: steps of the window down and to the right, not longer than the window; None for two
+            thirds of it. The last window of a line is moved inwards to end at the edge.
+
+    Returns:
+        (B, K, H, W), at least float32; over K they sum to 1.
+
+    Raises:
+        ValueError: an option or an input cannot be used, the model's output is not as above, or it
+            is not a number.
+
+    Example:
+        >>> model = torch.nn.Conv2d(3, 5, 1)
+        >>> images = torch.randn(2, 3, 24, 32)
+        >>> segment(model, images, scales=(0.5, 1.0), flip=True, window=(16, 16)).shape
+        torch.Size([2, 5, 24, 32])
+    """
+    check_options(scales, window, stride)
+    if images.dim() != 4 or 0 in images.shape:
+        raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
+    size = images.shape[2], images.shape[3]
+    total: Tensor | None = None
+    with torch.no_grad():
+        for scale in scales:
+            scaled = _scaled(images, scale)
+            for flipped in (False, True) if flip else (False,):
+                seen = scaled.flip(3) if flipped else scaled
+                logits = _logits(model, seen, window, stride)
+                if flipped:
+                    logits = logits.flip(3)
+                if logits.shape[2:] != size:
+                    logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+                probabilities = logits.softmax(1)
+                total = probabilities if total is None else total.add_(probabilities)
+    assert total is not None
+    if total.isnan().any():
+        raise ValueError(
+            "the network's output is not a number; its weights are damaged, or the precision is "
+            "too low for them"
+        )
+    return total.div_(len(scales) * (2 if flip else 1))
+
+
+def starts(size: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along an axis so that every pixel is seen.
+
+    Args:
+        size: of the axis, in pixels.
+        window: length of a window; not more than size.
+        stride: from one window to the next; not more than window.
+
+    Returns:
+        Every stride pixels, and last where a window ends at the edge.
+
+    Example:
+        >>> starts(10, 4, 3), starts(11, 4, 3), starts(4, 4, 3)
+        ([0, 3, 6], [0, 3, 6, 7], [0])
+    """
+    return [*range(0, size - window, stride), size - window]
+
+
+def _default_stride(window: tuple[int, int]) -> tuple[int, int]:
+    return max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3)
+
+
+def _scaled(images: Tensor, scale: float) -> Tensor:
+    size = max(1, round(images.shape[2] * scale)), max(1, round(images.shape[3] * scale))
+    if size == images.shape[2:]:
+        return images
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+def _logits(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    window: tuple[int, int] | None,
+    stride: tuple[int, int] | None,
+) -> Tensor:
+    """Logits of images at their own size, (B, K, H, W), at least float32."""
+    if window is None:
+        return _checked(model(images), images)
+    height, width = min(window[0], images.shape[2]), min(window[1], images.shape[3])
+    down, right = stride or _default_stride(window)
+    total: Tensor | None = None
+    seen = images.new_zeros(images.shape[2:], dtype=torch.float32)
+    for top in starts(images.shape[2], height, down):
+        for left in starts(images.shape[3], width, right):
+            part = (..., slice(top, top + height), slice(left, left + width))
+            logits = _checked(model(images[part]), images[part])
+            if total is None:
+                total = logits.new_zeros(*logits.shape[:2], *images.shape[2:])
+            total[part] += logits
+            seen[part] += 1
+    assert total is not None
+    return total.div_(seen)
+
+
+def _checked(logits: object, images: Tensor) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"expected a network that gives logits, got {type(logits).__name__}; a network in "
+            "training mode may give auxiliary logits too: call its eval() first"
+        )
+    batch, _, height, width = images.shape
+    if logits.dim() != 4 or (logits.shape[0], *logits.shape[2:]) != (batch, height, width):
+        raise ValueError(
+            f"expected logits of shape ({batch}, K, {height}, {width}), got {tuple(logits.shape)}"
+        )
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
