@@ -83,3 +83,112 @@ def camvid(root: Path, images: int = 6, size: tuple[int, int] = (48, 64), seed: 
     listed = {"classes": classes, "num_classes": len(classes), "ignore_index": 255}
     (root / "classes.json").write_text(json.dumps(listed))
     return root
+
+
+def cityscapes(
+    root: Path, images: int = 2, size: tuple[int, int] = (32, 64), seed: int = 0
+) -> Path:
+    """Cityscapes: `images` pictures in each of two cities of train and one city of val and test.
+
+    Beside the label ids lie the colour, instance and polygon files that come with the real ones.
+    """
+    random = np.random.default_rng(seed)
+    cities = {"train": ("aachen", "zurich"), "val": ("frankfurt",), "test": ("berlin",)}
+    for split, names in cities.items():
+        for city in names:
+            for i in range(images):
+                stem = f"{city}_{i:06}_000019"
+                image, mask = picture(size, list(range(34)), random)
+                truth = root / "gtFine" / split / city
+                save(root / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", image)
+                save(truth / f"{stem}_gtFine_labelIds.png", mask)
+                save(truth / f"{stem}_gtFine_color.png", image)
+                save(truth / f"{stem}_gtFine_instanceIds.png", mask.astype(np.uint16) * 1000)
+                (truth / f"{stem}_gtFine_polygons.json").write_text("{}")
+    return root
+
+
+def ade20k(root: Path, images: int = 3, size: tuple[int, int] = (40, 30), seed: int = 0) -> Path:
+    """SceneParse150 as its archive unpacks, with the lists that lie beside it."""
+    random = np.random.default_rng(seed)
+    base = root / "ADEChallengeData2016"
+    for folder, part in (("training", "train"), ("validation", "val")):
+        for i in range(1, images + 1):
+            stem = f"ADE_{part}_{i:08}"
+            image, mask = picture(size, [0, 1, 2, 75, 149, 150], random)
+            save(base / "images" / folder / f"{stem}.jpg", image)
+            save(base / "annotations" / folder / f"{stem}.png", mask)
+    (base / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tName\n")
+    (base / "sceneCategories.txt").write_text("ADE_train_00000001 airport_terminal\n")
+    return root
+
+
+def voc(
+    root: Path,
+    images: int = 3,
+    size: tuple[int, int] = (30, 40),
+    seed: int = 0,
+    augmented: bool = True,
+) -> Path:
+    """PASCAL VOC 2012: palette masks with void 255, lists, and images that are in no list.
+
+    With `augmented` also the grey masks of SegmentationClassAug and trainaug.txt.
+    """
+    random = np.random.default_rng(seed)
+    base = root / "VOCdevkit" / "VOC2012"
+    lists = base / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    stems = {
+        "train": [f"2007_{i:06}" for i in range(images)],
+        "val": [f"2008_{i:06}" for i in range(images)],
+        "extra": [f"2009_{i:06}" for i in range(images)],
+        "unlisted": ["2010_000000"],
+    }
+    for split, names in stems.items():
+        for stem in names:
+            image, mask = picture(size, [0, 1, 15, 20, 255], random)
+            save(base / "JPEGImages" / f"{stem}.jpg", image)
+            if split in ("train", "val"):
+                save(base / "SegmentationClass" / f"{stem}.png", mask, mode="P")
+            if augmented:
+                save(base / "SegmentationClassAug" / f"{stem}.png", mask)
+    listed = {
+        "train": stems["train"],
+        "val": stems["val"],
+        "trainval": stems["train"] + stems["val"],
+    }
+    if augmented:
+        listed["trainaug"] = stems["train"] + stems["extra"]
+    for split, names in listed.items():
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    return root
+
+
+def folder(
+    root: Path,
+    images: int = 3,
+    size: tuple[int, int] = (24, 32),
+    seed: int = 0,
+    splits: tuple[str, ...] = ("train", "val"),
+    classes: int = 4,
+    masks: str = "masks",
+) -> Path:
+    """A folder of images and masks without a list of classes, with folders inside the splits.
+
+    Args:
+        splits: folders; none for images that are not divided.
+    """
+    random = np.random.default_rng(seed)
+    for split in splits or (".",):
+        for i in range(images):
+            image, mask = picture(size, [*range(classes), 255], random)
+            mask[0, 0] = classes - 1  # so that the number of classes is certain
+            save(root / "images" / split / f"day{i % 2}" / f"{i}.jpg", image)
+            save(root / masks / split / f"day{i % 2}" / f"{i}.png", mask)
+    return root
+
+
+def truncate(path: Path, part: float = 0.6) -> None:
+    """Keep the first part of a file, as an interrupted download does."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * part)])

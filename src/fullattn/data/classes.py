@@ -136,16 +136,22 @@ def _from_json(content: dict[str, Any]) -> Classes:
     indices = [entry["index"] for entry in listed]
     if indices != list(range(len(listed))):
         raise ValueError(f"expected the indices 0, 1, 2, … once each, got {indices}")
-    palette = [tuple(entry.get("color", colour(entry["index"]))) for entry in listed]
     groups = {name: tuple(members) for name, members in content.get("groups", {}).items()}
     return _checked(
         Classes(
             tuple(entry["name"] for entry in listed),
-            tuple((red, green, blue) for red, green, blue in palette),
+            tuple(_colour(entry) for entry in listed),
             groups,
             content.get("ignore_index", IGNORE_INDEX),
         )
     )
+
+
+def _colour(entry: dict[str, Any]) -> Colour:
+    match entry.get("color", colour(entry["index"])):
+        case (int(red), int(green), int(blue)) if all(0 <= n <= 255 for n in (red, green, blue)):
+            return red, green, blue
+    raise ValueError(f"expected a colour of three whole numbers 0 to 255 for {entry['name']!r}")
 
 
 def _checked(classes: Classes) -> Classes:
@@ -156,11 +162,8 @@ def _checked(classes: Classes) -> Classes:
         raise ValueError(f"expected a name for every class, got {list(names)}")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two classes have the name {repeated[0]!r}")
-    for name, members in zip(names, classes.palette, strict=True):
-        if not all(isinstance(value, int) and 0 <= value <= 255 for value in members):
-            raise ValueError(f"expected a colour of three numbers 0 to 255 for {name!r}")
-    for group, members_of in classes.groups.items():
-        if strangers := [member for member in members_of if member not in names]:
+    for group, members in classes.groups.items():
+        if strangers := [member for member in members if member not in names]:
             raise ValueError(f"group {group!r} names no class of the list: {strangers[0]!r}")
     if not isinstance(classes.void, int) or not 0 <= classes.void <= 255:
         raise ValueError(f"expected an ignore_index of 0 to 255, got {classes.void!r}")

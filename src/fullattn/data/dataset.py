@@ -326,14 +326,14 @@ def smallest_image(dataset: SegmentationDataset, threads: int | None = None) -> 
 def _numbered(base: Path, skip_bad: bool) -> Classes:
     """Classes without names, up to the highest label in any mask of any split."""
     masks = [path for paths in files(masks_folder(base), MASKS).values() for path in paths]
-    highest, of = -1, base
+    highest, of = 0, base
 
     def labels(path: Path) -> int | DataError:
         try:
             values = read_labels(path)
         except DataError as error:
             return error
-        return int(values[values != IGNORE_INDEX].max(initial=-1))
+        return int(values[values != IGNORE_INDEX].max(initial=0))
 
     for path, found in zip(masks, _threaded(labels, masks, None), strict=True):
         if isinstance(found, DataError):

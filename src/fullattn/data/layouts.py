@@ -221,14 +221,16 @@ def _folder_base(root: Path) -> Path:
 
 
 def _folder_split(root: Path, split: str) -> Listing:
-    part = "" if split == "all" else split
-    if part and not (root / "images" / part).is_dir():
-        raise DataError(
-            f"no split {split!r}: {root / 'images' / part} does not exist; "
-            f"{contents(root / 'images')}; the split 'all' is all of it",
-            root,
-        )
-    return _tree(root / "images" / part, PHOTOS, masks_folder(root) / part, MASKS)
+    images, masks = root / "images", masks_folder(root)
+    if split != "all":
+        if split not in {path.name for path in images.iterdir() if path.is_dir()}:
+            raise DataError(
+                f"no split {split!r}: expected the name of a folder in {images}, or 'all' for all "
+                f"of it; {contents(images)}",
+                root,
+            )
+        images, masks = images / split, masks / split
+    return _tree(images, PHOTOS, masks, MASKS)
 
 
 def _folder_classes(root: Path) -> Classes | None:
