@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fullattn.evaluation import segment
-from fullattn.evaluation.segment import starts
+from fullattn.evaluation.passes import starts
 
 CLASSES = 5
 

@@ -5,8 +5,8 @@ compares them with the masks of a data set and returns `Scores`. The pictures ar
 `fullattn.evaluation.overlay` and `fullattn.evaluation.maps`, which need Pillow and matplotlib.
 """
 
-from fullattn.evaluation.evaluate import evaluate
+from fullattn.evaluation.loop import evaluate
+from fullattn.evaluation.passes import segment
 from fullattn.evaluation.scores import Scores, confusion_matrix
-from fullattn.evaluation.segment import segment
 
 __all__ = ["Scores", "confusion_matrix", "evaluate", "segment"]

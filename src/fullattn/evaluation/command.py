@@ -210,7 +210,7 @@ def _point(text: str) -> tuple[int, int]:
 
 def _passes(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `segment`."""
-    from fullattn.evaluation.segment import check_options
+    from fullattn.evaluation.passes import check_options
 
     with _sentences():
         check_options(args.scales, args.window, args.stride)
@@ -256,7 +256,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         from rich.progress import Progress
 
         from fullattn.data import open_dataset
-        from fullattn.evaluation.evaluate import evaluate
+        from fullattn.evaluation.loop import evaluate
         from fullattn.evaluation.table import table
 
         dataset = open_dataset(name, root, args.split, skip_bad=args.skip_bad)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fullattn.evaluation.passes import check_options, segment
 from fullattn.evaluation.scores import Scores, confusion_matrix
-from fullattn.evaluation.segment import check_options, segment
 
 if TYPE_CHECKING:
     from fullattn.data import DataError, SegmentationDataset

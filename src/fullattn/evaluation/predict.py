@@ -11,9 +11,9 @@ from torch import nn
 
 from fullattn.data.decode import read_image
 from fullattn.evaluation import maps
-from fullattn.evaluation.evaluate import evaluating, normalised
+from fullattn.evaluation.loop import evaluating, normalised
 from fullattn.evaluation.overlay import index_picture, overlay
-from fullattn.evaluation.segment import check_options, segment
+from fullattn.evaluation.passes import check_options, segment
 from fullattn.evaluation.similarity import inputs_of, layers_with_maps
 from fullattn.layers import SpatialNonLocal
 from fullattn.models.files import Trained
