@@ -1,0 +1,186 @@
+"""Training runs of a second on tiny data, each in a process of its own that may be killed.
+
+The processes are forked from one that has imported Lightning and computed nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import tiny_data
+
+STEPS = 12
+# 6 images in batches of 4: epochs end in the midst of steps.
+SETTINGS = (
+    f"training.steps={STEPS}",
+    "training.batch_size=4",
+    "training.checkpoint_every=4",
+    "training.validate_every=6",
+    "training.log_every=1",
+    "data.crop=[24,32]",
+    "data.workers=0",
+)
+
+
+def processes() -> Any:
+    """The context whose processes are forked from one that has imported what takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fullattn.training.run"])
+    return context
+
+
+class Tiny(nn.Module):
+    """A network with everything that has a state or random numbers, and the tenth of a class."""
+
+    def __init__(self, norm: str = "batch", dropout: float = 0.2) -> None:
+        super().__init__()
+        norms: dict[str, nn.Module] = {"batch": nn.BatchNorm2d(8), "group": nn.GroupNorm(2, 8)}
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norms[norm], nn.ReLU())
+        self.dropout = nn.Dropout2d(dropout)
+        self.head = nn.Conv2d(8, len(tiny_data.CAMVID), 1)
+        self.auxiliary = nn.Conv2d(8, len(tiny_data.CAMVID), 1)
+        self.calls = 0
+        self.killed_in_call = -1
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        self.calls += 1
+        if self.calls == self.killed_in_call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        features = self.backbone(x)
+        logits: Tensor = self.head(self.dropout(features))
+        return [logits, self.auxiliary(features)] if self.training else logits
+
+
+class KilledWriter:
+    """`torch.save` that is killed half-way through its n-th call."""
+
+    def __init__(self, call: int) -> None:
+        self.left = call
+        self.save = torch.save
+
+    def __call__(self, content: Any, file: Any) -> None:
+        self.left -= 1
+        if self.left:
+            self.save(content, file)
+            return
+        whole = io.BytesIO()
+        self.save(content, whole)
+        half = whole.getvalue()[: whole.tell() // 2]
+        if isinstance(file, str | Path):
+            Path(file).write_bytes(half)
+        else:
+            file.write(half)
+            file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(
+    output: Path,
+    root: Path,
+    settings: tuple[str, ...] = (),
+    *,
+    environment: dict[str, str] | None = None,
+    killed_in_call: int = -1,
+    killed_in_save: int = 0,
+    model: dict[str, Any] | None = None,
+    train_split: str = "train",
+    **options: Any,
+) -> None:
+    """What a process does: one run, with what came of it in `output`.result or .error."""
+    warnings.simplefilter("error")
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    # For the loaders' workers, which would otherwise import everything anew.
+    multiprocessing.set_start_method("fork", force=True)
+    from fullattn.data import open_dataset
+    from fullattn.training import config, run
+
+    torch.manual_seed(0)
+    network = Tiny(**(model or {}))
+    network.killed_in_call = killed_in_call
+    if killed_in_save:
+        torch.save = KilledWriter(killed_in_save)
+    read = config.read("camvid_small", [*SETTINGS, *settings])
+    datasets = [open_dataset("camvid", root, split) for split in (train_split, "val")]
+    rank = os.environ.get("RANK", "")
+    try:
+        result = run.fit(network, read, datasets[0], datasets[1], output, **options)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        output.with_name(f"{output.name}.error{rank}").write_text(text)
+        raise
+    found = {
+        "weights": network.state_dict(),
+        "calls": network.calls,
+        "skipped": result.skipped,
+        "mean_iou": result.scores.mean_iou if result.scores else None,
+        "confusion": result.scores.confusion if result.scores else None,
+    }
+    torch.save(found, output.with_name(f"{output.name}.result{rank}"))
+
+
+def start(*arguments: Any, **options: Any) -> Any:
+    """Start a process that trains."""
+    process = processes().Process(target=train, args=arguments, kwargs=options)
+    process.start()
+    return process
+
+
+def run(output: Path, root: Path, *settings: str, **options: Any) -> int:
+    """Train in a process of its own; its exit code, negative for the signal that killed it."""
+    process = start(output, root, settings, **options)
+    process.join(120)
+    code: int = process.exitcode
+    return code
+
+
+def run_two(output: Path, root: Path, *settings: str, port: int, **options: Any) -> list[int]:
+    """Train in two processes as torchrun starts them; their exit codes."""
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    both = [
+        start(
+            output,
+            root,
+            settings,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **options,
+        )
+        for rank in range(2)
+    ]
+    for process in both:
+        process.join(120)
+    return [process.exitcode for process in both]
+
+
+def result(output: Path, rank: str = "") -> dict[str, Any]:
+    """What a run has left."""
+    found: dict[str, Any] = torch.load(output.with_name(f"{output.name}.result{rank}"))
+    return found
+
+
+def tensors(found: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a checkpoint with its place in it."""
+    if isinstance(found, dict | list | tuple):
+        entries = found.items() if isinstance(found, dict) else enumerate(found)
+        for key, value in entries:
+            yield from tensors(value, f"{name}/{key}")
+    else:
+        yield name, found
