@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +307,23 @@ def test_examples_leave_the_random_numbers_of_the_program_alone(
     assert torch.equal(torch.rand(4), expected)
 
 
+def test_examples_are_made_by_one_thread_as_workers_do(dataset: SegmentationDataset) -> None:
+    """The mean of a large crop, which contrast needs, is another one with two threads."""
+    threads = []
+
+    def noting(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        threads.append(torch.get_num_threads())
+        return image, mask
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        Examples(dataset, noting)[0]
+        assert (threads, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 class Keys:
     """Keys of two epochs, in an order of their own."""
 
@@ -409,3 +428,32 @@ def test_a_batch_of_different_sizes_is_refused_naming_them(tmp_path: Path) -> No
 def test_an_index_out_of_range_is_an_index_error(index: int, dataset: SegmentationDataset) -> None:
     with pytest.raises(IndexError, match=f"index {index} of 6 examples"):
         Examples(dataset, Normalize())[index]
+
+
+# What is imported, and what is missing
+
+
+def test_an_absent_package_is_a_sentence_and_torchvision_is_imported_only_when_used() -> None:
+    program = """
+import sys, torch
+sys.modules["PIL"] = None
+try:
+    import fullattn.data
+except ImportError as error:
+    print(error)
+del sys.modules["PIL"]
+from fullattn.data import Augment, Normalize
+image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
+Normalize()(image, mask)
+print("torchvision" in sys.modules)
+sys.modules["torchvision"] = None
+try:
+    Augment((4, 4))(image, mask)
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    without_pillow, imported, without_torchvision = done.stdout.splitlines()
+    assert "pip install 'fullattn[data]'" in without_pillow
+    assert imported == "False"
+    assert "torchvision: pip install 'fullattn[data]'" in without_torchvision

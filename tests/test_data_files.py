@@ -164,7 +164,7 @@ def test_16_bit_masks_are_read_and_labels_beyond_a_byte_are_strays(tmp_path: Pat
     # 257 and 511 would be 1 and 255 if only their lower bytes were looked at.
     deep[0, :2] = 257, 511
     tiny_data.save(tmp_path / "m.png", deep)
-    with pytest.raises(DataError, match=r"257, 511 \(2 pixels\)"):
+    with pytest.raises(DataError, match=r"257, 511 \(pixels: 2\)"):
         dataset.read(0)
 
 
@@ -276,7 +276,7 @@ def test_check_finds_every_fault_and_counts_the_rest(threads: int | None, tmp_pa
     reasons = dict(zip(paths, (problem.reason for problem in report.problems), strict=True))
     assert "truncated" in reasons["truncated"]
     assert "empty" in reasons["mask"]
-    assert "77 (1 pixels)" in reasons["stray"]
+    assert "77 (pixels: 1)" in reasons["stray"]
     assert "47×64" in reasons["size"]
     assert report.images == 10
     assert report.sizes == {(48, 64): 6}

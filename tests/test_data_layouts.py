@@ -213,7 +213,7 @@ def test_each_data_set_says_which_labels_it_does_not_have(name: str, tmp_path: P
     labels[2, 3:5] = stray
     tiny_data.save(path, labels)
     with pytest.raises(
-        DataError, match=rf"{path.name} has labels .* {stray} \(2 pixels\)"
+        DataError, match=rf"{path.name} has labels .* {stray} \(pixels: 2\)"
     ) as raised:
         dataset.read(1)
     assert raised.value.paths == (path,)

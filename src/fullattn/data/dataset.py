@@ -205,7 +205,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
             strays = labels[ids == STRAY]
             raise DataError(
                 f"{mask} has labels that {self.name} does not have: "
-                f"{some(np.unique(strays).tolist())} ({strays.size} pixels); expected "
+                f"{some(np.unique(strays).tolist())} (pixels: {strays.size}); expected "
                 f"{self._expected()}",
                 mask,
             )
@@ -263,8 +263,13 @@ def open_dataset(
             without image; the message says what was expected and what was found where.
 
     Example:
-        >>> dataset = open_dataset("camvid", "camvid", "train+val")  # doctest: +SKIP
+        >>> dataset = open_dataset("camvid", "datasets/camvid", "train+val")  # doctest: +SKIP
         >>> image, mask = dataset.read(0)  # doctest: +SKIP
+        >>> open_dataset("camvid", "nowhere", "train")
+        Traceback (most recent call last):
+        ...
+        fullattn.data.errors.DataError: nowhere is not laid out as CamVid: expected images/ and
+        labels/ in it; nowhere does not exist
     """
     if name not in LAYOUTS:
         raise DataError(f"no data set {name!r}: expected one of {', '.join(LAYOUTS)}")

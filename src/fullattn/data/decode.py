@@ -54,7 +54,7 @@ def read_image(path: Path) -> Tensor:
             raise DataError(f"{path} has pixels of 32 bits; expected 8 or 16", path)
         if "transparency" in image.info:  # straight to RGB Pillow would warn
             image = image.convert("RGBA")
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

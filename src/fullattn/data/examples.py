@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypedDict
 
 import torch
@@ -75,7 +76,7 @@ class Examples(Dataset[Example]):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} examples")
         read, image, mask, skipped = self._readable(index)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _one_thread():
             # Not torch.manual_seed, which would seed the GPUs' generators too.
             torch.default_generator.manual_seed(_mixed(self.seed, epoch, index))
             image, mask = self.transform(image, mask)
@@ -93,6 +94,17 @@ class Examples(Dataset[Example]):
                     raise
                 skipped.append(str(error.paths[0]))
         raise DataError(f"none of {len(self)} samples can be read, among them {skipped[0]}")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As in a loader's worker: sums, and with them colours, depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

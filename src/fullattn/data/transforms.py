@@ -92,8 +92,8 @@ class Augment:
     Example:
         >>> image = torch.zeros(3, 40, 60, dtype=torch.uint8)
         >>> mask = torch.zeros(40, 60, dtype=torch.uint8)
-        >>> image, mask = Augment(crop=(32, 32))(image, mask)  # doctest: +SKIP
-        >>> image.shape, mask.shape  # doctest: +SKIP
+        >>> image, mask = Augment(crop=(32, 32))(image, mask)
+        >>> image.shape, mask.shape
         (torch.Size([3, 32, 32]), torch.Size([32, 32]))
     """
 
