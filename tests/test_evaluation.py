@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from fullattn.evaluation import evaluate, segment
 from fullattn.evaluation.command import add_evaluate
 from fullattn.evaluation.loop import evaluating, normalised
 from fullattn.models import FLANet
-from fullattn.models.files import Description, describe
+from fullattn.models.files import Description, describe, load
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
 COLOURS = list(tiny_data.CAMVID.values())
@@ -282,8 +284,6 @@ def test_the_command_prints_a_table_and_writes_json(
     printed = capsys.readouterr().out
     assert "last.ckpt on camvid, test, Seq05VD*: 3 images" in printed
     report = json.loads(file.read_text())
-    from fullattn.models.files import load
-
     direct = _evaluate(load(checkpoint).model, root, indices=[2, 3, 4])
     assert report["scores"] == json.loads(json.dumps(direct.as_dict()))
     assert f"{100 * direct.pixel_accuracy:.2f}" in printed
@@ -437,13 +437,12 @@ def test_bad_arguments_are_one_sentence(
     assert printed.count("\n") == 1
 
 
-def test_the_commands_are_light_to_import() -> None:
-    import subprocess
-    import sys
-
+def test_the_commands_are_light_to_import_and_drawing_leaves_pyplot_alone() -> None:
     code = (
         "import sys; import fullattn.evaluation.command;"
         "heavy = {'torchmetrics', 'matplotlib', 'timm', 'torchvision', 'lightning', 'PIL', 'rich'};"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
+        "import fullattn.evaluation.maps;"
+        "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

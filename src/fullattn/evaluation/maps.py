@@ -159,7 +159,7 @@ def draw_positions(
     figure = _figure(title, 2, _PANEL * height / width)
     plain, over = figure.subplots(1, 2)
     _show_photograph(plain, photograph, point)
-    grey = photograph.float().mean(0)
+    grey = photograph.float().mean(0).numpy()
     over.imshow(grey, cmap="gray", vmin=0, vmax=255)
     shown = _show_weights(over, weights, extent=(0, width, height, 0), alpha=0.7)
     _mark(over, point)
@@ -213,6 +213,7 @@ def draw_channels(similarity: Tensor, *, title: str = "") -> Figure:
     figure = _figure(title, 1.3, _PANEL)
     panel = figure.subplots()
     shown = _show_weights(panel, similarity)
+    panel.set_title("map of the whole image", loc="left")
     _label_channels(panel)
     _explain(figure, shown, panel, similarity.shape[1])
     return figure
@@ -235,7 +236,7 @@ def draw_channel(weights: Tensor, channel: int, *, title: str = "") -> Figure:
     norm = _norm(values)
     panel.set_yscale("log" if isinstance(norm, LogNorm) else "linear")
     panel.margins(x=0.01, y=0.15)
-    panel.bar(range(len(values)), values, width=1, color=_BAR)
+    panel.bar(range(len(values)), values.tolist(), width=1, color=_BAR)
     panel.set_ylim(bottom=norm.vmin)
     for place in values.topk(min(3, len(values))).indices.tolist():
         panel.annotate(
@@ -297,7 +298,7 @@ def _figure(title: str, panels: float, height: float) -> Figure:
 
 def _show_photograph(panel: Axes, photograph: Tensor, point: tuple[int, int] | None = None) -> None:
     height, width = photograph.shape[1:]
-    panel.imshow(photograph.permute(1, 2, 0), extent=(0, width, height, 0))
+    panel.imshow(photograph.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
     panel.set_axis_off()
     if point is not None:
         _mark(panel, point)
@@ -326,7 +327,7 @@ def _show_weights(
 ) -> AxesImage:
     norm = norm or _norm(weights)
     colours = _SIGNED_COLOURS if isinstance(norm, CenteredNorm) else _COLOURS
-    return panel.imshow(weights.float().cpu(), cmap=colours, norm=norm, **options)
+    return panel.imshow(weights.float().numpy(force=True), cmap=colours, norm=norm, **options)
 
 
 def _label_channels(panel: Axes) -> None:

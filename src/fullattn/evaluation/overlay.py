@@ -89,7 +89,7 @@ def index_picture(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
         palette: (red, green, blue) from 0 to 255 of each class.
 
     Returns:
-        A picture of mode "P", as PASCAL VOC's masks are.
+        A picture of mode "P", as PASCAL VOC's masks are; what is of no class is black.
 
     Example:
         >>> index_picture(torch.tensor([[0, 1]]), [(0, 0, 0), (100, 200, 50)]).getpixel((1, 0))
@@ -97,8 +97,10 @@ def index_picture(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
     """
     from PIL import Image
 
+    # All 256 colours: of a shorter palette Pillow writes fewer bits, and 255 becomes another index.
+    colours = [*palette, *[(0, 0, 0)] * (256 - len(palette))]
     picture = Image.fromarray(labels.to(torch.uint8).numpy())
-    picture.putpalette([value for colour in palette for value in colour])
+    picture.putpalette([value for colour in colours for value in colour])
     return picture
 
 
