@@ -21,7 +21,7 @@ from lightning.pytorch import LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import Checkpoint  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 
-__all__ = ["AtomicCheckpointIO", "LastCheckpoint", "remove_parts"]
+__all__ = ["LAST", "AtomicCheckpointIO", "LastCheckpoint", "remove_parts", "write_whole"]
 
 LAST = "last.ckpt"
 _PART = ".part"

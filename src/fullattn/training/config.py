@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -199,6 +200,13 @@ class Config:
             for section, entries in dataclasses.asdict(self).items()
         }
 
+    def text(self) -> str:
+        """The same as YAML, which `read` reads again."""
+        import yaml
+
+        text: str = yaml.safe_dump(self.plain(), sort_keys=False)
+        return text
+
 
 # What may differ between a checkpoint and the run that continues it.
 _FREE = {
@@ -252,7 +260,7 @@ def read(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     where = str(source)
     try:
-        found = yaml.safe_load(_text(source))
+        found = yaml.load(_text(source), _strict_loader())
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{where} is not YAML: {reason}") from error
@@ -273,6 +281,23 @@ def read(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         found[section][key] = value
         origins[name] = f"--set {override}"
     return _config(found, where, origins)
+
+
+@functools.cache
+def _strict_loader() -> Any:
+    """YAML's safe loader, for which a key that is there twice is an error."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            mapping = super().construct_mapping(node, deep)
+            if len(mapping) < len(node.value):
+                keys = [key.value for key, _ in node.value]
+                twice = next(key for key in keys if keys.count(key) > 1)
+                raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is there twice")
+            return mapping
+
+    return Strict
 
 
 def _text(source: str | Path) -> str:

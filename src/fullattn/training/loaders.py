@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from fullattn.data import Augment, DataError, Examples, Normalize, SegmentationDataset, collate
+from fullattn.data import DataError, Examples, Normalize, SegmentationDataset, collate
 from fullattn.integrations.torchvision import ensure_importable
 from fullattn.training.config import Config
+from fullattn.training.prepare import augmentation
 from fullattn.training.sampling import StepSampler, ValidationSampler
 
 ensure_importable()  # Lightning imports torchvision
@@ -61,17 +62,8 @@ class Loaders(LightningDataModule):
         super().__init__()
         self.config = config
         data = config.data
-        augment = Augment(
-            crop=data.crop,
-            scale=data.scale,
-            flip=data.flip,
-            photometric=data.photometric,
-            pad=data.pad,
-            mean=data.mean,
-            std=data.std,
-        )
         seed = config.training.seed
-        self.train = Examples(train, augment, seed=seed, skip_bad=skip_bad)
+        self.train = Examples(train, augmentation(data), seed=seed, skip_bad=skip_bad)
         self.images = len(train.samples)
         self.val: Examples | None = None
         self.val_images = 0

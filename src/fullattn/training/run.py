@@ -30,6 +30,7 @@ from fullattn.training.checkpoints import (
 from fullattn.training.config import Config, ConfigError, differences
 from fullattn.training.loaders import Loaders
 from fullattn.training.module import Segmentation
+from fullattn.training.sampling import StepSampler
 
 ensure_importable()  # Lightning imports torchvision
 
@@ -42,8 +43,9 @@ from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Result", "check_resumable", "fit"]
+__all__ = ["Machines", "Result", "check_machines", "check_resumable", "fit"]
 
+CONFIG = "config.yaml"
 SKIPPED = "skipped.txt"
 BEST = "best"
 
@@ -103,7 +105,84 @@ class _Lines(Callback):
         self.console.print(line, highlight=False)
 
 
-def check_resumable(path: Path, config: Config, description: Mapping[str, Any] | None) -> int:
+@dataclass(frozen=True)
+class Machines:
+    """What a run is computed on.
+
+    Attributes:
+        accelerator: "cuda" or "cpu".
+        devices: of each machine.
+        nodes: how many machines.
+    """
+
+    accelerator: str
+    devices: int
+    nodes: int
+
+    @property
+    def processes(self) -> int:
+        """One for each device."""
+        return self.devices * self.nodes
+
+
+def check_machines(
+    config: Config, devices: int | None = None, nodes: int | None = None
+) -> Machines:
+    """Check that a configuration goes with the machines, before anything is started.
+
+    Args:
+        config: of the run.
+        devices: as in `fit`.
+        nodes: as in `fit`.
+
+    Returns:
+        What the run is computed on.
+
+    Raises:
+        ConfigError: PyTorch or Lightning cannot do it, or the batch cannot be divided.
+    """
+    training = config.training
+    cuda = torch.cuda.is_available()
+    there = torch.cuda.device_count() if cuda else 1
+    if cuda and (devices or 1) > there:
+        raise ConfigError(f"expected at most {there} devices, which are here, got {devices}")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started the processes
+        there = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = nodes or int(os.environ["WORLD_SIZE"]) // there
+    machines = Machines("cuda" if cuda else "cpu", devices or there, nodes or 1)
+    if not cuda and training.sync_batchnorm:
+        raise ConfigError(
+            "PyTorch synchronises batch normalisation on GPUs only, and there is none here: "
+            "--set training.sync_batchnorm=false"
+        )
+    if not cuda and training.precision == "16-mixed":
+        raise ConfigError(
+            "training.precision 16-mixed needs a GPU, and there is none here: "
+            "--set training.precision=32-true or bf16-mixed"
+        )
+    if training.strategy == "fsdp" and training.average_decay is not None:
+        raise ConfigError("training.average_decay does not go with training.strategy fsdp")
+    if training.strategy == "fsdp" and training.precision not in ("32-true", "bf16-mixed"):
+        raise ConfigError(
+            f"training.strategy fsdp goes with training.precision 32-true or bf16-mixed, "
+            f"not with {training.precision}"
+        )
+    try:
+        StepSampler(
+            1,
+            training.batch_size,
+            training.steps,
+            processes=machines.processes,
+            parts=training.accumulate,
+        )
+    except ValueError as error:
+        raise ConfigError(f"training.batch_size: {error}") from error
+    return machines
+
+
+def check_resumable(
+    path: Path, config: Config, description: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """Check that a run with this configuration can continue from a checkpoint.
 
     Args:
@@ -112,7 +191,7 @@ def check_resumable(path: Path, config: Config, description: Mapping[str, Any] |
         description: of the network and its classes; None where it has none.
 
     Returns:
-        The checkpoint's step.
+        The checkpoint.
 
     Raises:
         CheckpointError: it is damaged, of another network, other classes or other settings; the
@@ -135,7 +214,7 @@ def check_resumable(path: Path, config: Config, description: Mapping[str, Any] |
         raise CheckpointError(
             f"{path} cannot be continued: it was made with {name} {old}, and this run has {new}"
         )
-    return int(found["global_step"])
+    return found
 
 
 def _brief(one: Any, other: Any) -> str:
@@ -159,16 +238,17 @@ def fit(
     description: Mapping[str, Any] | None = None,
     resume: bool = False,
     skip_bad: bool = False,
+    skipped: Iterable[str] = (),
     devices: int | None = None,
     nodes: int | None = None,
     console: Console | None = None,
 ) -> Result:
     """Train a network.
 
-    `output` gets last.ckpt, every `checkpoint_every` steps and after the last; best.ckpt, after the
-    evaluation with the highest mean IoU; logs/ with CSV files and those of TensorBoard; and
-    skipped.txt, if files were left out. A run that was killed continues with `resume` from
-    last.ckpt; on CPUs its weights are then bit for bit those of an unbroken one.
+    `output` gets config.yaml; last.ckpt, every `checkpoint_every` steps and after the last;
+    best.ckpt, after the evaluation with the highest mean IoU; logs/ with CSV files and those of
+    TensorBoard; and skipped.txt, if files were left out. A run that was killed continues with
+    `resume` from last.ckpt; on CPUs its weights are then bit for bit those of an unbroken one.
 
     Args:
         model: as `Segmentation` takes it, with its first weights; a resumed run replaces them.
@@ -180,6 +260,7 @@ def fit(
             it out of the checkpoints.
         resume: continue from `output`/last.ckpt if it is there.
         skip_bad: leave unreadable files out.
+        skipped: files of which that is known already.
         devices: how many of each machine are used; None for all GPUs, one CPU process, or as
             torchrun has started them.
         nodes: machines; None for one, or as torchrun has started them.
@@ -204,62 +285,22 @@ def fit(
         plain=config.plain(),
     )
     loaders = Loaders(config, train, val, skip_bad=skip_bad)
-    started = _started_by_torchrun()
-    devices = devices or started.get("devices")
-    nodes = nodes or started.get("nodes", 1)
-    _check_devices(config, loaders, devices, nodes)
+    machines = check_machines(config, devices, nodes)
     last = output / LAST
+    continued = resume and last.exists()
+    found = check_resumable(last, config, description) if continued else None
     if _is_first():
         output.mkdir(parents=True, exist_ok=True)
         remove_parts(output)
-    continued = resume and last.exists()
-    if continued:
-        check_resumable(last, config, description)
-
-    every = training.validate_every or training.steps
-
-    def is_validated(step: int) -> bool:
-        return val is not None and (step % every == 0 or step == training.steps)
-
+        write_whole(output / CONFIG, lambda file: file.write(config.text().encode()))
+    if found is not None and found["global_step"] == training.steps:
+        module.load_state_dict(found["state_dict"])
+        return Result(model, training.steps, last, None, None, _note_skipped(output, skipped))
     best = ModelCheckpoint(
         output, BEST, monitor="val/mean_iou", mode="max", enable_version_counter=False
     )
-    callbacks: list[Callback] = [LastCheckpoint(output, training.checkpoint_every, is_validated)]
-    if val is not None:
-        callbacks.insert(0, best)
-    if training.average_decay is not None:
-        callbacks.insert(0, EMAWeightAveraging(decay=training.average_decay))
-    terminal = console is not None and console.is_terminal
-    if console is not None and not terminal:
-        callbacks.append(_Lines(console, training.log_every))
-    logs = CSVLogger(output, name="logs")
     with _quiet():
-        trainer = Trainer(
-            accelerator="auto",
-            devices=devices or "auto",
-            num_nodes=nodes,
-            strategy=_strategy(training.strategy, (devices or 1) * nodes),
-            precision=training.precision,  # type: ignore[arg-type]
-            max_steps=training.steps,
-            max_epochs=-1,
-            accumulate_grad_batches=training.accumulate,
-            sync_batchnorm=training.sync_batchnorm,
-            val_check_interval=every * training.accumulate,
-            check_val_every_n_epoch=None,
-            limit_val_batches=1.0 if val is not None else 0,
-            num_sanity_val_steps=0,
-            log_every_n_steps=training.log_every,
-            logger=[
-                logs,
-                TensorBoardLogger(output, "logs", logs.version, default_hp_metric=False),
-            ],
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
-            use_distributed_sampler=False,
-            enable_checkpointing=True,
-            enable_progress_bar=terminal,
-            enable_model_summary=False,
-        )
+        trainer = _trainer(config, machines, output, best if val is not None else None, console)
         try:
             trainer.fit(
                 module,
@@ -269,14 +310,61 @@ def fit(
             )
         except SystemExit as end:  # how Lightning ends after Ctrl-C
             raise KeyboardInterrupt from end
-    skipped = _note_skipped(output, _of_all_processes(module.skipped))
     return Result(
         model=model,
         step=trainer.global_step,
         checkpoint=last,
         scores=module.scores,
-        best=_best(best),
-        skipped=skipped,
+        best=_best(best, output),
+        skipped=_note_skipped(output, _of_all_processes({*skipped, *module.skipped})),
+    )
+
+
+def _trainer(
+    config: Config,
+    machines: Machines,
+    output: Path,
+    best: ModelCheckpoint | None,
+    console: Console | None,
+) -> Trainer:
+    """Lightning's trainer; `best` is None in a run without evaluations."""
+    training = config.training
+    every = training.validate_every or training.steps
+
+    def is_validated(step: int) -> bool:
+        return best is not None and (step % every == 0 or step == training.steps)
+
+    callbacks: list[Callback] = []
+    if training.average_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=training.average_decay))
+    if best is not None:
+        callbacks.append(best)
+    callbacks.append(LastCheckpoint(output, training.checkpoint_every, is_validated))
+    terminal = console is not None and console.is_terminal
+    if console is not None and not terminal:
+        callbacks.append(_Lines(console, training.log_every))
+    logs = CSVLogger(output, name="logs")
+    return Trainer(
+        accelerator=machines.accelerator,
+        devices=machines.devices,
+        num_nodes=machines.nodes,
+        strategy=_strategy(training.strategy, machines.processes),
+        precision=training.precision,  # type: ignore[arg-type]
+        max_steps=training.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=training.accumulate,
+        sync_batchnorm=training.sync_batchnorm,
+        val_check_interval=every * training.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1.0 if best is not None else 0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=training.log_every,
+        logger=[logs, TensorBoardLogger(output, "logs", logs.version, default_hp_metric=False)],
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        enable_progress_bar=terminal,
+        enable_model_summary=False,
     )
 
 
@@ -285,46 +373,10 @@ def _is_first() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
-def _best(callback: ModelCheckpoint) -> tuple[Path, float] | None:
+def _best(callback: ModelCheckpoint, output: Path) -> tuple[Path, float] | None:
     if callback.best_model_score is None:
         return None
-    return Path(callback.best_model_path), float(callback.best_model_score)
-
-
-def _started_by_torchrun() -> dict[str, int]:
-    """How many processes torchrun has started on each machine, and on how many machines."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return {}
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    return {"devices": local, "nodes": int(os.environ["WORLD_SIZE"]) // local}
-
-
-def _check_devices(config: Config, loaders: Loaders, devices: int | None, nodes: int) -> None:
-    """Refuse before anything is started what PyTorch or Lightning would refuse in the midst."""
-    training = config.training
-    cuda = torch.cuda.is_available()
-    processes = (devices or (torch.cuda.device_count() if cuda else 1)) * nodes
-    if not cuda and training.sync_batchnorm:
-        raise ConfigError(
-            "PyTorch synchronises batch normalisation on GPUs only, and there is none here: "
-            "--set training.sync_batchnorm=false"
-        )
-    if not cuda and training.precision == "16-mixed":
-        raise ConfigError(
-            "training.precision 16-mixed needs a GPU, and there is none here: "
-            "--set training.precision=32-true or bf16-mixed"
-        )
-    if training.strategy == "fsdp" and training.average_decay is not None:
-        raise ConfigError("training.average_decay does not go with training.strategy fsdp")
-    if training.strategy == "fsdp" and training.precision not in ("32-true", "bf16-mixed"):
-        raise ConfigError(
-            f"training.strategy fsdp goes with training.precision 32-true or bf16-mixed, "
-            f"not with {training.precision}"
-        )
-    try:
-        loaders.sampler(processes=processes)
-    except ValueError as error:
-        raise ConfigError(f"training.batch_size: {error}") from error
+    return output / f"{BEST}.ckpt", float(callback.best_model_score)
 
 
 def _strategy(name: str, processes: int) -> str | Strategy:
@@ -365,21 +417,20 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _of_all_processes(files: Iterable[str]) -> list[str]:
-    found = set(files)
+def _of_all_processes(found: set[str]) -> set[str]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, found)
         found = set().union(*everyone)
-    return sorted(found)
+    return found
 
 
-def _note_skipped(output: Path, files: list[str]) -> list[str]:
+def _note_skipped(output: Path, files: Iterable[str]) -> list[str]:
     """Add files to the list in the folder, which an earlier part of the run may have begun."""
     path = output / SKIPPED
-    if path.exists():
-        files = sorted({*files, *path.read_text(encoding="utf-8").splitlines()})
-    if files and _is_first():
-        text = "".join(f"{file}\n" for file in files)
+    known = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    listed = sorted({*files, *known})
+    if listed and _is_first():
+        text = "".join(f"{file}\n" for file in listed)
         write_whole(path, lambda file: file.write(text.encode()))
-    return files
+    return listed
