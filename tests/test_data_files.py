@@ -323,6 +323,17 @@ def test_bad_files_can_be_left_out_and_stay_listed(tmp_path: Path) -> None:
     )
 
 
+def test_what_was_left_out_before_stays_listed(tmp_path: Path) -> None:
+    root = tiny_data.camvid(tmp_path)
+    unpaired, bad = sorted((root / "images/train").iterdir())[:2]
+    (root / "labels/train" / f"{unpaired.stem}.png").unlink()
+    tiny_data.truncate(bad)
+    dataset = open_dataset("camvid", root, "train", skip_bad=True)
+    rest = dataset.without(dataset.check().problems)
+    assert [problem.path for problem in rest.dropped] == [unpaired, bad]
+    assert len(rest) == 4
+
+
 def test_a_data_set_of_bad_files_alone_is_refused(tmp_path: Path) -> None:
     dataset = open_dataset("camvid", tiny_data.camvid(tmp_path, images=2), "val")
     for sample in dataset.samples:

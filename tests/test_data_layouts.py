@@ -106,6 +106,15 @@ def test_pairs_are_in_the_order_of_their_names_whatever_the_file_system_says(
     assert open_dataset(name, root, "train").samples == expected
 
 
+def test_files_beside_folders_are_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    root = tiny_data.folder(tmp_path, images=4)
+    for place, ending in (("images", "jpg"), ("masks", "png")):
+        folder = root / place / "train"
+        (folder / "day1" / f"1.{ending}").rename(folder / f"a.{ending}")
+        (folder / "day1" / f"3.{ending}").rename(folder / f"e.{ending}")
+    assert names(open_dataset("folder", root, "train")) == ["a", "0", "2", "e"]
+
+
 @pytest.mark.parametrize("inner", ["", "VOCdevkit", "VOCdevkit/VOC2012"])
 def test_voc_is_found_from_each_of_its_folders(inner: str, tmp_path: Path) -> None:
     root = tiny_data.voc(tmp_path)

@@ -21,6 +21,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fullattn.data.errors import DataError
 
 __all__ = ["IGNORE_INDEX", "STRAY", "Classes", "colour", "known", "numbered", "read"]
@@ -48,6 +51,17 @@ class Classes:
     palette: tuple[Colour, ...]
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     void: int = IGNORE_INDEX
+
+    def table(self) -> NDArray[np.uint8]:
+        """The train id of every label, for files whose labels are the indices of the classes.
+
+        Returns:
+            uint8 (256,): 255 for `void` and 255, 254 for labels that there must not be.
+        """
+        table = np.full(256, STRAY, np.uint8)
+        table[: len(self.names)] = range(len(self.names))
+        table[[self.void, IGNORE_INDEX]] = IGNORE_INDEX
+        return table
 
 
 def known(name: str) -> Classes:

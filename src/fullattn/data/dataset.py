@@ -46,7 +46,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         samples: images and masks.
         classes: the classes, in the order of their indices.
         table: uint8 (256,), the train id of every label in the files; 255 for ignored and 254 for
-            a label that there must not be. None: labels are train ids, 255 is ignored.
+            a label that there must not be. None: the labels are the indices of the classes.
         name: of the data set.
         split: of the data set.
         dropped: files that were left out, with the reason.
@@ -70,10 +70,6 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         split: str = "all",
         dropped: Sequence[Problem] = (),
     ) -> None:
-        if table is None:
-            table = np.full(256, STRAY, np.uint8)
-            table[: len(classes.names)] = range(len(classes.names))
-            table[IGNORE_INDEX] = IGNORE_INDEX
         self.name = name
         self.split = split
         self.samples = tuple(samples)
@@ -82,7 +78,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         self.groups = classes.groups
         self.dropped = tuple(dropped)
         self._classes = classes
-        self._table = table
+        self._table = classes.table() if table is None else table
 
     def __len__(self) -> int:
         return len(self.samples)

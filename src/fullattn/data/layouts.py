@@ -16,7 +16,7 @@ folder       images/{split}/**, masks/{split}/** (or labels/), [classes.json or 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,13 +96,6 @@ def _nearest_contents(folder: Path) -> str:
     return contents(folder)
 
 
-def _identity(count: int, void: int = IGNORE_INDEX) -> Table:
-    table = np.full(256, STRAY, np.uint8)
-    table[:count] = range(count)
-    table[[void, IGNORE_INDEX]] = IGNORE_INDEX
-    return table
-
-
 # Cityscapes
 
 
@@ -145,21 +138,19 @@ def _voc_split(root: Path, split: str) -> Listing:
     names = lists / f"{split}.txt"
     if not names.is_file():
         raise DataError(f"no list {names.name} for the split {split!r}; {contents(lists)}", names)
-    masks_folder = root / ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass")
-    images = files(root / "JPEGImages", (".jpg",))
-    masks = files(masks_folder, (".png",))
+    image_folder = root / "JPEGImages"
+    mask_folder = root / ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass")
+    images, masks = files(image_folder, (".jpg",)), files(mask_folder, (".png",))
     if not masks:
-        raise DataError(f"no masks *.png in {masks_folder}; {_nearest_contents(masks_folder)}")
+        found = _nearest_contents(mask_folder)
+        raise DataError(f"no masks *.png in {mask_folder}; {found}", mask_folder)
     listing = Listing()
     for stem in stems(names):
-        if stem not in images:
-            missing = root / "JPEGImages" / f"{stem}.jpg"
-            listing.problems.append(Problem(missing, f"does not exist, but {names} lists it"))
-        elif stem not in masks:
-            missing = masks_folder / f"{stem}.png"
-            listing.problems.append(Problem(missing, f"does not exist, but {names} lists it"))
-        else:
+        if stem in images and stem in masks:
             listing.samples.append(Sample(images[stem][0], masks[stem][0]))
+            continue
+        missing = mask_folder / f"{stem}.png" if stem in images else image_folder / f"{stem}.jpg"
+        listing.problems.append(Problem(missing, f"does not exist, but {names} lists it"))
     return listing
 
 
@@ -192,7 +183,7 @@ def _camvid_classes(root: Path) -> Classes:
 
 def _camvid_table(root: Path, classes: Classes) -> Table:
     void = 11 if (root / "trainannot").is_dir() else IGNORE_INDEX
-    return _identity(len(classes.names), void)
+    return replace(classes, void=void).table()
 
 
 # Any folder
@@ -240,8 +231,8 @@ def _folder_classes(root: Path) -> Classes | None:
     return None
 
 
-def _folder_table(root: Path, classes: Classes) -> Table:
-    return _identity(len(classes.names), classes.void)
+def _plain_table(root: Path, classes: Classes) -> Table:
+    return classes.table()
 
 
 LAYOUTS = {
@@ -275,7 +266,7 @@ LAYOUTS = {
         _voc_split,
         ("train", "val", "trainval", "trainaug", "test"),
         lambda root: class_lists.known("voc"),
-        lambda root, classes: _identity(len(classes.names)),
+        _plain_table,
     ),
     "camvid": Layout(
         _camvid_base,
@@ -284,5 +275,5 @@ LAYOUTS = {
         _camvid_classes,
         _camvid_table,
     ),
-    "folder": Layout(_folder_base, _folder_split, (), _folder_classes, _folder_table),
+    "folder": Layout(_folder_base, _folder_split, (), _folder_classes, _plain_table),
 }

@@ -53,11 +53,11 @@ def files(folder: Path, endings: Sequence[str]) -> dict[str, list[Path]]:
         endings: ends of names, in lower case.
 
     Returns:
-        The files by their path in the folder without the ending, both sorted.
+        The files by their path in the folder without the ending, in the order of these paths.
     """
     found: dict[str, list[Path]] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
         for name in sorted(names):
             ending = next((end for end in endings if name.lower().endswith(end)), None)
             if ending is None or name.startswith("."):
