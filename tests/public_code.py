@@ -74,3 +74,116 @@ class ChannelAttention(nn.Module):
         energy = torch.bmm(flat, flat.mT)
         attention = torch.softmax(energy.max(-1, keepdim=True)[0] - energy, dim=-1)
         return self.gamma * torch.bmm(attention, flat).view(x.shape) + x
+
+
+class PublicBottleneck(nn.Module):
+    """A residual block of the public FLANet's backbone."""
+
+    def __init__(self, channels: int, inner: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        out = 4 * inner
+        self.conv1 = nn.Conv2d(channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, dilation, dilation, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or channels != out:
+            shortcut = nn.Conv2d(channels, out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class PublicBackbone(nn.Module):
+    """The public FLANet's dilated ResNet; gives its last three stages."""
+
+    def __init__(self, blocks: tuple[int, int, int, int], deep_stem: bool) -> None:
+        super().__init__()
+        width = 128 if deep_stem else 64
+        self.conv1: nn.Module = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        if deep_stem:
+            steps: list[nn.Module] = []
+            for channels, out, stride in ((3, 64, 2), (64, 64, 1), (64, 128, 1)):
+                steps += [nn.Conv2d(channels, out, 3, stride, 1, bias=False)]
+                steps += [nn.BatchNorm2d(out), nn.ReLU()]
+            self.conv1 = nn.Sequential(*steps[:-2])
+        self.bn1 = nn.BatchNorm2d(width)
+        stages = ((64, 1, 1), (128, 2, 1), (256, 1, 2), (512, 1, 4))
+        for number, (count, (inner, stride, dilation)) in enumerate(
+            zip(blocks, stages, strict=True), start=1
+        ):
+            stage = []
+            for index in range(count):
+                stage.append(
+                    PublicBottleneck(width, inner, 1 if index else stride, dilation=dilation)
+                )
+                width = 4 * inner
+            setattr(self, f"layer{number}", nn.Sequential(*stage))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = torch.max_pool2d(torch.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        features = []
+        for number in range(1, 5):
+            x = getattr(self, f"layer{number}")(x)
+            features.append(x)
+        return features[1:]
+
+
+class PublicOutput(nn.Module):
+    """An output of the public FLANet."""
+
+    def __init__(self, channels: int, inner: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(channels, inner, 3, padding=1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(inner, classes, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y
+
+
+class PublicFLANet(nn.Module):
+    """The public FLANet: logits of the head, of the 512- and of the 1024-channel stage."""
+
+    def __init__(
+        self,
+        classes: int,
+        blocks: tuple[int, int, int, int] = (3, 4, 23, 3),
+        deep_stem: bool = True,
+        channels: int = 512,
+    ) -> None:
+        super().__init__()
+        self.backbone = PublicBackbone(blocks, deep_stem)
+        steps: list[nn.Module] = []
+        for width in (2048, channels):
+            convolution = nn.Conv2d(width, channels, 3, padding=1, bias=False)
+            steps += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
+        self.conv = nn.Sequential(*steps)
+        self.fully = FullyAttentionalBlock(channels)
+        self.conv_out1 = PublicOutput(2048 + channels, channels, classes)
+        self.conv_out2 = PublicOutput(512, 64, classes)
+        self.conv_out3 = PublicOutput(1024, 64, classes)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        early, late, last = self.backbone(x)
+        logits = [
+            self.conv_out1(torch.cat([last, self.fully(self.conv(last))], dim=1)),
+            self.conv_out2(early),
+            self.conv_out3(late),
+        ]
+        return [
+            nn.functional.interpolate(y, x.shape[2:], mode="bilinear", align_corners=True)
+            for y in logits
+        ]

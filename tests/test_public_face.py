@@ -34,6 +34,7 @@ def test_public_names() -> None:
         "checkpoints",
         "functional",
         "insert",
+        "models",
         "remove",
         "swap",
     ]

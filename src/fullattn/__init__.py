@@ -1,9 +1,17 @@
 """Attention layers for 2-D feature maps, and the tools to compare what they cost."""
 
-from fullattn import checkpoints, functional, models
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fullattn import checkpoints, functional
 from fullattn.attention import BackendError, backend
 from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.surgery import insert, remove, swap
+
+if TYPE_CHECKING:
+    from fullattn import models
 
 __all__ = [
     "BackendError",
@@ -19,3 +27,10 @@ __all__ = [
     "swap",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the networks when they are asked for; the layers do without them."""
+    if name == "models":
+        return import_module("fullattn.models")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

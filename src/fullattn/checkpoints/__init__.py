@@ -8,6 +8,8 @@ which options:
     >>> print(checkpoints.table())
     flanet  FullyAttentionalBlock(C)        FullyAttentional(C)
               batches as it saw them          mix_images=True
+            FLANet(..., n_classes=K)        models.FLANet(K)
+              deep_stem=False                 backbone='resnet101'
     timm    NonLocalAttn(C, rd_channels=D)  SpatialNonLocal(C, inner_channels=D, scale=C**-0.5)
               use_scale=False                 scale=1.0
     mmcv    NonLocal2d(C)                   SpatialNonLocal(C, scale=None, norm_layer=None)

@@ -160,11 +160,11 @@ def _why_none_fits(
         return f"these are the keys of {others[0]}; got source={source!r}, reverse={reverse}"
     forms = _forms(source, reverse)
     if names:
-        nearest = min(forms, key=lambda form: len(form.names() ^ names))
+        nearest = min(forms, key=lambda form: len(form.names() ^ form.own(names)))
         reason = f"these are not the keys of a layer of source {source!r}, nearest {nearest.old}"
         if missing := nearest.needed() - names:
             reason += f"; missing: {_listed(missing, prefix)}"
-        if left_over := names - nearest.names():
+        if left_over := nearest.own(names) - nearest.names():
             reason += f"; left over: {_listed(left_over, prefix)}"
     elif everything:
         reason = f"no key begins with prefix {prefix!r}"
@@ -238,7 +238,10 @@ def _converted(
 ) -> dict[str, Tensor]:
     weight = tensors[form.keys[0].old]
     biases = {key.folded_into: tensors[key.old] for key in form.keys if not key.new}
-    converted: dict[str, Tensor] = {}
+    converted = {name: x.detach() for name, x in tensors.items() if form.keeps(name)}
+    for name in [name for name in converted if name.endswith(".running_var")]:
+        counter = name.removesuffix("running_var") + "num_batches_tracked"
+        converted.setdefault(counter, torch.zeros((), dtype=torch.long, device=weight.device))
     for key in form.keys:
         shape = _filled(key.new_shape, sizes)
         if key.old in tensors:

@@ -57,12 +57,14 @@ class Form:
         new: what it is after.
         keys: its tensors; the first has a name on both sides.
         variant: name among the forms of the source that are one layer here.
+        kept: where this is a whole network, the prefix below which tensors keep their names.
     """
 
     old: str
     new: str
     keys: tuple[Key, ...]
     variant: str | None = None
+    kept: str = ""
 
     def reversed(self) -> Form:
         """The conversion back."""
@@ -77,9 +79,18 @@ class Form:
         """The same without those that old files leave out."""
         return self.names() - {key.old for key in self.keys if key.counter}
 
+    def keeps(self, name: str) -> bool:
+        """Whether a tensor is one that keeps its name."""
+        return bool(self.kept) and name.startswith(self.kept)
+
+    def own(self, names: Set[str]) -> set[str]:
+        """The names among these that do not keep theirs."""
+        return {name for name in names if not self.keeps(name)}
+
     def fits(self, names: Set[str]) -> bool:
         """Whether these are the names before the conversion, no fewer and no more."""
-        return self.needed() <= names <= self.names()
+        own = self.own(names)
+        return self.needed() <= own <= self.names() and bool(self.kept) == (own != names)
 
 
 def _affine(theirs: str, ours: str, *shape: int | str) -> tuple[Key, ...]:
@@ -90,11 +101,11 @@ def _affine(theirs: str, ours: str, *shape: int | str) -> tuple[Key, ...]:
     )
 
 
-def _batch_norm(theirs: str, ours: str) -> tuple[Key, ...]:
+def _batch_norm(theirs: str, ours: str, width: int | str = "C") -> tuple[Key, ...]:
     names = ("weight", "bias", "running_mean", "running_var")
     counter = "num_batches_tracked"
     return (
-        *(Key(f"{theirs}.{name}", f"{ours}.{name}", ("C",)) for name in names),
+        *(Key(f"{theirs}.{name}", f"{ours}.{name}", (width,)) for name in names),
         Key(f"{theirs}.{counter}", f"{ours}.{counter}", (), counter=True),
     )
 
@@ -109,6 +120,42 @@ _FLANET = Form(
         *_batch_norm("conv.1", "project.norm"),
         Key("gamma", "gamma", (1,)),
     ),
+)
+
+
+def _flanet_convolution(theirs: str, ours: str, norm: str, *shape: int | str) -> tuple[Key, ...]:
+    return (
+        Key(f"{theirs}.weight", f"{ours}.conv.weight", (*shape, 3, 3)),
+        *_batch_norm(norm, f"{ours}.norm", shape[0]),
+    )
+
+
+def _flanet_output(theirs: str, ours: str, width: str, in_width: str) -> tuple[Key, ...]:
+    return (
+        *_flanet_convolution(
+            f"{theirs}.conv.1", f"{ours}.reduce", f"{theirs}.conv.2", width, in_width
+        ),
+        *_affine(f"{theirs}.conv.5", f"{ours}.classifier", "K", width, 1, 1),
+    )
+
+
+# The backbone has timm's names in both. Widths: L, M and N of the backbone's last stages, O of the
+# output's convolution, A of the auxiliary heads'; S is L + C.
+_FLANET_NETWORK = Form(
+    "FLANet(..., n_classes=K)",
+    "models.FLANet(K)",
+    (
+        Key("fully.gamma", "head.attention.gamma", (1,)),
+        *_affine("fully.conv1", "head.attention.column_key", "C", "C"),
+        *_affine("fully.conv2", "head.attention.row_key", "C", "C"),
+        *_flanet_convolution("fully.conv.0", "head.project", "fully.conv.1", "C", "C"),
+        *_flanet_convolution("conv.0", "head.reduce.0", "conv.1", "C", "L"),
+        *_flanet_convolution("conv.3", "head.reduce.1", "conv.4", "C", "C"),
+        *_flanet_output("conv_out1", "head.output", "O", "S"),
+        *_flanet_output("conv_out2", "auxiliary.0", "A", "N"),
+        *_flanet_output("conv_out3", "auxiliary.1", "A", "M"),
+    ),
+    kept="backbone.",
 )
 
 _TIMM = Form(
@@ -181,7 +228,7 @@ def _danet_channel(variant: str, gamma: str, gamma_shape: Shape) -> Form:
 
 # Where several forms are one layer here, the first is the one that reverse conversion makes.
 FORMS: dict[Source, tuple[Form, ...]] = {
-    "flanet": (_FLANET,),
+    "flanet": (_FLANET, _FLANET_NETWORK),
     "timm": (_TIMM,),
     "mmcv": tuple(
         _mmcv(mode, normalised, pooled)
@@ -203,6 +250,8 @@ _TABLE: dict[Source, tuple[tuple[str, str], ...]] = {
     "flanet": (
         ("FullyAttentionalBlock(C)", "FullyAttentional(C)"),
         ("  batches as it saw them", "  mix_images=True"),
+        ("FLANet(..., n_classes=K)", "models.FLANet(K)"),
+        ("  deep_stem=False", "  backbone='resnet101'"),
     ),
     "timm": (
         (
@@ -236,7 +285,7 @@ def table() -> str:
         A line each: the source where it changes, their layer or option, ours.
 
     Example:
-        >>> print(table().splitlines()[2])
+        >>> print(table().splitlines()[4])
         timm    NonLocalAttn(C, rd_channels=D)  SpatialNonLocal(C, inner_channels=D, scale=C**-0.5)
     """
     width = max(len(theirs) for rows in _TABLE.values() for theirs, _ in rows)

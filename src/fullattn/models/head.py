@@ -54,6 +54,8 @@ class OutputHead(nn.Module):
         norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
+        if not 0 <= _checks.number(dropout, "dropout") <= 1:
+            raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
         self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.reduce = convolution(in_channels, channels, norm_layer)
         self.dropout = nn.Dropout2d(dropout)
@@ -128,8 +130,6 @@ class SegmentationHead(nn.Module):
         _checks.positive(channels, "channels")
         _checks.positive(out_channels, "out_channels")
         _checks.module_factory(norm_layer, "norm_layer")
-        if not 0 <= _checks.number(dropout, "dropout") <= 1:
-            raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
         self.reduce = nn.Sequential(
             convolution(in_channels, channels, norm_layer),
             convolution(channels, channels, norm_layer),

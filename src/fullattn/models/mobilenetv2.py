@@ -62,7 +62,7 @@ def convert(path: str | os.PathLike[str], *, eps: float = 1e-5) -> dict[str, Ten
 
     weights: dict[str, Tensor] = {}
     try:
-        with numpy.load(path) as file:
+        with open(path, "rb") as opened, numpy.load(opened) as file:
             for theirs, convolution, norm in _layers():
                 quantised = file[f"{theirs}.weight.q"].astype(numpy.float32)
                 shape = (-1, *[1] * (quantised.ndim - 1))
