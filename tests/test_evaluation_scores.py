@@ -129,10 +129,9 @@ def test_the_table_says_the_same() -> None:
     scores = Scores(confusion, ["road", "pole", "car"], {"thin": ["pole"]})
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(table(scores, "tiny, test"))
+        console.print(table(scores))
     lines = [line.split() for line in captured.get().splitlines()]
     for line in (
-        ["tiny,", "test"],
         ["road", "75.00", "75.00", "50.00"],
         ["pole", "80.00", "100.00", "50.00"],
         ["car", "–", "–", "0.00"],

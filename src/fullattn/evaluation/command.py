@@ -86,10 +86,14 @@ def add_evaluate(commands: argparse._SubParsersAction[Parser]) -> None:
         help="of convolutions and products (float32)",
     )
     how.add_argument(
-        "--batch-size", type=count, default=1, help="images of one size run at once (1)"
+        "--batch-size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="images of one size run at once (1)",
     )
     how.add_argument(
-        "--workers", type=_count_or_none, default=0, help="processes that read files (0: none)"
+        "--workers", type=_index, default=0, metavar="N", help="processes that read files (0)"
     )
     evaluate.add_argument(
         "--output", type=Path, metavar="FILE.json", help="write the scores there too"
@@ -141,9 +145,7 @@ def add_predict(commands: argparse._SubParsersAction[Parser]) -> None:
     where.add_argument(
         "--point", type=_point, metavar="X,Y", help="pixel of the photograph, from its top left"
     )
-    where.add_argument(
-        "--channel", type=_count_or_none, metavar="C", help="index of a channel, from 0"
-    )
+    where.add_argument("--channel", type=_index, metavar="C", help="index of a channel, from 0")
     _add_passes(predict.add_argument_group("how photographs are segmented"))
     _add_device(predict)
     predict.set_defaults(run=_predict)
@@ -184,7 +186,7 @@ def _number(text: str) -> float:
     return value
 
 
-def _count_or_none(text: str) -> int:
+def _index(text: str) -> int:
     """A whole number from 0."""
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
@@ -296,7 +298,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         console = Console()
         only = "" if args.only is None else f", {args.only}"
         title = f"{args.checkpoint.name} on {name}, {args.split}{only}: {scores.images} images"
-        console.print(table(scores, title))
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
+        console.print(table(scores))
         if list(dataset.classes) != list(description.classes):
             console.print(
                 f"Beware: the checkpoint names its classes {', '.join(description.classes)}.",

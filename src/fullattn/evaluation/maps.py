@@ -37,6 +37,7 @@ _MARK = "#D55E00"
 _BAR = "#0072B2"
 _DECADES = 4
 _PANEL = 4.5  # inches
+_TALLEST = 4 * _PANEL  # whatever the photograph's form
 _MOST_NUMBERS = 2**30  # of a spatial map: 4 GiB of float32
 
 
@@ -79,37 +80,48 @@ def draw(
     """
     if (point is None) == (channel is None):
         raise ValueError("expected either a point or a channel")
-    if channel is not None and not 0 <= channel < features.shape[1]:
-        raise ValueError(f"expected a channel from 0 to {features.shape[1] - 1}, got {channel}")
-    height, width = features.shape[2:]
-    if point is not None:
-        x, y = cell_of(point, photograph, features)
     with torch.no_grad():
-        if isinstance(layer, FullyAttentional):
-            maps = layer.similarity(features)
-            columns, rows = maps.columns[0], maps.rows[0]
-            if channel is not None:
-                return draw_profiles(
-                    photograph, columns[:, channel], rows[:, channel], channel, title=title
-                )
-            assert point is not None
-            return draw_column_and_row(photograph, columns, rows, point, title=title)
-        if isinstance(layer, ChannelNonLocal):
-            similarity = layer.similarity(features)[0]
-            if channel is not None:
-                return draw_channel(similarity[channel], channel, title=title)
-            return draw_channels(similarity, title=title)
-        if isinstance(layer, SpatialNonLocal):
-            if point is None:
-                raise ValueError("SpatialNonLocal has a map of positions and none of channels")
-            below = height // layer.subsample, width // layer.subsample
-            if height * width * below[0] * below[1] > _MOST_NUMBERS:
-                raise ValueError(
-                    f"the map between {width}x{height} positions is too large to be built; "
-                    "use a smaller photograph"
-                )
-            weights = layer.similarity(features)[0, y * width + x].reshape(below)
-            return draw_positions(photograph, weights, point, title=title)
+        if point is not None:
+            return _at_point(layer, features, photograph, point, title)
+        assert channel is not None
+        return _of_channel(layer, features, photograph, channel, title)
+
+
+def _at_point(
+    layer: nn.Module, features: Tensor, photograph: Tensor, point: tuple[int, int], title: str
+) -> Figure:
+    x, y = cell_of(point, photograph, features)
+    if isinstance(layer, FullyAttentional):
+        maps = layer.similarity(features)
+        return draw_column_and_row(photograph, maps.columns[0], maps.rows[0], point, title=title)
+    if isinstance(layer, ChannelNonLocal):
+        return draw_channels(layer.similarity(features)[0], title=title)
+    if isinstance(layer, SpatialNonLocal):
+        height, width = features.shape[2:]
+        below = height // layer.subsample, width // layer.subsample
+        if height * width * below[0] * below[1] > _MOST_NUMBERS:
+            raise ValueError(
+                f"the map between {width}x{height} positions is too large to be built; "
+                "use a smaller photograph"
+            )
+        weights = layer.similarity(features)[0, y * width + x]
+        return draw_positions(photograph, weights.reshape(below), point, title=title)
+    raise ValueError(f"{type(layer).__name__} has no similarity maps that can be drawn")
+
+
+def _of_channel(
+    layer: nn.Module, features: Tensor, photograph: Tensor, channel: int, title: str
+) -> Figure:
+    if not 0 <= channel < features.shape[1]:
+        raise ValueError(f"expected a channel from 0 to {features.shape[1] - 1}, got {channel}")
+    if isinstance(layer, FullyAttentional):
+        maps = layer.similarity(features)
+        columns, rows = maps.columns[0, :, channel], maps.rows[0, :, channel]
+        return draw_profiles(photograph, columns, rows, channel, title=title)
+    if isinstance(layer, ChannelNonLocal):
+        return draw_channel(layer.similarity(features)[0, channel], channel, title=title)
+    if isinstance(layer, SpatialNonLocal):
+        raise ValueError("SpatialNonLocal has a map of positions and none of channels")
     raise ValueError(f"{type(layer).__name__} has no similarity maps that can be drawn")
 
 
@@ -291,7 +303,8 @@ def draw_profiles(
 
 
 def _figure(title: str, panels: float, height: float) -> Figure:
-    figure = Figure(figsize=(_PANEL * panels, height + 0.8), layout="compressed", dpi=150)
+    height = min(height, _TALLEST) + 0.8
+    figure = Figure(figsize=(_PANEL * panels, height), layout="compressed", dpi=150)
     figure.suptitle(title, x=0.01, ha="left")
     return figure
 

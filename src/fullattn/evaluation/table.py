@@ -14,17 +14,16 @@ __all__ = ["table"]
 _NOTHING = "–"
 
 
-def table(scores: Scores, title: str) -> Table:
+def table(scores: Scores) -> Table:
     """IoU, accuracy and share of the pixels of each class; then the means.
 
     Args:
         scores: what to show.
-        title: of the table.
 
     Returns:
         The table, in per cent; a dash where a class is nowhere.
     """
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     shown.add_column("class")
     for heading in ("IoU %", "accuracy %", "of pixels %"):
         shown.add_column(heading, justify="right", no_wrap=True)
