@@ -344,6 +344,7 @@ def test_workers_make_the_same_examples(workers: int, dataset: SegmentationDatas
     assert not keys
 
 
+@pytest.mark.slow
 def test_spawned_workers_which_import_everything_anew_make_the_same_examples(
     dataset: SegmentationDataset,
 ) -> None:

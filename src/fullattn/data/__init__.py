@@ -25,13 +25,15 @@ from fullattn.data.examples import Examples, collate
 from fullattn.data.layouts import LAYOUTS
 from fullattn.data.listing import Problem, Sample
 from fullattn.data.report import Report
-from fullattn.data.transforms import Augment, Normalize
+from fullattn.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augment, Normalize
 
 DATASETS = tuple(LAYOUTS)
 
 __all__ = [
     "DATASETS",
     "IGNORE_INDEX",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "Augment",
     "Classes",
     "DataError",

@@ -133,25 +133,22 @@ class Augment:
         factor = torch.empty(()).uniform_(*self.scale).item()
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
         image, mask = _resized(image, mask, size)
-        top, left = (_somewhere(free) for free in (size[0] - self.crop[0], size[1] - self.crop[1]))
-        rows, columns = (
-            slice(max(0, start), max(0, start) + length)
-            for start, length in zip((top, left), self.crop, strict=True)
-        )
+        top, above = _placed(size[0], self.crop[0])
+        left, before = _placed(size[1], self.crop[1])
+        rows, columns = slice(top, top + self.crop[0]), slice(left, left + self.crop[1])
         image, mask = _recoloured(image[:, rows, columns], mask[rows, columns], self)
         image, mask = Normalize(self.mean, self.std)(image, mask)
-        # Where the image is smaller than the crop, `top` and `left` are negative: what is missing
-        # there. The mean colour is 0 by now.
-        lacking = (self.crop[0] - mask.shape[0], self.crop[1] - mask.shape[1])
-        above, before = max(0, -top), max(0, -left)
-        margins = (before, lacking[1] - before, above, lacking[0] - above)
+        below = self.crop[0] - above - mask.shape[0]
+        behind = self.crop[1] - before - mask.shape[1]
+        margins = (before, behind, above, below)
+        # The mean colour is 0 by now.
         return F.pad(image, margins), F.pad(mask, margins, value=IGNORE_INDEX)
 
 
-def _somewhere(free: int) -> int:
-    """A random whole number from 0 to `free`, or from `free` to 0."""
-    drawn = int(torch.randint(abs(free) + 1, ()))
-    return drawn if free >= 0 else -drawn
+def _placed(length: int, crop: int) -> tuple[int, int]:
+    """Where the window begins in the image and where the image begins in the window, by chance."""
+    place = int(torch.randint(abs(length - crop) + 1, ()))
+    return (place, 0) if length >= crop else (0, place)
 
 
 def _as_numbers(options: Normalize | Augment) -> None:
