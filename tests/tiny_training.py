@@ -36,7 +36,7 @@ SETTINGS = (
 def processes() -> Any:
     """The context whose processes are forked from one that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fullattn.training.run"])
+    context.set_forkserver_preload(["fullattn.training.run", "timm"])
     return context
 
 

@@ -105,6 +105,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Write where a checkpoint is due and no evaluation follows."""
+        if trainer.global_step == trainer.max_steps:
+            # Lightning then evaluates, whether or not the last step is a multiple of the interval.
+            trainer.should_stop = True
         if not self.is_validated(trainer.global_step):
             self._save(trainer)
 

@@ -284,6 +284,8 @@ def fit(
         description=description,
         plain=config.plain(),
     )
+    if training.precision == "64-true":
+        module.double()  # Lightning does so only after the average has been made a float32 copy
     loaders = Loaders(config, train, val, skip_bad=skip_bad)
     machines = check_machines(config, devices, nodes)
     last = output / LAST
