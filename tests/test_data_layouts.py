@@ -209,6 +209,14 @@ def test_voc_labels_are_the_indices_of_the_palette(split: str, tmp_path: Path) -
         assert np.array_equal(dataset.read(index)[1].numpy(), raw(dataset, index))
 
 
+@pytest.mark.parametrize("name", ["camvid", "folder"])
+def test_labels_that_are_indices_stay_as_they_are(name: str, tmp_path: Path) -> None:
+    dataset = open_dataset(name, MAKERS[name](tmp_path), "train")
+    for index in range(len(dataset)):
+        assert {0, 255} <= set(np.unique(raw(dataset, index)))
+        assert np.array_equal(dataset.read(index)[1].numpy(), raw(dataset, index))
+
+
 @pytest.mark.parametrize("name", DATASETS)
 def test_each_data_set_says_which_labels_it_does_not_have(name: str, tmp_path: Path) -> None:
     root = MAKERS[name](tmp_path)
