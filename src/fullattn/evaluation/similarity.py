@@ -59,7 +59,7 @@ def inputs_of(
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        inputs[name] = arguments[0].detach()
+        inputs[name] = arguments[0]
 
     with ExitStack() as hooks, torch.no_grad():
         for name, layer in layers.items():
