@@ -8,7 +8,7 @@ JOBS ?= 2
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 PYTEST := $(TESTS) -m 'not network'
 
-.PHONY: bench test quick networks deep lint format clean
+.PHONY: bench test quick networks deep camvid lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,11 @@ networks: $(READY)  ## other people's networks compiled and exported too: the ta
 deep: $(READY)  ## the same tests as `make test`, with many more hypothesis examples
 	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600
 	HYPOTHESIS_PROFILE=deep TRITON_INTERPRET=1 $(PYTEST) --timeout 3600 tests/test_triton.py
+
+camvid: $(READY)  ## train a small FLANet on CamVid: make camvid DATA=folder [WEIGHTS=mobilenetv2.npz]
+	$(BIN)/fullattn train camvid_small --data $(DATA) --output out/camvid-small \
+	    $(if $(WEIGHTS),--set model.backbone_weights=$(WEIGHTS))
+	$(BIN)/fullattn evaluate out/camvid-small/last.ckpt --data camvid $(DATA)
 
 lint: $(READY)  ## formatting, lint and strict types
 	$(BIN)/ruff format --check .

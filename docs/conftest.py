@@ -11,7 +11,7 @@ import pytest
 from networks import NEEDS, load
 
 # The library that a guide is about, where it is not the guide's own name.
-ABOUT = {"export": "onnxruntime", "mmsegmentation": "mmseg"}
+ABOUT = {"export": "onnxruntime", "flanet": "timm", "mmsegmentation": "mmseg"}
 
 
 @pytest.fixture(autouse=True)

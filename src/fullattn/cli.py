@@ -1,4 +1,4 @@
-"""The command line: `fullattn bench`, `fullattn swap` and `fullattn info`.
+"""The command line: what layers cost, and networks with them trained, evaluated and used.
 
 Whatever the user asks for that cannot be done ends with one sentence on standard error and exit
 status 2; Ctrl-C ends with 130. In neither case is anything written.
@@ -40,6 +40,8 @@ from fullattn.bench.shapes import (
     sweep_shapes,
 )
 from fullattn.bench.workload import MODES, Mode
+from fullattn.evaluation.command import add_evaluate, add_predict
+from fullattn.training.command import add_train
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_bench(commands)
     _add_swap(commands)
+    add_train(commands)
+    add_evaluate(commands)
+    add_predict(commands)
     _add_info(commands)
     return parser
 
