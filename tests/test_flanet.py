@@ -303,7 +303,8 @@ def test_without_auxiliary_heads_training_gives_one_tensor_in_a_list() -> None:
         (
             lambda: small(backbone="swin_tiny_patch4_window7_224"),
             ValueError,
-            "cannot build 'swin_tiny_patch4_window7_224' with output_stride=8",
+            "cannot build 'swin_tiny_patch4_window7_224' as a backbone with {'output_stride': 8}: "
+            ".*; output_stride=32 leaves its strides as they are",
         ),
         (
             lambda: small(backbone="resnet18").eval()(torch.zeros(1, 4, 32, 32)),

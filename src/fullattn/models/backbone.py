@@ -99,13 +99,11 @@ def build(
         backbone: nn.Module = timm.create_model(
             name, features_only=True, pretrained=pretrained, **keywords
         )
-    except (TypeError, NotImplementedError, AssertionError) as error:
+    except (TypeError, NotImplementedError, AssertionError, RuntimeError) as error:
+        reason = f"timm cannot build {name!r} as a backbone with {keywords}: {error}"
         if "output_stride" in keywords:
-            raise ValueError(
-                f"timm cannot build {name!r} with output_stride={output_stride} "
-                f"({error}); output_stride=32 leaves its strides as they are"
-            ) from error
-        raise
+            reason += "; output_stride=32 leaves its strides as they are"
+        raise ValueError(reason) from error
     if uniform_dilation:
         _dilate_first_blocks(backbone)
     return backbone
