@@ -11,15 +11,16 @@ import pytest
 import torch
 
 import tiny_data
-from tiny_training import result, run, run_two
+from tiny_training import STEPS, result, run, run_two
 
 pytestmark = pytest.mark.slow
 
 # float64 for a sharp comparison. Normalisation over groups, because batch normalisation sees only
-# its process's part of the batch, and no dropout, which draws other numbers in another process.
+# its process's part of the batch, and no dropout, which draws other numbers in another process. No
+# clipping, which would hide a wrong factor on the gradient.
 SETTINGS = (
     "training.precision=64-true",
-    "training.clip_gradient_norm=0.5",
+    "training.clip_gradient_norm=null",
     "training.learning_rate=0.2",
 )
 OPTIONS: dict[str, Any] = {"model": {"norm": "group", "dropout": 0.0}}
@@ -60,6 +61,9 @@ def test_two_processes_train_as_one_does(root: Path, one: Path, tmp_path: Path) 
     for rank in "01":
         assert_same(result(output, rank), result(one))
         assert torch.equal(result(output, rank)["confusion"], result(one)["confusion"])
+    # Dropout is not to drop the same in every process.
+    seeds = [seed for rank in "01" for seed in result(output, rank)["seeds"]]
+    assert len(set(seeds)) == len(seeds) == 2 * STEPS
 
 
 def test_sharded_over_two_processes_is_trained_and_resumed_as_one_is(
@@ -84,6 +88,8 @@ def test_accumulated_parts_train_as_the_whole_batch_does(
     output = tmp_path / "run"
     assert run(output, root, *SETTINGS, "training.accumulate=4", **OPTIONS) == 0
     assert_same(result(output), result(one))
+    seeds = result(output)["seeds"]
+    assert len(set(seeds)) == len(seeds) == 4 * STEPS
 
 
 def test_workers_load_what_the_process_itself_does(root: Path, one: Path, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import io
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +50,21 @@ class Tiny(nn.Module):
         norms: dict[str, nn.Module] = {"batch": nn.BatchNorm2d(8), "group": nn.GroupNorm(2, 8)}
         self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), norms[norm], nn.ReLU())
         self.dropout = nn.Dropout2d(dropout)
+        self.context = nn.Linear(8, 8)
         self.head = nn.Conv2d(8, len(tiny_data.CAMVID), 1)
         self.auxiliary = nn.Conv2d(8, len(tiny_data.CAMVID), 1)
         self.calls = 0
+        self.seeds: list[int] = []
         self.killed_in_call = -1
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         self.calls += 1
         if self.calls == self.killed_in_call:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.training:
+            self.seeds.append(torch.initial_seed())
         features = self.backbone(x)
+        features = features + self.context(features.mean((2, 3)))[:, :, None, None]
         logits: Tensor = self.head(self.dropout(features))
         return [logits, self.auxiliary(features)] if self.training else logits
 
@@ -103,9 +110,13 @@ def train(
     torch.set_num_threads(1)
     # For the loaders' workers, which would otherwise import everything anew.
     multiprocessing.set_start_method("fork", force=True)
+    from lightning.pytorch.utilities import rank_zero_only
+
     from fullattn.data import open_dataset
     from fullattn.training import config, run
 
+    # Lightning was imported before the environment said which process this is.
+    rank_zero_only.rank = int(os.environ.get("RANK", 0))
     torch.manual_seed(0)
     network = Tiny(**(model or {}))
     network.killed_in_call = killed_in_call
@@ -123,6 +134,7 @@ def train(
     found = {
         "weights": network.state_dict(),
         "calls": network.calls,
+        "seeds": network.seeds,
         "skipped": result.skipped,
         "mean_iou": result.scores.mean_iou if result.scores else None,
         "confusion": result.scores.confusion if result.scores else None,
@@ -137,11 +149,24 @@ def start(*arguments: Any, **options: Any) -> Any:
     return process
 
 
+def finished(started: list[Any], seconds: float = 100) -> list[int]:
+    """The exit codes of processes, all of which are killed where one fails or takes too long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not any(process.exitcode for process in started):
+        alive = [process.sentinel for process in started if process.is_alive()]
+        if not alive:
+            break
+        connection.wait(alive, 1)
+    for process in started:
+        process.join(2)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in started]
+
+
 def run(output: Path, root: Path, *settings: str, **options: Any) -> int:
     """Train in a process of its own; its exit code, negative for the signal that killed it."""
-    process = start(output, root, settings, **options)
-    process.join(120)
-    code: int = process.exitcode
+    (code,) = finished([start(output, root, settings, **options)])
     return code
 
 
@@ -165,9 +190,7 @@ def run_two(output: Path, root: Path, *settings: str, port: int, **options: Any)
         )
         for rank in range(2)
     ]
-    for process in both:
-        process.join(120)
-    return [process.exitcode for process in both]
+    return finished(both)
 
 
 def result(output: Path, rank: str = "") -> dict[str, Any]:

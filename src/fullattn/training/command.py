@@ -20,7 +20,6 @@ from fullattn.bench.output import output_folder
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fullattn.data import SegmentationDataset
     from fullattn.training.config import Config
     from fullattn.training.run import Result
 
@@ -138,6 +137,8 @@ def _train(args: argparse.Namespace) -> None:
         from lightning.pytorch.utilities import rank_zero_only
         from rich.console import Console
 
+        from fullattn.training.train import train
+
     # One process of several checks the files, writes and speaks.
     first = getattr(rank_zero_only, "rank", 0) == 0
     console = Console(soft_wrap=True) if first else None
@@ -148,7 +149,17 @@ def _train(args: argparse.Namespace) -> None:
         )
     with output_folder(args.output), _sentences():
         try:
-            result = _run(args, config, console)
+            result = train(
+                config,
+                args.data,
+                args.output,
+                resume=args.resume,
+                skip_bad=args.skip_bad,
+                check=not args.no_check,
+                devices=args.devices,
+                nodes=args.nodes,
+                console=console,
+            )
         except KeyboardInterrupt:
             where = f"{args.output / 'last.ckpt'} can be continued with --resume"
             print(f"fullattn: interrupted; {where}", file=sys.stderr)  # noqa: T201
@@ -172,71 +183,6 @@ def _config(args: argparse.Namespace) -> Config:
         return read(args.config, [*args.set, *overrides])
     except ConfigError as error:
         raise UsageError(str(error)) from error
-
-
-def _run(args: argparse.Namespace, config: Config, console: Console | None) -> Result:
-    from fullattn.training import prepare
-    from fullattn.training.checkpoints import LAST
-    from fullattn.training.run import check_machines, check_resumable, fit
-
-    check_machines(config, args.devices, args.nodes)
-    train, val = prepare.datasets(config, args.data, skip_bad=args.skip_bad)
-    last = args.output / LAST
-    resumed = args.resume and last.exists()
-    model = prepare.network(config, len(train.classes), weights=not resumed)
-    description = prepare.describe_network(model, train, config.data)
-    if resumed:
-        check_resumable(last, config, description)
-    bad = prepare.bad_files([*train.dropped, *(val.dropped if val is not None else ())])
-    if console is not None:
-        bad += _check_files(args, config, console, train, val)
-    if not resumed:
-        prepare.start_backbone(model, config, train)
-    if console is not None:
-        console.print(prepare.describe_run(config, model, train, val), highlight=False)
-        if args.resume and not resumed:
-            console.print(f"{last} is not there: this run begins at the first step")
-    return fit(
-        model,
-        config,
-        train,
-        val,
-        args.output,
-        description=description,
-        resume=resumed,
-        skip_bad=args.skip_bad,
-        skipped=bad,
-        devices=args.devices,
-        nodes=args.nodes,
-        console=console,
-    )
-
-
-def _check_files(
-    args: argparse.Namespace,
-    config: Config,
-    console: Console,
-    train: SegmentationDataset,
-    val: SegmentationDataset | None,
-) -> list[str]:
-    """Check the files of the data sets; those that are bad and will be skipped."""
-    from fullattn.training import prepare
-
-    if args.no_check:
-        prepare.check_crop(train, config.data)
-        return []
-    bad = []
-    for dataset in (train, val):
-        if dataset is None:
-            continue
-        with console.status(f"reading {len(dataset)} images of {dataset.split}"):
-            report = prepare.check(
-                dataset, config.data, trained=dataset is train, skip_bad=args.skip_bad
-            )
-        bad += prepare.bad_files(report.problems)
-        for path, reason in report.problems:
-            console.print(f"left out: {path} {reason}", markup=False, highlight=False)
-    return bad
 
 
 def _report(result: Result, output: Path, console: Console) -> None:

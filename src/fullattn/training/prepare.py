@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from fullattn.data import (
     Augment,
     DataError,
-    Problem,
+    Examples,
     Report,
     SegmentationDataset,
     open_dataset,
@@ -23,7 +22,16 @@ from fullattn.models.backbone import load_weights
 from fullattn.models.files import Description, describe
 from fullattn.training.config import Config, ConfigError, DataConfig
 
-__all__ = ["augmentation", "check", "datasets", "describe_run", "network", "start_backbone"]
+__all__ = [
+    "augmentation",
+    "check",
+    "check_crop",
+    "datasets",
+    "describe_network",
+    "describe_run",
+    "network",
+    "start_backbone",
+]
 
 # Images from which a backbone's batch normalisations take statistics that its file does not have.
 _IMAGES_FOR_STATISTICS = 16
@@ -153,13 +161,16 @@ def network(config: Config, num_classes: int, *, weights: bool = True) -> FLANet
     return built.train()
 
 
-def start_backbone(model: FLANet, config: Config, train: SegmentationDataset) -> None:
+def start_backbone(
+    model: FLANet, config: Config, train: SegmentationDataset, *, skip_bad: bool = False
+) -> None:
     """Load the weights that the configuration names, if it does, into the backbone.
 
     Args:
         model: the network.
         config: of the run.
         train: data set to train on, for the statistics that a file may lack.
+        skip_bad: take the next image in place of one that cannot be read.
 
     Raises:
         ConfigError: there is no such file.
@@ -171,13 +182,11 @@ def start_backbone(model: FLANet, config: Config, train: SegmentationDataset) ->
     path = Path(config.model.backbone_weights)
     if not path.is_file():
         raise ConfigError(f"model.backbone_weights: there is no file {path}")
-    augment = augmentation(config.data)
+    examples = Examples(train, augmentation(config.data), config.training.seed, skip_bad)
     number = min(_IMAGES_FOR_STATISTICS, len(train))
     # Spread over the data set, since neighbours may be frames of one clip.
-    chosen = [i * len(train) // number for i in range(number)]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.training.seed)
-        images = torch.stack([augment(*train.read(index))[0] for index in chosen])
+    chosen = [examples[i * len(train) // number] for i in range(number)]
+    images = torch.stack([example["image"] for example in chosen])
     load_weights(model, path, images)
 
 
@@ -210,8 +219,3 @@ def describe_run(
         f"{train.name}: {len(train)} images of {train.split}{evaluated}; {training.steps} steps of "
         f"{training.batch_size} images, {math.ceil(10 * epochs) / 10:g} epochs"
     )
-
-
-def bad_files(problems: Sequence[Problem]) -> list[str]:
-    """The paths of files with a problem."""
-    return [str(problem.path) for problem in problems]
