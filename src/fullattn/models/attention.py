@@ -57,7 +57,9 @@ class Dual(nn.Module):
 class Convolution(nn.Module):
     """Two 1x1 convolutions with the parameters of FullyAttentional, and no attention: a control.
 
-    y = x + gamma · second( ReLU( first(x) ) ), gamma 0 at first.
+    y = x + gamma · second( ReLU( first(x) ) ), with gamma 1 and the second convolution 0 at first:
+    the layer leaves x as it is, and both learn from the first steps on. With gamma at 0 in its
+    place, small as random convolutions are, it hardly leaves 0.
 
     Args:
         channels: C.
@@ -77,7 +79,9 @@ class Convolution(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(channels, channels, 1)
         self.second = nn.Conv2d(channels, channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(1))
+        self.gamma = nn.Parameter(torch.ones(1))
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Add what the two convolutions make of x."""
