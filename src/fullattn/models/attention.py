@@ -55,11 +55,12 @@ class Dual(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Two 1x1 convolutions with the parameters of FullyAttentional, and no attention: a control.
+    """Two 1x1 convolutions with as many parameters as FullyAttentional, no attention: a control.
 
-    y = x + gamma · second( ReLU( first(x) ) ), with gamma 1 and the second convolution 0 at first:
-    the layer leaves x as it is, and both learn from the first steps on. With gamma at 0 in its
-    place, small as random convolutions are, it hardly leaves 0.
+    y = x + gamma · norm( second( ReLU( first(x) ) ) ), gamma 0 at first.
+
+    Without the normalisation the branch is so small beside x that training hardly uses it, and the
+    control would be none.
 
     Args:
         channels: C.
@@ -77,15 +78,14 @@ class Convolution(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 1)
-        self.second = nn.Conv2d(channels, channels, 1)
-        self.gamma = nn.Parameter(torch.ones(1))
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        self.first = nn.Conv2d(channels, channels, 1, bias=False)
+        self.second = nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Add what the two convolutions make of x."""
-        y: Tensor = x + self.gamma * self.second(torch.relu(self.first(x)))
+        y: Tensor = x + self.gamma * self.norm(self.second(torch.relu(self.first(x))))
         return y
 
 
