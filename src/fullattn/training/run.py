@@ -353,7 +353,7 @@ def _trainer(
         strategy=_strategy(training.strategy, machines.processes),
         precision=training.precision,  # type: ignore[arg-type]
         max_steps=training.steps,
-        max_epochs=-1,
+        max_epochs=1,  # the sampler has all steps in one
         accumulate_grad_batches=training.accumulate,
         sync_batchnorm=training.sync_batchnorm,
         val_check_interval=every * training.accumulate,
