@@ -190,7 +190,7 @@ def test_every_attention_is_trained_and_images_stay_apart(attention: str) -> Non
     head = SegmentationHead(
         6, 4, attention=attention, channels=8, out_channels=8, dropout=0.0, norm_layer=None
     ).double()
-    for name, parameter in head.attention.named_parameters():
+    for parameter in head.attention.parameters():
         if not parameter.any():  # what starts at 0
             nn.init.normal_(parameter, 0.0, 0.5)
     head.eval()
