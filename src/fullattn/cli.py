@@ -411,6 +411,7 @@ def _info(args: argparse.Namespace) -> None:
         f"device: {device}, {device_name(device)}"
         + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),
         f"benchmark: {_versions('bench', *_EXTRA)}",
+        f"training: {_versions('train', 'timm', 'torchvision', 'lightning', 'torchmetrics')}",
         f"GPU kernels: {_versions('triton', 'triton')}",
         "backends:",
         *(f"  {entry.name:<13} {entry.summary}" for entry in dispatch.BACKENDS),
