@@ -83,11 +83,12 @@ def test_import_brings_in_nothing_but_torch_einops_and_the_standard_library() ->
 def test_import_is_quick() -> None:
     program = (
         "import time, torch, einops\n"
-        "start = time.perf_counter()\n"
+        "start = time.process_time()\n"
         "import fullattn\n"
-        "print(time.perf_counter() - start)"
+        "print(time.process_time() - start)"
     )
-    # Noise only ever adds, so one run within the limit shows that the import is.
+    # Processor time, since other programs are at work too. Noise only ever adds, so one run within
+    # the limit shows that the import is.
     times = []
     while len(times) < 7 and min(times, default=1.0) > IMPORT_SECONDS:
         times.append(float(printed_by(program)[0]))
