@@ -296,8 +296,8 @@ SETTINGS: tuple[tuple[str, str, dict[str, Any], dict[str, Any]], ...] = (
     ("fully, scale 1/sqrt(d)", "fully", {"scale": None}, {}),
     ("fully, gamma from 1", "fully", {"gamma_init": 1.0}, {}),
     ("fully, scale 1/sqrt(d), gamma from 1", "fully", {"scale": None, "gamma_init": 1.0}, {}),
-    ("none, 128 wide", "none", {}, {"channels": 128}),
-    ("fully, 128 wide", "fully", {}, {"channels": 128}),
+    ("none, 32 wide", "none", {}, {"channels": 32}),
+    ("fully, 32 wide", "fully", {}, {"channels": 32}),
 )
 
 
