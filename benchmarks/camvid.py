@@ -494,7 +494,8 @@ def plot(whole: dict[str, list[Scores]], unseen: dict[str, list[Scores]]) -> Non
             axes.scatter([place] * len(points), points, s=22, color=colour, alpha=0.7, zorder=3)
             mean = statistics.fmean(points)
             axes.hlines(mean, place - 0.3, place + 0.3, color=colour, linewidth=2.5)
-        axes.set_xticks(range(len(NAMES)), [name.replace("_", "\n") for name in NAMES])
+        labels = [name.replace("_", "\n") for name in NAMES]
+        axes.set_xticks(range(len(NAMES)), labels, fontsize=8)
         axes.set_title(title, fontsize=11)
         axes.set_ylabel("IoU, %")
         axes.grid(axis="y", alpha=0.3)
