@@ -7,7 +7,7 @@ Two networks with the same weights, from the backbone to the auxiliary heads, ta
 batch in one process; a step is forward, backward and SGD with momentum. Peak memory is over what
 was there before the call, forward and backward without the optimizer, each network in a process of
 its own. The public form is the one of `fullattn bench`, with its batches corrected. Writes
-benchmarks/results/cpu/flanet_step.json.
+benchmarks/results/cpu/flanet_step_BACKBONE.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fullattn.bench.network import Network
 from fullattn.bench.shapes import Shape
 from fullattn.models import FLANet
 
-RESULT = Path(__file__).parent / "results" / "cpu" / "flanet_step.json"
+RESULTS = Path(__file__).parent / "results" / "cpu"
 
 
 def ours(**options: Any) -> nn.Module:
@@ -120,8 +120,10 @@ def main() -> None:
         "losses": losses,
         "peak_bytes": memory,
     }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"flanet_step_{args.backbone.partition('.')[0]}.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
     print(f"FLANet, {args.backbone}, {args.shape}, {threads} threads, PyTorch {torch.__version__}")
     for name, each in times.items():
         print(
