@@ -442,7 +442,7 @@ def test_the_commands_are_light_to_import_and_drawing_leaves_pyplot_alone() -> N
         "import sys; import fullattn.evaluation.command;"
         "heavy = {'torchmetrics', 'matplotlib', 'timm', 'torchvision', 'lightning', 'PIL', 'rich'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
-        "import fullattn.evaluation.maps;"
+        "import fullattn.plot;"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

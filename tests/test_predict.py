@@ -9,35 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import tiny_data
-from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.arguments import Parser
 from fullattn.bench.errors import UsageError
-from fullattn.evaluation import maps, segment
+from fullattn.evaluation import segment
 from fullattn.evaluation.command import add_predict
 from fullattn.evaluation.loop import normalised
 from fullattn.evaluation.overlay import index_picture, overlay
-from fullattn.evaluation.similarity import inputs_of, layers_with_maps
-from fullattn.models import FLANet
-from fullattn.models.files import Description, describe, load
-
-CLASSES = ["Sky", "Road", "Pole"]
-PALETTE = [(128, 130, 132), (200, 10, 30), (1, 255, 77)]
-MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
+from fullattn.models.files import load
+from tiny_network import CLASSES, MEAN, PALETTE, STD, save, street
 
 
 def _photograph(height: int = 24, width: int = 40) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
-
-
-def _street() -> Tensor:
-    pixels, _ = tiny_data.picture((48, 80), list(range(9)), np.random.default_rng(0))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _labels(height: int = 24, width: int = 40) -> Tensor:
@@ -145,143 +133,6 @@ def test_an_index_picture_holds_indices_and_shows_colours(tmp_path: Path) -> Non
         assert picture.convert("RGB").getpixel((39, 23)) == PALETTE[2]
 
 
-# Layers and what they are given
-
-
-def test_layers_with_maps_are_found_in_any_container() -> None:
-    channel, spatial = ChannelNonLocal(4), SpatialNonLocal(4)
-    assert layers_with_maps(channel) == {"": channel}
-    inside = nn.Sequential(nn.ReLU(), nn.Sequential(channel, nn.Conv2d(4, 4, 1)), spatial)
-    assert layers_with_maps(inside) == {"1.0": channel, "2": spatial}
-    assert layers_with_maps(nn.Identity()) == {}
-
-
-def test_a_layers_input_is_what_it_was_given_and_the_hooks_are_gone() -> None:
-    first, second = ChannelNonLocal(4, gamma_init=1), SpatialNonLocal(4)
-    stem = nn.Conv2d(3, 4, 3, stride=2)
-    model = nn.Sequential(stem, first, second)
-    images = torch.randn(1, 3, 11, 9)
-    inputs = inputs_of(model, {"first": first, "second": second}, images)
-    assert torch.equal(inputs["first"], stem(images))
-    assert torch.equal(inputs["second"], first(stem(images)))
-    assert not inputs["first"].requires_grad
-    assert not first._forward_pre_hooks
-    with pytest.raises(ValueError, match="did not run its layers 'other'"):
-        inputs_of(model, {"other": ChannelNonLocal(4)}, images)
-
-
-# Maps
-
-FEATURES = torch.randn(1, 6, 5, 7, generator=torch.Generator().manual_seed(0))
-# At column 4 and row 3 of the 7 x 5 positions on 40 x 24 pixels.
-POINT, COLUMN, ROW = (25, 18), 4, 3
-
-
-def _shown(figure: Figure, title: str) -> np.ndarray[Any, Any]:
-    """The values of the last picture in the panel of a title."""
-    (panel,) = [axes for axes in figure.axes if axes.get_title(loc="left") == title]
-    return np.asarray(panel.images[-1].get_array())
-
-
-def _layer(kind: type[nn.Module], **options: Any) -> Any:
-    torch.manual_seed(0)
-    return kind(6, **options).eval()
-
-
-@pytest.mark.parametrize("subsample", [1, 2])
-@pytest.mark.parametrize("mode", ["embedded_gaussian", "dot_product"])
-def test_a_spatial_layers_drawing_is_the_points_row_of_its_map(subsample: int, mode: str) -> None:
-    layer = _layer(SpatialNonLocal, subsample=subsample, mode=mode)
-    figure = maps.draw(layer, FEATURES, _photograph(), point=POINT)
-    row = layer.similarity(FEATURES)[0, ROW * 7 + COLUMN].detach().numpy()
-    expected = row.reshape(5 // subsample, 7 // subsample)
-    np.testing.assert_array_equal(_shown(figure, "where it looks"), expected)
-
-
-def test_a_fully_attentional_layers_drawing_is_of_the_points_column_and_row() -> None:
-    layer = _layer(FullyAttentional)
-    figure = maps.draw(layer, FEATURES, _photograph(), point=POINT)
-    columns, rows = (each.detach().numpy() for each in layer.similarity(FEATURES))
-    np.testing.assert_array_equal(_shown(figure, f"map of column {COLUMN}"), columns[0, COLUMN])
-    np.testing.assert_array_equal(_shown(figure, f"map of row {ROW}"), rows[0, ROW])
-
-
-def test_a_channel_layers_drawing_is_its_map_at_any_point() -> None:
-    layer = _layer(ChannelNonLocal)
-    figure = maps.draw(layer, FEATURES, _photograph(), point=POINT)
-    np.testing.assert_array_equal(
-        _shown(figure, "map of the whole image"), layer.similarity(FEATURES)[0]
-    )
-
-
-def test_a_channel_layers_channel_is_drawn_as_bars() -> None:
-    layer = _layer(ChannelNonLocal, scale=0.01)
-    figure = maps.draw(layer, FEATURES, _photograph(), channel=2)
-    heights = [bar.get_height() for bar in figure.axes[0].patches]
-    np.testing.assert_allclose(heights, layer.similarity(FEATURES)[0, 2], rtol=1e-6)
-    marked = {int(text.get_text()) for text in figure.axes[0].texts}
-    assert marked == set(np.argsort(heights)[-3:].tolist())
-
-
-def test_a_fully_attentional_layers_channel_is_drawn_in_every_column_and_row() -> None:
-    layer = _layer(FullyAttentional)
-    figure = maps.draw(layer, FEATURES, _photograph(), channel=2)
-    columns, rows = (each.detach().numpy() for each in layer.similarity(FEATURES))
-    np.testing.assert_array_equal(_shown(figure, "channel 2 in each column"), columns[0, :, 2].T)
-    np.testing.assert_array_equal(_shown(figure, "channel 2 in each row"), rows[0, :, 2])
-
-
-@pytest.mark.parametrize(
-    "weights",
-    [torch.full((3, 4), 0.25), torch.zeros(3, 4), torch.eye(3, 4), torch.rand(3, 4) - 0.5],
-    ids=["uniform", "zero", "one-hot", "signed"],
-)
-def test_any_weights_can_be_written(weights: Tensor, tmp_path: Path) -> None:
-    figures = (
-        maps.draw_channels(weights),
-        maps.draw_positions(_photograph(), weights, (0, 0)),
-        maps.draw_channel(weights[0], 0),
-        maps.draw_profiles(_photograph(), weights, weights, 0),
-    )
-    for number, figure in enumerate(figures):
-        figure.savefig(tmp_path / f"{number}.png")
-        with Image.open(tmp_path / f"{number}.png") as picture:
-            assert len(picture.convert("L").getcolors()) > 10
-
-
-def test_weights_of_one_scale_keep_their_zero_and_others_are_logarithmic() -> None:
-    norms = [maps._norm(torch.tensor(each)) for each in ([0.2, 0.3], [1e-9, 0.5], [-0.2, 0.1])]
-    assert [type(norm).__name__ for norm in norms] == ["Normalize", "LogNorm", "CenteredNorm"]
-    limits = [(norm.vmin, norm.vmax) for norm in norms]
-    assert limits == [pytest.approx(pair) for pair in ((0, 0.3), (0.5e-4, 0.5), (-0.2, 0.2))]
-
-
-@pytest.mark.parametrize(
-    ("layer", "where", "said"),
-    [
-        (_layer(ChannelNonLocal), {}, "either a point or a channel"),
-        (_layer(ChannelNonLocal), {"point": (1, 1), "channel": 1}, "either a point or a channel"),
-        (_layer(ChannelNonLocal), {"channel": 6}, "a channel from 0 to 5, got 6"),
-        (_layer(ChannelNonLocal), {"channel": -1}, "a channel from 0 to 5, got -1"),
-        (_layer(ChannelNonLocal), {"point": (40, 0)}, "the 40x24 photograph, .* got 40,0"),
-        (_layer(FullyAttentional), {"point": (0, 24)}, "y from 0 to 23, got 0,24"),
-        (_layer(SpatialNonLocal), {"channel": 1}, "a map of positions and none of channels"),
-        (nn.ReLU(), {"point": (1, 1)}, "ReLU has no similarity maps"),
-    ],
-)
-def test_a_map_that_is_not_there_is_a_sentence(
-    layer: nn.Module, where: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(ValueError, match=said):
-        maps.draw(layer, FEATURES, _photograph(), **where)
-
-
-def test_a_spatial_map_too_large_for_memory_is_a_sentence() -> None:
-    features = torch.zeros(1, 1, 1, 1).expand(1, 6, 200, 200)
-    with pytest.raises(ValueError, match="between 200x200 positions is too large"):
-        maps.draw(_layer(SpatialNonLocal), features, _photograph(), point=(0, 0))
-
-
 # fullattn predict
 
 
@@ -292,40 +143,13 @@ def _run(*arguments: object) -> None:
     args.run(args)
 
 
-def _checkpoint(folder: Path, attention: str) -> Path:
-    path = folder / f"{attention}.ckpt"
-    torch.manual_seed(0)
-    model = FLANet(
-        3, "test_resnet", attention=attention, channels=8, out_channels=8, auxiliary=False
-    )
-    for name, parameter in model.named_parameters():
-        if name.endswith("gamma"):
-            nn.init.ones_(parameter)
-    # Balanced, because with random weights all pixels would get the same class.
-    with torch.no_grad():
-        logits = model.eval()(normalised(_street()[None], MEAN, STD))
-        model.head.output.classifier.bias -= logits.mean((0, 2, 3))
-    description = Description(
-        model=describe(model),
-        dataset="tiny",
-        classes=CLASSES,
-        palette=PALETTE,
-        groups={},
-        mean=MEAN,
-        std=STD,
-    )
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": weights, "fullattn": description.plain()}, path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def of(attention: str) -> Path:
         path = folder / f"{attention}.ckpt"
-        return path if path.exists() else _checkpoint(folder, attention)
+        return path if path.exists() else save(path, attention)
 
     return of
 
@@ -333,7 +157,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture
 def photo(tmp_path: Path) -> Path:
     path = tmp_path / "street.png"
-    tiny_data.save(path, _street().permute(1, 2, 0).numpy())
+    tiny_data.save(path, street().permute(1, 2, 0).numpy())
     return path
 
 
@@ -366,7 +190,7 @@ def test_the_labels_are_the_likeliest_classes(
     file = checkpoint("fully")
     _run(photo, "--checkpoint", file, "--output", "out", "--labels", "--alpha", "0.25", *arguments)
     assert _names(tmp_path / "out") == ["street_labels.png", "street_overlay.png"]
-    photograph = _street()
+    photograph = street()
     images = normalised(photograph[None], MEAN, STD)
     expected = segment(load(file).model, images, **options)[0].argmax(0)
     assert len(expected.unique()) > 1

@@ -35,6 +35,7 @@ def test_public_names() -> None:
         "functional",
         "insert",
         "models",
+        "plot",
         "remove",
         "swap",
     ]

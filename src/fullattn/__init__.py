@@ -11,7 +11,7 @@ from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.surgery import insert, remove, swap
 
 if TYPE_CHECKING:
-    from fullattn import models
+    from fullattn import models, plot
 
 __all__ = [
     "BackendError",
@@ -23,6 +23,7 @@ __all__ = [
     "functional",
     "insert",
     "models",
+    "plot",
     "remove",
     "swap",
 ]
@@ -30,7 +31,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the networks when they are asked for; the layers do without them."""
-    if name == "models":
-        return import_module("fullattn.models")
+    """Import the networks and pictures when they are asked for; the layers do without them."""
+    if name in ("models", "plot"):
+        return import_module(f"fullattn.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

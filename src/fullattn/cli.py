@@ -41,6 +41,7 @@ from fullattn.bench.shapes import (
 )
 from fullattn.bench.workload import MODES, Mode
 from fullattn.evaluation.command import add_evaluate, add_predict
+from fullattn.evaluation.maps_command import add_maps
 from fullattn.training.command import add_train
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train(commands)
     add_evaluate(commands)
     add_predict(commands)
+    add_maps(commands)
     _add_info(commands)
     return parser
 

@@ -53,20 +53,22 @@ class FullyAttentionalSimilarity(NamedTuple):
     rows: Tensor
 
 
-def _scaled(key: Tensor, scale: float | None) -> tuple[Tensor, float]:
+def scaled(key: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """A key (..., D) and the factor on the scores that is left, with 1/√D in the key."""
     # 1/√d depends on a size that may be symbolic; a tensor takes it, an operator's float may not.
     if scale is None:
         return key * key.shape[-1] ** -0.5, 1.0
     return key, float(scale)
 
 
-def _column_and_row_keys(
+def column_and_row_keys(
     x: Tensor,
     column_weight: Tensor,
     row_weight: Tensor,
     column_bias: Tensor | None,
     row_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """The keys of all columns (B, C, H) and of all rows (B, C, W), before scaling."""
     # x.mean, not a pooling layer: it has a deterministic CUDA backward and exports with free sizes.
     column_context, row_context = x.mean(dim=3), x.mean(dim=2)
     column_key = F.linear(column_context.mT, column_weight, column_bias).mT
@@ -132,9 +134,9 @@ def fully_attentional(
         >>> fully_attentional(x, weight, weight).shape
         torch.Size([2, 3, 4, 5])
     """
-    column_key, row_key = _column_and_row_keys(x, column_weight, row_weight, column_bias, row_bias)
-    column_key, factor = _scaled(column_key, scale)
-    row_key, _ = _scaled(row_key, scale)
+    column_key, row_key = column_and_row_keys(x, column_weight, row_weight, column_bias, row_bias)
+    column_key, factor = scaled(column_key, scale)
+    row_key, _ = scaled(row_key, scale)
     if not mix_images:
         return attention.attend_columns_and_rows(
             x, column_key, row_key, factor, gamma=gamma, backend=backend
@@ -181,9 +183,9 @@ def fully_attentional_similarity(
         >>> maps.columns.shape, maps.rows.shape
         (torch.Size([2, 5, 3, 3]), torch.Size([2, 4, 3, 3]))
     """
-    column_key, row_key = _column_and_row_keys(x, column_weight, row_weight, column_bias, row_bias)
-    column_key, factor = _scaled(column_key, scale)
-    row_key, _ = _scaled(row_key, scale)
+    column_key, row_key = column_and_row_keys(x, column_weight, row_weight, column_bias, row_bias)
+    column_key, factor = scaled(column_key, scale)
+    row_key, _ = scaled(row_key, scale)
     column_keys = _key_of_slices(column_key, x.shape[3], mix_images)
     row_keys = _key_of_slices(row_key, x.shape[2], mix_images)
     return FullyAttentionalSimilarity(
@@ -196,7 +198,7 @@ def _channel_tokens(
     x: Tensor, scale: float | None, least_similar: bool
 ) -> tuple[Tensor, Tensor, float]:
     tokens = to_channels(x)
-    key, factor = _scaled(tokens, scale)
+    key, factor = scaled(tokens, scale)
     # softmax(max(S) - S) is softmax(-S): a softmax does not see a number added to its whole row.
     return tokens, key, -factor if least_similar else factor
 
@@ -268,17 +270,30 @@ def channel_similarity(
     return attention.similarity(tokens, key, factor).squeeze(1)
 
 
-def _position_tokens(
+def position_tokens(
     query: Tensor, key: Tensor, kind: Kind, scale: float | None, score_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, float]:
+    """Query (B, 1, N, D) and key (B, 1, M, D) of the positions, and the factor on their scores.
+
+    For `Kind.CONCATENATION` D is 1, and a score is the sum of the two numbers.
+    """
     query, key = to_positions(query), to_positions(key)
     if kind is not Kind.CONCATENATION:
-        key, factor = _scaled(key, scale)
+        key, factor = scaled(key, scale)
         return query, key, factor
     if score_weight is None:
         raise ValueError("concatenation needs score_weight of shape (2·D,), got None")
     features = query.shape[-1]
     return query @ score_weight[:features, None], key @ score_weight[features:, None], 1.0
+
+
+def token_similarity(query: Tensor, key: Tensor, kind: Kind, factor: float) -> Tensor:
+    """The map (B, 1, N, M) of what `position_tokens` gives."""
+    if kind is Kind.DOT_PRODUCT:
+        return reference.dot_product(query, key, factor)
+    if kind is Kind.CONCATENATION:
+        return reference.concatenation(query, key)
+    return attention.similarity(query, key, factor)
 
 
 def attend_positions(
@@ -325,7 +340,7 @@ def attend_positions(
         torch.Size([2, 7, 4, 5])
     """
     height, width = query.shape[2:]
-    query, key, factor = _position_tokens(query, key, kind, scale, score_weight)
+    query, key, factor = position_tokens(query, key, kind, scale, score_weight)
     attended = attention.attend(query, key, to_positions(value), factor, kind=kind, backend=backend)
     attended = from_positions(attended, height, width)
     # Inductor cannot order the strides of a view whose free H and W are one axis underneath, which
@@ -364,15 +379,12 @@ def position_similarity(
         >>> position_similarity(torch.randn(2, 3, 4, 5), torch.randn(2, 3, 2, 2)).shape
         torch.Size([2, 20, 4])
     """
-    query, key, factor = _position_tokens(query, key, kind, scale, score_weight)
-    if kind is Kind.DOT_PRODUCT:
-        return reference.dot_product(query, key, factor).squeeze(1)
-    if kind is Kind.CONCATENATION:
-        return reference.concatenation(query, key).squeeze(1)
-    return attention.similarity(query, key, factor).squeeze(1)
+    query, key, factor = position_tokens(query, key, kind, scale, score_weight)
+    return token_similarity(query, key, kind, factor).squeeze(1)
 
 
-def _embedded(x: Tensor, weight: Tensor | None, bias: Tensor | None, subsample: int = 1) -> Tensor:
+def embedded(x: Tensor, weight: Tensor | None, bias: Tensor | None, subsample: int = 1) -> Tensor:
+    """A 1x1 convolution of x, or x where there is no weight, pooled by `subsample`."""
     x = x if weight is None else F.conv2d(x, weight, bias)
     return x if subsample == 1 else F.max_pool2d(x, subsample)
 
@@ -442,9 +454,9 @@ def spatial_non_local(
     """
     # Without names of their own query, key and value are free again before gamma is applied.
     attended = attend_positions(
-        _embedded(x, query_weight, query_bias),
-        _embedded(x, key_weight, key_bias, subsample),
-        _embedded(x, value_weight, value_bias, subsample),
+        embedded(x, query_weight, query_bias),
+        embedded(x, key_weight, key_bias, subsample),
+        embedded(x, value_weight, value_bias, subsample),
         kind=kind,
         scale=scale,
         score_weight=score_weight,
@@ -495,8 +507,8 @@ def spatial_similarity(
         torch.Size([2, 30, 30])
     """
     return position_similarity(
-        _embedded(x, query_weight, query_bias),
-        _embedded(x, key_weight, key_bias, subsample),
+        embedded(x, query_weight, query_bias),
+        embedded(x, key_weight, key_bias, subsample),
         kind=kind,
         scale=scale,
         score_weight=score_weight,

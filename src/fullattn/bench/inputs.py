@@ -10,7 +10,7 @@ from fullattn.bench.conditions import MEMORY_FORMATS, Conditions
 from fullattn.bench.errors import UsageError, describe
 from fullattn.bench.shapes import Shape
 
-__all__ = ["check_image", "feature_map", "noise", "photograph", "random_like"]
+__all__ = ["check_image", "feature_map", "noise", "photograph", "random_like", "through_stem"]
 
 _STRIDE = 8  # of the stem: three convolutions of stride 2
 
@@ -32,7 +32,7 @@ def feature_map(shape: Shape, conditions: Conditions) -> Tensor:
         x = noise(shape, conditions.seed)
     else:
         larger = shape._replace(height=shape.height * _STRIDE, width=shape.width * _STRIDE)
-        x = _through_stem(photograph(conditions.image, larger), shape, conditions.seed)
+        x = through_stem(photograph(conditions.image, larger), shape.channels, conditions.seed)
     dtype = getattr(torch, conditions.dtype)
     x = x.to(device=conditions.device, dtype=dtype)
     return x.contiguous(memory_format=MEMORY_FORMATS[conditions.memory_format])
@@ -84,8 +84,17 @@ def photograph(path: str, shape: Shape) -> Tensor:
     return torch.stack([x.roll(n * shift, dims=2) for n in range(shape.batch)])
 
 
-def _through_stem(images: Tensor, shape: Shape, seed: int) -> Tensor:
-    """Three seeded random stages of convolution, normalisation, ReLU; then 1x1 to C channels."""
+def through_stem(images: Tensor, channels: int, seed: int) -> Tensor:
+    """Three seeded random stages of convolution, normalisation, ReLU; then 1x1 to C channels.
+
+    Args:
+        images: normalised, (B, 3, H, W).
+        channels: C.
+        seed: of the weights.
+
+    Returns:
+        (B, C, H/8, W/8), both rounded up.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def weight(outputs: int, inputs: int, size: int) -> Tensor:
@@ -98,4 +107,4 @@ def _through_stem(images: Tensor, shape: Shape, seed: int) -> Tensor:
         # Normalised by its own statistics, as a batch normalisation in training does.
         x = F.relu(F.batch_norm(x, None, None, training=True))
         inputs = outputs
-    return F.conv2d(x, weight(shape.channels, inputs, 1))
+    return F.conv2d(x, weight(channels, inputs, 1))

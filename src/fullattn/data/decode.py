@@ -25,10 +25,11 @@ from torch import Tensor
 
 from fullattn.data.errors import DataError
 
-__all__ = ["image_size", "mask_size", "read_image", "read_labels"]
+__all__ = ["image_size", "mask_size", "read_image", "read_labels", "read_scaled"]
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNED = (5, 6, 7, 8)  # its values that exchange height and width
+_MOST_PIXELS = 2**28  # that are decoded at once: 800 MB of RGB
 
 
 def read_image(path: Path) -> Tensor:
@@ -45,17 +46,60 @@ def read_image(path: Path) -> Tensor:
             bit wide.
     """
     with _opened(path) as image:
-        if "exif" in image.info:
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I;16"):
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return torch.from_numpy(np.stack([grey] * 3))
-        if image.mode in ("I", "F"):
-            raise DataError(f"{path} has pixels of 32 bits; expected 8 or 16", path)
-        if "transparency" in image.info:  # straight to RGB Pillow would warn
-            image = image.convert("RGBA")
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        return _to_tensor(_as_rgb(image, path))
+
+
+def read_scaled(path: Path, longest: int) -> tuple[Tensor, tuple[int, int]]:
+    """Read a picture, scaled down where a side is longer than what is wanted.
+
+    Args:
+        path: of the file, which may be larger than Pillow reads by itself.
+        longest: the longest that a side may be, in pixels.
+
+    Returns:
+        uint8 (3, H, W), and the height and width that the picture had.
+
+    Raises:
+        DataError: as `read_image`, or the picture has too many pixels to be decoded.
+    """
+    with _any_size(), _opened(path) as image:
+        height, width = image_size(path)
+        image.draft("RGB", (longest, longest))  # JPEG is decoded at 1/2, 1/4 or 1/8 where it can be
+        if image.width * image.height > _MOST_PIXELS:
+            raise DataError(
+                f"{path} has {width}x{height} pixels, too many to be read; scale it down first",
+                path,
+            )
+        picture = _as_rgb(image, path)
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        return _to_tensor(picture), (height, width)
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Without Pillow's own limit on the number of pixels."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
+    """An opened picture in 8-bit RGB, turned as its EXIF orientation says."""
+    if "exif" in image.info:
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise DataError(f"{path} has pixels of 32 bits; expected 8 or 16", path)
+    if "transparency" in image.info:  # straight to RGB Pillow would warn
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def read_labels(path: Path) -> NDArray[Any]:

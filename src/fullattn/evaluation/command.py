@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fullattn.arguments import Adds, Parser, count
 from fullattn.bench.conditions import environment, parse_device
-from fullattn.bench.errors import UsageError, describe
+from fullattn.bench.errors import UsageError
 from fullattn.bench.output import output_folder, write_all
-
-if TYPE_CHECKING:
-    from fullattn.models.files import Trained
+from fullattn.evaluation.options import (
+    add_device,
+    index,
+    number,
+    point,
+    read_trained,
+    sentences,
+    size,
+    written_together,
+)
 
 __all__ = ["add_evaluate", "add_predict"]
 
@@ -78,7 +82,7 @@ def add_evaluate(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     _add_passes(evaluate.add_argument_group("how images are segmented"))
     how = evaluate.add_argument_group("how it is run")
-    _add_device(how)
+    add_device(how)
     how.add_argument(
         "--precision",
         choices=("float32", "bfloat16", "float16"),
@@ -93,7 +97,7 @@ def add_evaluate(commands: argparse._SubParsersAction[Parser]) -> None:
         help="images of one size run at once (1)",
     )
     how.add_argument(
-        "--workers", type=_index, default=0, metavar="N", help="processes that read files (0)"
+        "--workers", type=index, default=0, metavar="N", help="processes that read files (0)"
     )
     evaluate.add_argument(
         "--output", type=Path, metavar="FILE.json", help="write the scores there too"
@@ -132,7 +136,7 @@ def add_predict(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     predict.add_argument(
         "--alpha",
-        type=_number,
+        type=number,
         default=0.5,
         help="from 0, the photograph alone, to 1, the colours alone (0.5)",
     )
@@ -143,11 +147,11 @@ def add_predict(commands: argparse._SubParsersAction[Parser]) -> None:
     maps.add_argument("--maps", action="store_true", help="draw them, at a point or a channel")
     where = maps.add_mutually_exclusive_group()
     where.add_argument(
-        "--point", type=_point, metavar="X,Y", help="pixel of the photograph, from its top left"
+        "--point", type=point, metavar="X,Y", help="pixel of the photograph, from its top left"
     )
-    where.add_argument("--channel", type=_index, metavar="C", help="index of a channel, from 0")
+    where.add_argument("--channel", type=index, metavar="C", help="index of a channel, from 0")
     _add_passes(predict.add_argument_group("how photographs are segmented"))
-    _add_device(predict)
+    add_device(predict)
     predict.set_defaults(run=_predict)
 
 
@@ -155,7 +159,7 @@ def _add_passes(parser: Adds) -> None:
     parser.add_argument(
         "--scales",
         nargs="+",
-        type=_number,
+        type=number,
         default=[1.0],
         metavar="SCALE",
         help="average over images scaled by these factors (1)",
@@ -164,57 +168,18 @@ def _add_passes(parser: Adds) -> None:
         "--flip", action="store_true", help="average over images and their mirror images"
     )
     parser.add_argument(
-        "--window", type=_size, metavar="HxW", help="slide a window of so many pixels over images"
+        "--window", type=size, metavar="HxW", help="slide a window of so many pixels over images"
     )
     parser.add_argument(
-        "--stride", type=_size, metavar="HxW", help="steps of the window (two thirds of it)"
+        "--stride", type=size, metavar="HxW", help="steps of the window (two thirds of it)"
     )
-
-
-def _add_device(parser: Adds) -> None:
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (cpu)")
-
-
-def _number(text: str) -> float:
-    """A finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
-    return value
-
-
-def _index(text: str) -> int:
-    """A whole number from 0."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return int(text)
-
-
-def _pair(text: str, separator: str, form: str) -> tuple[int, int]:
-    numbers = text.split(separator)
-    if len(numbers) != 2 or not all(n.isascii() and n.isdigit() for n in numbers):
-        raise argparse.ArgumentTypeError(f"expected {form}, got {text!r}")
-    return int(numbers[0]), int(numbers[1])
-
-
-def _size(text: str) -> tuple[int, int]:
-    """HxW."""
-    return _pair(text, "x", "HxW such as 512x1024")
-
-
-def _point(text: str) -> tuple[int, int]:
-    """X,Y."""
-    return _pair(text, ",", "X,Y such as 320,240")
 
 
 def _passes(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `segment`."""
     from fullattn.evaluation.passes import check_options
 
-    with _sentences():
+    with sentences():
         check_options(args.scales, args.window, args.stride)
     return {
         "scales": tuple(args.scales),
@@ -224,36 +189,15 @@ def _passes(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """What a library finds wrong with what the user gave it, as the user's one sentence."""
-    try:
-        yield
-    except (ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
-
-
-def _trained(path: Path) -> Trained:
-    with _sentences():
-        from fullattn.models.files import load
-
-        try:
-            return load(path)
-        except OSError as error:
-            raise UsageError(
-                f"expected a checkpoint that can be read at {str(path)!r}: {describe(error)}"
-            ) from error
-
-
 def _evaluate(args: argparse.Namespace) -> None:
     passes = _passes(args)
     device = parse_device(args.device)
     if args.output is not None and args.output.is_dir():
         raise UsageError(f"expected a file for --output, got the folder {str(args.output)!r}")
-    trained = _trained(args.checkpoint)
+    trained = read_trained(args.checkpoint)
     description = trained.description
     name, root = args.data
-    with _sentences():
+    with sentences():
         from rich.console import Console
         from rich.progress import Progress
 
@@ -278,7 +222,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             f"such as {dataset.samples[0].image.name}"
         )
     writable = nullcontext() if args.output is None else output_folder(args.output.parent)
-    with writable, _sentences():
+    with writable, sentences():
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("images", total=len(indices))
             scores = evaluate(
@@ -337,21 +281,16 @@ def _predict(args: argparse.Namespace) -> None:
         raise UsageError("expected --maps with --point and --channel")
     passes = _passes(args)
     device = parse_device(args.device)
-    trained = _trained(args.checkpoint)
-    with _sentences():
+    trained = read_trained(args.checkpoint)
+    with sentences():
         from rich.console import Console
 
         from fullattn.evaluation.predict import predict
-    # Pictures are put into the folder together, when all of them are there.
-    with (
-        output_folder(args.output) as folder,
-        tempfile.TemporaryDirectory(prefix=".part", dir=folder) as part,
-        _sentences(),
-    ):
+    with written_together(args.output) as folder, sentences():
         written = predict(
             trained,
             args.photographs,
-            Path(part),
+            folder,
             alpha=args.alpha,
             labels=args.labels,
             point=args.point,
@@ -360,8 +299,6 @@ def _predict(args: argparse.Namespace) -> None:
             **passes,
         )
         names = [path.name for paths in written for path in paths]
-        for name in names:
-            os.replace(Path(part) / name, folder / name)
     console = Console()
     for name in names:
-        console.print(folder / name, markup=False, highlight=False, soft_wrap=True)
+        console.print(args.output / name, markup=False, highlight=False, soft_wrap=True)

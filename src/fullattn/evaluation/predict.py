@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from fullattn.data.decode import read_image
-from fullattn.evaluation import maps
 from fullattn.evaluation.loop import evaluating, normalised
 from fullattn.evaluation.overlay import index_picture, overlay
 from fullattn.evaluation.passes import check_options, segment
-from fullattn.evaluation.similarity import inputs_of, layers_with_maps
 from fullattn.layers import SpatialNonLocal
 from fullattn.models.files import Trained
+from fullattn.plot import figures, inputs_of, layers_with_maps, similarity
 
 __all__ = ["predict"]
 
@@ -82,7 +81,7 @@ def predict(
                 picture.save(written[-1])
             inputs = inputs_of(model, layers, images) if layers else {}
             for name, features in inputs.items():
-                figure = maps.draw(
+                figure = similarity(
                     layers[name],
                     features,
                     photograph,
@@ -93,7 +92,7 @@ def predict(
                 what = f"channel_{channel}" if point is None else f"point_{point[0]}_{point[1]}"
                 ending = f"_{name}" if name else ""
                 written.append(folder / f"{path.stem}_{what}{ending}.png")
-                figure.savefig(written[-1], bbox_inches="tight")
+                figure.savefig(written[-1])
             yield written
 
 
@@ -118,7 +117,7 @@ def _check(
         first[path.stem] = path
         if point is not None:
             try:
-                maps.cell_of(point, photograph, photograph)
+                figures.cell_of(point, photograph, photograph)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
 

@@ -1,0 +1,18 @@
+"""Pictures of what the layers attend to: `similarity` as a figure, `page` as a page to click in.
+
+`layers_with_maps` and `inputs_of` find the layers of a network and what they are given, which is
+what the two draw from. Needs matplotlib: `pip install 'fullattn[plot]'`.
+"""
+
+try:
+    import matplotlib as _  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"fullattn.plot needs matplotlib: pip install 'fullattn[plot]' ({error})"
+    ) from error
+
+from fullattn.plot.draw import similarity
+from fullattn.plot.network import inputs_of, layers_with_maps
+from fullattn.plot.page import page
+
+__all__ = ["inputs_of", "layers_with_maps", "page", "similarity"]

@@ -1,0 +1,83 @@
+"use strict";
+// Similarity maps out of queries and keys, as fullattn.functional computes them: nothing here knows
+// of a page. The tests run this file in an engine of its own and compare with Python.
+
+const fullattnMaps = (() => {
+  // Softmax over scores[from .. from + count), in place.
+  function softmax(scores, from, count) {
+    let most = -Infinity;
+    for (let i = from; i < from + count; i++) most = Math.max(most, scores[i]);
+    let sum = 0;
+    for (let i = from; i < from + count; i++) sum += scores[i] = Math.exp(scores[i] - most);
+    for (let i = from; i < from + count; i++) scores[i] /= sum;
+  }
+
+  // What one position attends to. query (D, N), key (D, M), as feature maps lie; returns M weights.
+  function positionWeights({ query, key, features, factor, kind }, position) {
+    const count = query.length / features;
+    const weights = new Float64Array(key.length / features);
+    for (let d = 0; d < features; d++) {
+      const q = query[d * count + position];
+      for (let m = 0; m < weights.length; m++) {
+        const k = key[d * weights.length + m];
+        weights[m] += kind === "concatenation" ? q + k : q * k * factor;
+      }
+    }
+    if (kind === "concatenation") weights.forEach((score, m) => { weights[m] = Math.max(score, 0); });
+    if (kind === "softmax") softmax(weights, 0, weights.length);
+    else for (let m = 0; m < weights.length; m++) weights[m] /= weights.length;
+    return weights;
+  }
+
+  // The (C, C) map of one column or row of features (C, H, W); key is (C, H) or (C, W).
+  function sliceMap({ features, channels, height, width, factor }, key, axis, index) {
+    const length = axis === "column" ? height : width;
+    const start = axis === "column" ? index : index * width;
+    const step = axis === "column" ? width : 1;
+    const map = new Float64Array(channels * channels);
+    for (let i = 0; i < channels; i++) {
+      const query = i * height * width + start;
+      for (let j = 0; j < channels; j++) {
+        let score = 0;
+        for (let d = 0; d < length; d++) score += features[query + d * step] * key[j * length + d];
+        map[i * channels + j] = score * factor;
+      }
+      softmax(map, i * channels, channels);
+    }
+    return map;
+  }
+
+  // The scale of colours for weights, as fullattn.plot.figures.weight_norm has it.
+  function weightNorm(values) {
+    let least = Infinity;
+    let most = -Infinity;
+    for (const value of values) {
+      least = Math.min(least, value);
+      most = Math.max(most, value);
+    }
+    if (least < 0) {
+      const half = Math.max(-least, most);
+      return { kind: "centred", least: -half, most: half };
+    }
+    if (least > most / 10 || most === 0) return { kind: "linear", least: 0, most: most || 1 };
+    return { kind: "logarithmic", least: Math.max(least, most / 1e4), most };
+  }
+
+  // That for differences of weights, as fullattn.plot.figures.difference_norm has it.
+  function differenceNorm(values) {
+    const sizes = Float64Array.from(values, Math.abs).sort();
+    const most = sizes[sizes.length - 1];
+    const half = sizes[Math.floor(0.98 * (sizes.length - 1))] || most || 1;
+    return { kind: "centred", least: -half, most: half, cut: half < most };
+  }
+
+  // Where a value stands on a scale, from 0 to 1.
+  function place(value, { kind, least, most }) {
+    if (kind === "logarithmic") {
+      return Math.log(Math.max(value, least) / least) / Math.log(most / least);
+    }
+    return (value - least) / (most - least);
+  }
+
+  return { positionWeights, sliceMap, weightNorm, differenceNorm, place };
+})();

@@ -1,0 +1,33 @@
+"""One look for every picture of this package: legible in a paper, on a slide and in grey."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+
+__all__ = ["BLUE", "COLOURS", "GREEN", "GRID", "INK", "LAYER_COLOURS", "ORANGE", "QUIET", "styled"]
+
+# Okabe and Ito's colours, which the colour-blind can tell apart and which differ in grey as well.
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+COLOURS = ("#000000", BLUE, "#56B4E9", "#D55E00", ORANGE, GREEN, "#CC79A7")
+LAYER_COLOURS = {"fully": BLUE, "channel": ORANGE, "spatial": GREEN}
+INK, QUIET, GRID = "#222222", "#555555", "#dddddd"
+
+_SETTINGS: Any = {  # names that matplotlib lists as literals
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "xtick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.color": QUIET,
+    "ytick.labelcolor": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+}
+
+# A decorator, or a context, in which figures are made.
+styled = matplotlib.rc_context(_SETTINGS)
