@@ -6,9 +6,9 @@ READY := .venv/.ready
 JOBS ?= 2
 # One thread a test process: the processes already fill the cores.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
-PYTEST := $(TESTS) -m 'not network'
+PYTEST := $(TESTS) -m 'not network and not browser'
 
-.PHONY: bench test quick networks deep camvid lint format clean
+.PHONY: bench test quick networks deep camvid docs browser tables lint format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -24,7 +24,7 @@ test: $(READY)  ## every test but those of `make networks`
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton.py
 
 quick: $(READY)  ## every test but those that compile or time something
-	$(PYTEST) -m 'not slow and not network'
+	$(PYTEST) -m 'not slow and not network and not browser'
 
 networks: $(READY)  ## other people's networks compiled and exported too: the table in docs
 	$(TESTS) tests/test_networks.py tests/test_export.py --networks-table docs/networks.md
@@ -37,6 +37,15 @@ camvid: $(READY)  ## train a small FLANet on CamVid: make camvid DATA=folder [WE
 	$(BIN)/fullattn train camvid_small --data $(DATA) --output out/camvid-small \
 	    $(if $(WEIGHTS),--set model.backbone_weights=$(WEIGHTS))
 	$(BIN)/fullattn evaluate out/camvid-small/last.ckpt --data camvid $(DATA)
+
+docs: $(READY)  ## the site, into out/site; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+browser: $(READY)  ## the site in Chromium, at the width of a desk and of a phone, light and dark
+	$(TESTS) -m browser tests
+
+tables: $(READY)  ## the tables of README and documentation, out of benchmarks/results
+	$(BIN)/python benchmarks/tables.py
 
 lint: $(READY)  ## formatting, lint and strict types
 	$(BIN)/ruff format --check .

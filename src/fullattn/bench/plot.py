@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING, Literal
 
-import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -13,6 +12,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from fullattn.bench.report import Report, Row
 from fullattn.bench.workload import MODES, Mode
+from fullattn.plot.style import BLUE, COLOURS, GRID, ORANGE, QUIET, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,28 +20,24 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-# Okabe and Ito's colours, which the colour-blind can tell apart and which differ in grey as well.
-_MODE_COLOURS: dict[Mode, str] = {"inference": "#0072B2", "training": "#E69F00"}
-_LINE_COLOURS = ("#000000", "#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")
+_MODE_COLOURS: dict[Mode, str] = {"inference": BLUE, "training": ORANGE}
 _MARKERS = "os^Dv<>"
 Quantity = Literal["time", "memory"]
 _QUANTITIES: tuple[Quantity, ...] = ("time", "memory")
 
 
-def draw(report: Report, path: Path) -> None:
+@styled
+def draw(report: Report, file: Path | IO[bytes]) -> None:
     """Draw a report as a PNG.
 
     Args:
         report: what to draw; a sweep is drawn as growth, anything else as ratios.
-        path: of the file.
+        file: to write, or its path.
     """
-    with matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10, "font.family": "sans-serif"}):
-        figure = _growth(report) if report.sweep else _ratios(report)
-        figure.supxlabel(
-            "\n".join(report.caption()), fontsize=7, color="#555555", x=0.01, ha="left"
-        )
-        FigureCanvasAgg(figure)
-        figure.savefig(path, format="png", dpi=150)
+    figure = _growth(report) if report.sweep else _ratios(report)
+    figure.supxlabel("\n".join(report.caption()), fontsize=7, color=QUIET, x=0.01, ha="left")
+    FigureCanvasAgg(figure)
+    figure.savefig(file, format="png", dpi=150)
 
 
 def _label(row: Row) -> str:
@@ -79,7 +75,7 @@ def _ratios(report: Report) -> Figure:
 
 def _bars(panel: Axes, report: Report, rows: list[Row], quantity: Quantity) -> None:
     panel.set_xscale("log")
-    panel.axvline(1, color="#555555", linewidth=1)
+    panel.axvline(1, color=QUIET, linewidth=1)
     height = 0.38
     for place, row in enumerate(rows):
         modes = [mode for mode in MODES if mode in row.measured]
@@ -94,7 +90,7 @@ def _bars(panel: Axes, report: Report, rows: list[Row], quantity: Quantity) -> N
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.margins(x=0.25)
     _label_ticks(panel.xaxis, "×")
-    panel.grid(axis="x", which="both", color="#dddddd", linewidth=0.6)
+    panel.grid(axis="x", which="both", color=GRID, linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right", "left"]].set_visible(False)
     panel.tick_params(axis="y", length=0)
@@ -146,9 +142,9 @@ def _growth(report: Report) -> Figure:
                 if points:
                     panel.plot(
                         *zip(*points, strict=True),
-                        color=_LINE_COLOURS[number % len(_LINE_COLOURS)],
+                        color=COLOURS[number % len(COLOURS)],
                         marker=_MARKERS[number % len(_MARKERS)],
-                        linestyle="-" if number < len(_LINE_COLOURS) else "--",
+                        linestyle="-" if number < len(COLOURS) else "--",
                         markersize=4,
                         label=label,
                     )
@@ -162,7 +158,7 @@ def _growth(report: Report) -> Figure:
             panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             panel.xaxis.set_minor_locator(NullLocator())
             _label_ticks(panel.yaxis)
-            panel.grid(color="#dddddd", linewidth=0.6)
+            panel.grid(color=GRID, linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
     first, last = report.shapes[0], report.shapes[-1]
     figure.suptitle(f"How cost grows from {first} to {last}", x=0.01, ha="left", fontsize=12)

@@ -320,10 +320,10 @@ def draw_profiles(
     plain.set_aspect("auto")  # so that it lies exactly over its columns and beside its rows
     number = columns.shape[1]
     norm = weight_norm(torch.cat([columns, rows]))
-    _show_weights(below, columns.T, norm, extent=(0, width, number - 0.5, -0.5), aspect="auto")
-    shown = _show_weights(right, rows, norm, extent=(-0.5, number - 0.5, height, 0), aspect="auto")
-    below.set(xlabel="column of the photograph, pixels", ylabel="channel attended to")
-    right.set(ylabel="row of the photograph, pixels", xlabel="channel attended to")
+    _show_weights(below, columns.T, norm, aspect="auto")
+    shown = _show_weights(right, rows, norm, aspect="auto")
+    below.set(xlabel="column of the feature map", ylabel="channel attended to")
+    right.set(ylabel="row of the feature map", xlabel="channel attended to")
     below.set_title(f"channel {channel} in each column")
     right.set_title(f"channel {channel} in each row")
     _explain(figure, shown, [corner], number, location="left")

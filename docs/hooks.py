@@ -1,0 +1,104 @@
+"""What the site is made of beside its pages: tables and pictures out of measurements, figures.
+
+- `<!-- generated: NAME -->` ... `<!-- end -->` is made anew by benchmarks/tables.py;
+- `<!-- figure: NAME -->` becomes a drawing of docs/figures.py;
+- tour.md is the notebook as it was run, camvid.md what is written beside the results of CamVid;
+- generated/ has the plots of the benchmarks, the similarity maps of a photograph with their page,
+  and the picture of the layers, none of which is committed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import nbformat
+from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parents[1]
+PHOTOGRAPH = ROOT / "docs" / "photographs" / "rocket.jpg"
+POINT = (318, 170)
+
+
+def _module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tables = _module(ROOT / "benchmarks" / "tables.py")
+figures = _module(ROOT / "docs" / "figures.py")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add what is generated."""
+    made: dict[str, bytes] = {"generated/figures.css": figures.style().encode()}
+    made |= _plots() | _maps() | _notebook() | _experiment()
+    for name, content in made.items():
+        if old := files.get_file_from_path(name):
+            files.remove(old)
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put tables and drawings where a page asks for them."""
+    markdown = tables.fill(markdown)
+    return re.sub(r"<!-- figure: (\w+) -->", lambda f: figures.FIGURES[f[1]](), markdown)
+
+
+def _plots() -> dict[str, bytes]:
+    from fullattn.bench import plot
+    from fullattn.bench.report import read_report
+
+    made = {}
+    for path in sorted(tables.RESULTS.glob("*/*.json")):
+        if path.name in ("bench.json", "sweep.json"):
+            file = io.BytesIO()
+            plot.draw(read_report(str(path)), file)
+            made[f"generated/{path.parent.name}_{path.stem}.png"] = file.getvalue()
+    made["generated/camvid.png"] = (tables.RESULTS / "camvid" / "camvid.png").read_bytes()
+    return made
+
+
+def _maps() -> dict[str, bytes]:
+    """What `fullattn maps` writes for the photograph."""
+    from fullattn.evaluation import maps
+
+    photograph = maps.read(PHOTOGRAPH, 512)
+    seen = maps.of_stem(photograph, maps.LAYERS, channels=64, scale=None, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        written = maps.write(seen, photograph, Path(folder), point=POINT, channel=28)
+        return {f"generated/{path.name}": path.read_bytes() for path in written}
+
+
+def _experiment() -> dict[str, bytes]:
+    """What is written beside the results of CamVid, as a page."""
+    text = (tables.RESULTS / "camvid" / "README.md").read_text()
+    for old, new in (
+        ("](camvid.png)", "](generated/camvid.png)"),
+        ("](table.md)", "](benchmarks.md#does-it-help)"),
+    ):
+        text = text.replace(old, new)
+    return {"camvid.md": text.encode()}
+
+
+def _notebook() -> dict[str, bytes]:
+    """The notebook, as it was run, as a page."""
+    path = ROOT / "docs" / "tour.ipynb"
+    text, resources = MarkdownExporter().from_notebook_node(nbformat.read(path, as_version=4))
+    pictures = {f"generated/{name}": data for name, data in resources["outputs"].items()}
+    for name in resources["outputs"]:
+        text = text.replace(f"]({name})", f"](generated/{name})")
+    return {"tour.md": text.encode(), **pictures}
