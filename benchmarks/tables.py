@@ -1,5 +1,7 @@
 """The tables of README and documentation, out of the JSON files in benchmarks/results.
 
+README's picture of the layers, docs/layers.svg, is written with them.
+
     python benchmarks/tables.py            # write them into README.md and docs/*.md
     python benchmarks/tables.py --check    # fail where one is not what the files say
 
@@ -9,12 +11,14 @@ A table stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fullattn.bench.report import Report, Row, read_report
@@ -215,8 +219,19 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def _figures() -> ModuleType:
+    """docs/figures.py, which is no package's."""
+    path = ROOT / "docs" / "figures.py"
+    spec = importlib.util.spec_from_file_location("figures", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main() -> int:
-    """Write the tables, or check them."""
+    """Write the tables and README's picture, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
     check = parser.parse_args().check
@@ -228,6 +243,12 @@ def main() -> int:
             stale.append(path)
             if not check:
                 path.write_text(filled)
+    picture = ROOT / "docs" / "layers.svg"
+    drawn = _figures().standalone()
+    if not picture.exists() or picture.read_text() != drawn:
+        stale.append(picture)
+        if not check:
+            picture.write_text(drawn)
     for path in stale:
         print(f"{'stale' if check else 'written'}: {path.relative_to(ROOT)}")
     return 1 if check and stale else 0

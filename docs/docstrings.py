@@ -23,10 +23,10 @@ class Docstrings(griffe.Extension):
 
 
 def reworded(docstring: str) -> str:
-    """A docstring with Example as Examples, and each line of Shape as a point.
+    r"""A docstring with Example as Examples, and each line of Shape as a point.
 
     Example:
-        >>> print(reworded("Add.\\n\\nShape:\\n    x: (B).\\n    y: as x,\\n        or so.\\n"))
+        >>> print(reworded("Add.\n\nShape:\n    x: (B).\n    y: as x,\n        or so.\n"))
         Add.
         <BLANKLINE>
         Shape:

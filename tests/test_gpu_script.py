@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from fullattn.attention import triton
+from test_tables import tables
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 pytestmark = pytest.mark.slow
@@ -37,6 +39,10 @@ def test_rehearsal_checks_and_times_every_contender(tmp_path: Path) -> None:
     report: dict[str, Any] = json.loads((tmp_path / "gpu.json").read_text())
     assert report["about"]["rehearsal"] is True
     assert report["checks_passed"] is True
+    text = tables.gpu_table(report)
+    assert {row["contender"] for row in report["rows"]} <= set(
+        re.findall(r"^\| ([^|]+) \|", text, re.M)
+    )
     assert {check["layout"] for check in report["checks"]} == {
         "contiguous",
         "channels_last",

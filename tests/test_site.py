@@ -1,0 +1,365 @@
+"""The site and the pages of maps in a real browser, as a reader has them: `make browser`.
+
+Screenshots of every page are left in out/screens, to be looked at.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urljoin, urlparse
+
+import numpy as np
+import pytest
+import torch
+
+from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs
+from fullattn.plot import page as page_of
+
+ROOT = Path(__file__).parents[1]
+SCREENS = ROOT / "out" / "screens"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+WIDTHS = {"desk": 1280, "phone": 390}
+# Other sites that pages link to; they are not visited.
+ELSEWHERE = {"arxiv.org", "www.flickr.com", "squidfunk.github.io"}
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def address(site: Path) -> Iterator[str]:
+    handler = functools.partial(_Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with playwright.sync_playwright() as p:
+        started = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Opens a page; at the end of the test, whatever went wrong in the browser is an error."""
+    contexts, wrong = [], []
+
+    def open_page(url: str, width: str = "desk", scheme: str = "light") -> Any:
+        context = browser.new_context(
+            viewport={"width": WIDTHS[width], "height": 900}, color_scheme=scheme
+        )
+        contexts.append(context)
+        page = context.new_page()
+        origin = urlparse(url)[:2]
+
+        def requested(request: Any) -> None:
+            if not request.url.startswith("data:") and urlparse(request.url)[:2] != origin:
+                wrong.append(f"asks {request.url}")
+
+        page.on("request", requested)
+        page.on("console", lambda said: wrong.append(said.text) if said.type != "log" else None)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("requestfailed", lambda request: wrong.append(f"failed {request.url}"))
+        page.goto(url, wait_until="load")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not wrong
+
+
+def _too_wide(page: Any) -> bool:
+    """Whether the page as a whole scrolls sideways."""
+    return bool(page.evaluate("document.documentElement.scrollWidth > window.innerWidth"))
+
+
+def _pages(site: Path) -> list[str]:
+    """Addresses of all pages, relative to the site."""
+    found = [path.relative_to(site).parent.as_posix() for path in site.rglob("index.html")]
+    return sorted(name.removeprefix(".") for name in found)
+
+
+# Every page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_page_is_whole_and_fits(
+    width: str, scheme: str, site: Path, address: str, opened: Callable[..., Any]
+) -> None:
+    names = _pages(site)
+    assert len(names) > 25
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    page = opened(address, width, scheme)
+    for name in names:
+        page.goto(f"{address}{name}/" if name else address, wait_until="load")
+        assert not _too_wide(page), name
+        for picture in page.locator("img").all():
+            picture.scroll_into_view_if_needed()
+        page.wait_for_function("[...document.images].every((picture) => picture.complete)")
+        broken = page.evaluate(
+            "[...document.images].filter((i) => !i.naturalWidth).map((i) => i.src)"
+        )
+        assert broken == [], name
+        shown = page.evaluate("document.body.dataset.mdColorScheme")
+        assert shown == ("slate" if scheme == "dark" else "default")
+        page.evaluate("window.scrollTo(0, 0)")
+        file = f"{name.replace('/', '_') or 'home'}_{width}_{scheme}.png"
+        page.screenshot(path=SCREENS / file, full_page=True)
+
+
+def test_the_reader_can_turn_to_dark_and_the_figures_follow(
+    address: str, opened: Callable[..., Any]
+) -> None:
+    page = opened(address)
+    sheet = page.locator(".panels svg .sheet").first
+    light = sheet.evaluate("(sheet) => getComputedStyle(sheet).fill")
+    page.locator("label[for=__palette_1]").click()
+    assert page.evaluate("document.body.dataset.mdColorScheme") == "slate"
+    assert sheet.evaluate("(sheet) => getComputedStyle(sheet).fill") != light
+
+
+class _Links(HTMLParser):
+    """The addresses that a page names, and the places in it that can be named."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.places = {""}
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if name in ("href", "src") and value is not None and tag != "base":
+                self.links.append(value)
+            if name in ("id", "name") and value:
+                self.places.add(value)
+
+
+def test_every_link_leads_somewhere(site: Path) -> None:
+    files = {path: _Links(path.read_text("utf-8")) for path in site.rglob("*.html")}
+    base = "http://site/"
+    for path, found in files.items():
+        if path.name == "404.html":  # whose links start at the root of a server
+            continue
+        here = urljoin(base, path.relative_to(site).as_posix())
+        for link in found.links:
+            if link.startswith(("data:", "javascript:")):
+                continue
+            target = urlparse(urljoin(here, link))
+            if target.netloc != "site":
+                assert target.scheme == "https", f"{path.name}: {link}"
+                assert target.netloc in ELSEWHERE, f"{path.name}: {link}"
+                continue
+            file = site / unquote(target.path).lstrip("/")
+            file = file / "index.html" if file.is_dir() else file
+            assert file.is_file(), f"{here}: {link}"
+            if file in files:
+                place = unquote(target.fragment)
+                assert place in files[file].places or place.startswith("__"), f"{here}: {link}"
+
+
+def test_the_search_finds_a_layer(address: str, opened: Callable[..., Any]) -> None:
+    page = opened(address)
+    page.locator(".md-search__input").fill("FullyAttentional")
+    page.locator(".md-search-result__item").first.wait_for()
+
+
+# The page of similarity maps
+
+
+def _layers() -> tuple[dict[str, tuple[Any, Any]], torch.Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 12, 16)
+    layers = {
+        "spatial": (SpatialNonLocal(6, scale=2.0).eval(), x),
+        "channel": (ChannelNonLocal(6, scale=0.02), x),
+        "fully": (FullyAttentional(6, scale=1.0).eval(), x),
+    }
+    photograph = torch.randint(256, (3, 96, 128), dtype=torch.uint8)
+    return layers, photograph
+
+
+@pytest.fixture
+def maps(tmp_path: Path, opened: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    def open_maps(**options: Any) -> tuple[Any, Any]:
+        layers, photograph = _layers()
+        file = tmp_path / "maps.html"
+        file.write_text(page_of(layers, photograph, point=(64, 48)), "utf-8")
+        return opened(file.as_uri(), **options), layers
+
+    return open_maps
+
+
+def _click(page: Any, x: float, y: float) -> None:
+    """Click on the photograph at a pixel of its 128 x 96."""
+    box = page.locator("#photograph").bounding_box()
+    page.mouse.click(
+        box["x"] + (x + 0.5) / 128 * box["width"], box["y"] + (y + 0.5) / 96 * box["height"]
+    )
+
+
+def _pixels(page: Any, selector: str) -> str:
+    return str(page.locator(selector).evaluate("(canvas) => canvas.toDataURL()"))
+
+
+def _expected(layers: Any, column: int, row: int) -> dict[str, Any]:
+    with torch.no_grad():
+        spatial, fully = (
+            layers[name][0].similarity(layers[name][1]) for name in ("spatial", "fully")
+        )
+    return {
+        "spatial": spatial[0, row * 16 + column],
+        "column": fully.columns[0, column],
+        "row": fully.rows[0, row],
+    }
+
+
+def _hover(page: Any, kind: str, i: int, j: int) -> dict[str, str]:
+    """Point at a number of a channel map; what the page then says of it."""
+    canvas = page.locator(f"canvas[data-map={kind}]")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(
+        box["x"] + (j + 0.5) / 6 * box["width"], box["y"] + (i + 0.5) / 6 * box["height"]
+    )
+    return dict(page.locator("#cell").evaluate("(cell) => ({...cell.dataset})"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_click_moves_the_point_and_all_maps_with_it(
+    width: str, scheme: str, maps: Callable[..., tuple[Any, Any]]
+) -> None:
+    page, layers = maps(width=width, scheme=scheme)
+    assert not _too_wide(page)
+    seen = []
+    for x, y in ((64, 48), (3, 90), (127, 0)):
+        _click(page, x, y)
+        assert page.locator("body").get_attribute("data-point") == f"{x},{y}"
+        column, row = x * 16 // 128, y * 12 // 96
+        assert f"column {column}, row {row} of the 16×12" in page.locator("#where").inner_text()
+        expected = _expected(layers, column, row)
+        over = page.locator("canvas.weights")
+        assert int(over.get_attribute("data-position")) == int(expected["spatial"].argmax())
+        value = float(over.get_attribute("data-value"))
+        assert value == pytest.approx(float(expected["spatial"].max()), rel=1e-4)
+        for kind in ("column", "row"):
+            found = _hover(page, kind, 2, 4)
+            assert (found["attends"], found["attended"]) == ("2", "4")
+            assert float(found["value"]) == pytest.approx(float(expected[kind][2, 4]), rel=1e-4)
+        page.locator("#photograph").scroll_into_view_if_needed()
+        kinds = ("canvas.weights", "canvas[data-map=column]", "canvas[data-map=row]")
+        seen.append([_pixels(page, selector) for selector in kinds])
+        whole = _pixels(page, "canvas[data-map=image]")
+        assert page.locator("canvas[data-map=image]").count() == 1
+    for drawn in zip(*seen, strict=True):
+        assert len(set(drawn)) == len(seen)
+    _click(page, 20, 20)
+    assert _pixels(page, "canvas[data-map=image]") == whole  # the channel layer has one for all
+    SCREENS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENS / f"maps_{width}_{scheme}.png", full_page=True)
+
+
+def test_the_colours_are_those_of_the_figures(maps: Callable[..., tuple[Any, Any]]) -> None:
+    import matplotlib
+
+    from fullattn.plot.figures import weight_norm
+
+    page, layers = maps()
+    weights = layers["channel"][0].similarity(layers["channel"][1])[0].detach()
+    norm = weight_norm(weights)
+    table = matplotlib.colormaps["viridis"](range(256), bytes=True)[:, :3].astype(int)
+    drawn = page.locator("canvas[data-map=image]").evaluate(
+        "(c) => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+    )
+    found = np.array(drawn).reshape(6, 6, 4)[..., :3]
+    expected = table[np.round(255 * np.asarray(norm(weights.numpy()))).astype(int)]
+    assert np.abs(found - expected).max() <= 6  # a step of the table
+
+
+def test_dragging_and_the_arrow_keys_move_the_point(maps: Callable[..., tuple[Any, Any]]) -> None:
+    page, _ = maps()
+    box = page.locator("#photograph").bounding_box()
+    page.mouse.move(box["x"] + 5, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2)
+    page.mouse.up()
+    assert page.locator("body").get_attribute("data-point") == "127,95"
+    page.locator("#photograph").focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowUp")
+    assert page.locator("body").get_attribute("data-point") == "119,87"
+    for _ in range(20):
+        page.keyboard.press("ArrowLeft")
+    assert page.locator("body").get_attribute("data-point") == "0,87"
+
+
+def test_the_difference_is_that_of_the_channel_layers_map(
+    maps: Callable[..., tuple[Any, Any]],
+) -> None:
+    page, layers = maps()
+    _click(page, 40, 40)
+    before = _pixels(page, "canvas[data-map=column]")
+    page.locator("input[value=difference]").check()
+    assert _pixels(page, "canvas[data-map=column]") != before
+    layer, x = layers["fully"]
+    single = ChannelNonLocal(6, scale=layer.scale).similarity(x)[0].detach()
+    expected = _expected(layers, 5, 5)["column"] - single
+    found = _hover(page, "column", 3, 3)
+    assert float(found["value"]) == pytest.approx(float(expected[3, 3]), rel=1e-3, abs=1e-6)
+    page.locator("input[value=weights]").check()
+    assert _pixels(page, "canvas[data-map=column]") == before
+
+
+def test_the_keyboard_reaches_the_numbers_of_a_map(maps: Callable[..., tuple[Any, Any]]) -> None:
+    page, _ = maps()
+    page.locator("canvas[data-map=row]").focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp"):
+        page.keyboard.press(key)
+    cell = page.locator("#cell").evaluate("(cell) => ({...cell.dataset})")
+    assert (cell["attends"], cell["attended"]) == ("1", "1")
+    assert page.locator("#channels").is_visible()
+
+
+def test_the_page_in_the_site_is_that_of_the_photograph(
+    address: str, opened: Callable[..., Any]
+) -> None:
+    page = opened(f"{address}see/")
+    frame = page.frame_locator("iframe.maps")
+    frame.locator("#photograph").scroll_into_view_if_needed()
+    frame.locator("#photograph").click(position={"x": 20, "y": 20})
+    assert re.match(r"Point \(\d+, \d+\) of 640×427", frame.locator("#where").inner_text())

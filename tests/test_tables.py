@@ -1,0 +1,137 @@
+"""Figures in README and documentation are those of the result files, and nobody typed them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def module(path: Path) -> ModuleType:
+    """A script of the repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = made
+    spec.loader.exec_module(made)
+    return made
+
+
+tables = module(ROOT / "benchmarks" / "tables.py")
+figures = module(ROOT / "docs" / "figures.py")
+
+
+@pytest.mark.parametrize("path", tables.pages(), ids=lambda path: path.name)
+def test_every_table_is_what_the_result_files_give(path: Path) -> None:
+    text = path.read_text()
+    opened = re.findall(r"<!-- generated: (\w+) -->", text)
+    assert len(opened) == text.count("<!-- end -->")
+    assert set(opened) <= tables.TABLES.keys()
+    assert tables.fill(text) == text, "run `make tables`"
+
+
+def test_every_table_is_on_a_page() -> None:
+    texts = "".join(path.read_text() for path in tables.pages())
+    for name in tables.TABLES:
+        assert f"<!-- generated: {name} -->" in texts
+
+
+def test_a_figure_that_was_typed_is_noticed() -> None:
+    text = (ROOT / "README.md").read_text()
+    changed = re.sub(r"\| 115 \|", "| 114 |", text)
+    assert changed != text
+    assert tables.fill(changed) == text
+
+
+def test_the_tables_hold_the_medians_and_ratios_of_the_times() -> None:
+    data = json.loads((tables.RESULTS / "cpu" / "bench.json").read_text())
+    rows = [
+        line.split(" | ") for line in tables.cpu_tables().splitlines() if line.startswith("| `")
+    ]
+    named = {("fully", "native"): "`FullyAttentional` (native)"}
+    for (layer, backend), name in named.items():
+        found = [row for row in rows if row[0] == f"| {name}"]
+        expected = [
+            row
+            for row in data["rows"]
+            if (row["contender"]["layer"], row["contender"]["backend"]) == (layer, backend)
+        ]
+        assert len(found) == len(expected) > 0
+        for shown, row in zip(found, expected, strict=True):
+            public = next(
+                r for r in data["rows"] if r["shape"] == row["shape"] and r["name"] == "public"
+            )
+            median = statistics.median(row["inference"]["times_ms"])
+            base = statistics.median(public["inference"]["times_ms"])
+            assert float(shown[1]) == pytest.approx(median, rel=0.005)
+            assert float(shown[2].rstrip("×")) == pytest.approx(base / median, abs=0.006)
+            peak = row["inference"]["peak_bytes"] / 2**20
+            assert float(shown[3]) == pytest.approx(peak, rel=0.005)
+
+
+def test_every_table_names_device_and_versions() -> None:
+    for name, make in tables.TABLES.items():
+        if name in ("camvid", "gpu"):  # conditions are told beside them; nothing measured yet
+            continue
+        text = make()
+        assert re.search(r"AMD EPYC", text), name
+        assert re.search(r"(torch|PyTorch) 2\.\d+", text), name
+        assert "threads" in text, name
+
+
+def test_a_run_on_a_gpu_becomes_a_table() -> None:
+    row = {"shape": [8, 512, 96, 96], "dtype": "bfloat16", "peak_bytes": 3 * 2**20}
+    data = {
+        "about": {
+            "device_name": "GPU",
+            "torch": "2.11",
+            "triton": "3.6",
+            "driver": "1",
+            "date": "2026-11-25",
+            "rehearsal": False,
+        },
+        "rows": [
+            row | {"contender": "a", "mode": "inference", "milliseconds": [3.0, 1.0, 2.0]},
+            row | {"contender": "a", "mode": "training", "milliseconds": [], "peak_bytes": None},
+            row | {"contender": "b", "mode": "training", "milliseconds": [4.0]},
+        ],
+    }
+    text = tables.gpu_table(data)
+    assert "| a | 2 | 3.0 | – | – |" in text
+    assert "| b | – | – | 4 | 3.0 |" in text
+    assert "8×512×96×96, bfloat16" in text
+    assert "GPU, torch 2.11, triton 3.6, driver 1" in text
+    assert "ehearsal" not in text
+    data["about"]["rehearsal"] = True
+    assert "times mean nothing" in tables.gpu_table(data)
+
+
+def test_the_readmes_picture_is_that_of_the_site() -> None:
+    text = (ROOT / "docs" / "layers.svg").read_text()
+    assert text == figures.standalone(), "write it with `make tables`"
+    words = {text for text in ElementTree.fromstring(text).itertext() if text.strip()}
+    assert {"ChannelNonLocal", "SpatialNonLocal", "FullyAttentional", "keeps both"} <= words
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_is_whole_and_has_a_title(name: str) -> None:
+    drawn = ElementTree.fromstring(figures.FIGURES[name]())
+    svgs = drawn.findall(".//{http://www.w3.org/2000/svg}svg")
+    assert len(svgs) == 3
+    for svg in svgs:
+        assert svg.find("{http://www.w3.org/2000/svg}title") is not None
+        _, _, width, height = map(float, svg.attrib["viewBox"].split())
+        for box in svg.iter("{http://www.w3.org/2000/svg}rect"):
+            x, y, w, h = (float(box.attrib[side]) for side in ("x", "y", "width", "height"))
+            assert 0 <= x <= x + w <= width
+            assert 0 <= y <= y + h <= height
