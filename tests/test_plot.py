@@ -401,9 +401,25 @@ def test_the_page_has_the_scales_of_colours_that_the_figures_have(
     for value in values:
         expected = float(np.clip(norm(value), 0, 1))
         assert engine.call("place", value, found) == pytest.approx(expected, abs=1e-6)
-    norm, cut = figures.difference_norm(torch.tensor(values))
-    found = engine.call("differenceNorm", values)
-    assert found["most"] == pytest.approx(norm.vmax)
+
+
+@pytest.mark.parametrize(
+    ("maps", "half", "cut"),
+    [
+        ([[[0.9, -0.2], [0.1, 0.5]], [[0.0, 0.1], [-0.3, 0.0]]], 0.3, True),
+        ([[[0.1, -0.2], [0.1, 0.0]]], 0.2, False),
+        ([[[0.4, 0.0], [0.0, 0.0]]], 0.4, False),
+        ([[[0.0]]], 1.0, False),
+    ],
+)
+def test_the_scale_of_differences_ends_where_all_but_the_diagonal_are_within(
+    engine: _Engine, maps: Any, half: float, cut: bool
+) -> None:
+    norm, exceeded = figures.difference_norm(torch.tensor(maps))
+    assert (norm.vmin, norm.vmax) == pytest.approx((-half, half))
+    assert exceeded == cut
+    found = engine.call("differenceNorm", np.ravel(maps).tolist(), len(maps[0]))
+    assert (found["least"], found["most"]) == pytest.approx((-half, half))
     assert found["cut"] == cut
 
 

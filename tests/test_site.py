@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs
+from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.plot import page as page_of
 
 ROOT = Path(__file__).parents[1]

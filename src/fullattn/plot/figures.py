@@ -378,15 +378,17 @@ def difference_norm(differences: Tensor) -> tuple[CenteredNorm, bool]:
     """The scale of colours for differences of weights.
 
     Args:
-        differences: of any shape.
+        differences: of maps, (n, C, C).
 
     Returns:
-        A scale around 0, and whether it is exceeded: it ends where 98 of 100 are within, because
-        the diagonal, where a channel meets itself, often stands far out.
+        A scale around 0, and whether it is exceeded: it ends at the largest difference outside of
+        the diagonal, where a channel meets itself and often stands far out.
     """
-    sizes = differences.abs().flatten()
+    sizes = differences.abs()
     most = float(sizes.max())
-    half = float(sizes.sort().values[int(0.98 * (len(sizes) - 1))]) or most or 1.0
+    apart = ~torch.eye(sizes.shape[-1], dtype=torch.bool)
+    half = float(sizes[:, apart].max()) if apart.any() else most
+    half = half or most or 1.0
     return CenteredNorm(halfrange=half), half < most
 
 

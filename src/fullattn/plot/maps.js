@@ -63,11 +63,16 @@ const fullattnMaps = (() => {
     return { kind: "logarithmic", least: Math.max(least, most / 1e4), most };
   }
 
-  // That for differences of weights, as fullattn.plot.figures.difference_norm has it.
-  function differenceNorm(values) {
-    const sizes = Float64Array.from(values, Math.abs).sort();
-    const most = sizes[sizes.length - 1];
-    const half = sizes[Math.floor(0.98 * (sizes.length - 1))] || most || 1;
+  // That for differences of (C, C) maps, one after the other, as difference_norm has it there.
+  function differenceNorm(values, channels) {
+    let most = 0;
+    let apart = 0;
+    values.forEach((value, i) => {
+      const size = Math.abs(value);
+      most = Math.max(most, size);
+      if (i % (channels * channels) % (channels + 1) !== 0) apart = Math.max(apart, size);
+    });
+    const half = apart || most || 1;
     return { kind: "centred", least: -half, most: half, cut: half < most };
   }
 

@@ -185,7 +185,7 @@
       if (less) for (const axis in found) found[axis] = found[axis].map((value, i) => value - single[i]);
       // One scale for both, so that they can be compared.
       const both = [...found.column, ...found.row];
-      const norm = less ? differenceNorm(both) : weightNorm(both);
+      const norm = less ? differenceNorm(both, layer.channels) : weightNorm(both);
       for (const [axis, index] of [["column", column], ["row", row]]) {
         const text = less ? `${names[axis]} less the channel layer's map` : names[axis];
         maps[axis].update(found[axis], norm, text, less ? "difference" : "weight");
