@@ -11,14 +11,13 @@ A table stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
+from runpy import run_path
 from typing import Any
 
 from fullattn.bench.report import Report, Row, read_report
@@ -219,17 +218,6 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def _figures() -> ModuleType:
-    """docs/figures.py, which is no package's."""
-    path = ROOT / "docs" / "figures.py"
-    spec = importlib.util.spec_from_file_location("figures", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main() -> int:
     """Write the tables and README's picture, or check them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -244,7 +232,7 @@ def main() -> int:
             if not check:
                 path.write_text(filled)
     picture = ROOT / "docs" / "layers.svg"
-    drawn = _figures().standalone()
+    drawn = run_path(str(ROOT / "docs" / "figures.py"))["standalone"]()
     if not picture.exists() or picture.read_text() != drawn:
         stale.append(picture)
         if not check:

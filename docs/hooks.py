@@ -9,13 +9,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import re
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import nbformat
@@ -23,22 +21,13 @@ from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
+
+import figures  # noqa: E402
+import tables  # noqa: E402
+
 PHOTOGRAPH = ROOT / "docs" / "photographs" / "rocket.jpg"
 POINT = (318, 170)
-
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tables = _module(ROOT / "benchmarks" / "tables.py")
-figures = _module(ROOT / "docs" / "figures.py")
 
 
 def on_files(files: Files, config: Any) -> Files:

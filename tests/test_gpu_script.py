@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+import tables
 from fullattn.attention import triton
-from test_tables import tables
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 pytestmark = pytest.mark.slow

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import statistics
-import sys
 from pathlib import Path
-from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
 
+import figures
+import tables
+
 ROOT = Path(__file__).parents[1]
-
-
-def module(path: Path) -> ModuleType:
-    """A script of the repository as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = made
-    spec.loader.exec_module(made)
-    return made
-
-
-tables = module(ROOT / "benchmarks" / "tables.py")
-figures = module(ROOT / "docs" / "figures.py")
 
 
 @pytest.mark.parametrize("path", tables.pages(), ids=lambda path: path.name)
