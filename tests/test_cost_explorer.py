@@ -1,0 +1,187 @@
+"""The formulas of the site's cost explorer are those of `fullattn.costs`, figure by figure."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fullattn
+from fullattn import costs
+from fullattn.attention import dispatch
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "javascripts" / "costs.js"
+LAYERS: dict[str, Callable[..., Any]] = {
+    "fully": fullattn.FullyAttentional,
+    "channel": fullattn.ChannelNonLocal,
+    "spatial": fullattn.SpatialNonLocal,
+}
+# `reassociated` runs none of the default forms.
+BACKENDS = ("automatic", "reference", "native", "chunked", "triton", "sdpa")
+DTYPES = ("float32", "bfloat16", "float16")
+FIGURES = [
+    "backend",
+    "parameters",
+    "flops",
+    "backward_flops",
+    "map_numbers",
+    "map_bytes",
+    "inference_bytes",
+    "training_bytes",
+]
+PRESETS = [
+    (1, 512, 97, 97),
+    (1, 512, 128, 256),
+    (4, 128, 64, 64),
+    (1, 64, 16, 16),
+    (8, 512, 96, 96),
+]
+
+
+@pytest.fixture(scope="module")
+def in_the_page() -> Callable[..., Any]:
+    """What the page's script answers, run in V8."""
+    racer = pytest.importorskip("py_mini_racer", reason="needs mini-racer: a V8 to run scripts in")
+    context = racer.MiniRacer()
+    context.eval(SCRIPT.read_text("utf-8"))
+
+    def ask(**setting: Any) -> Any:
+        return json.loads(
+            context.eval(f"JSON.stringify(fullattnCosts.cost({json.dumps(setting)}))")
+        )
+
+    return ask
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python answers as where there is a compiler, a GPU and Triton, outside of its interpreter."""
+    devices = {"triton": frozenset({"cuda"}), "native": frozenset({"cpu"})}
+    there = {
+        entry.name: replace(
+            entry, unavailable=lambda: None, devices=devices.get(entry.name, entry.devices)
+        )
+        for entry in dispatch.BACKENDS
+    }
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(there.values()))
+    monkeypatch.setattr(dispatch, "_BY_NAME", there)
+    monkeypatch.setattr(
+        dispatch,
+        "FUSED",
+        {kind: tuple(there[e.name] for e in fused) for kind, fused in dispatch.FUSED.items()},
+    )
+
+
+def _in_python(
+    layer: str,
+    shape: tuple[int, int, int, int],
+    dtype: str,
+    device: str,
+    threads: int,
+    backend: str,
+    project: bool,
+) -> dict[str, Any] | None:
+    options = {"project": project} if layer == "fully" else {}
+    module = LAYERS[layer](shape[1], device="meta", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        try:
+            cost = costs.cost(
+                module,
+                shape,
+                dtype=getattr(torch, dtype),
+                device=device,
+                backend=None if backend == "automatic" else backend,
+            )
+        except fullattn.BackendError:
+            return None
+    return {name: getattr(cost, name) for name in FIGURES}
+
+
+def _compare(ask: Callable[..., Any], layer: str, shape: tuple[int, ...], **setting: Any) -> bool:
+    """Compare one setting; whether the backend runs it."""
+    found = ask(
+        layer=layer,
+        **dict(zip(("batch", "channels", "height", "width"), shape, strict=True)),
+        **setting,
+    )
+    expected = _in_python(layer, shape, **setting)  # type: ignore[arg-type]
+    if expected is None:
+        assert found.keys() == {"reason"}, (layer, shape, setting)
+        assert setting["backend"] in found["reason"]
+        return False
+    assert found == expected, (layer, shape, setting)
+    return True
+
+
+@pytest.mark.parametrize("shape", PRESETS, ids=str)
+def test_presets_are_those_of_python(in_the_page: Callable[..., Any], shape: Any) -> None:
+    for layer in LAYERS:
+        for backend in BACKENDS:
+            for device in ("cpu", "cuda"):
+                for dtype in ("float32", "bfloat16"):
+                    setting = {"dtype": dtype, "device": device, "threads": 2, "backend": backend}
+                    _compare(in_the_page, layer, shape, project=backend == "sdpa", **setting)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_any_setting_is_that_of_python(in_the_page: Callable[..., Any], layer: str) -> None:
+    compared: Counter[tuple[str, str]] = Counter()
+    length = st.one_of(
+        st.integers(1, 20), st.integers(21, 300), st.sampled_from([16, 97, 128, 600])
+    )
+
+    @settings(max_examples=200)
+    @given(
+        batch=st.integers(1, 9),
+        channels=st.one_of(st.integers(1, 40), st.integers(41, 600)),
+        height=length,
+        width=length,
+        dtype=st.sampled_from(DTYPES),
+        threads=st.integers(1, 8),
+        project=st.booleans(),
+    )
+    def check(
+        batch: int, channels: int, height: int, width: int, dtype: str, threads: int, project: bool
+    ) -> None:
+        shape = (batch, channels, height, width)
+        for backend in BACKENDS:
+            for device in ("cpu", "cuda"):
+                setting: dict[str, Any] = {
+                    "dtype": dtype,
+                    "device": device,
+                    "threads": threads,
+                    "backend": backend,
+                    "project": project,
+                }
+                ran = _compare(in_the_page, layer, shape, **setting)
+                compared[backend, device] += ran
+
+    check()
+    runs = {("automatic", "cpu"), ("automatic", "cuda"), ("reference", "cpu"), ("sdpa", "cpu")}
+    runs |= {("reference", "cuda"), ("sdpa", "cuda"), ("chunked", "cpu")}
+    if layer == "fully":
+        runs |= {("native", "cpu"), ("triton", "cuda")}
+    assert {pair for pair, count in compared.items() if count} == runs
+    assert min(compared[pair] for pair in runs) >= 20
+
+
+def test_the_reason_says_what_stands_against_a_backend(in_the_page: Callable[..., Any]) -> None:
+    setting = {"batch": 1, "channels": 8, "height": 600, "width": 4, "dtype": "float32"}
+    setting |= {"threads": 1, "project": False}
+    for layer, device, backend, said in (
+        ("channel", "cpu", "native", "native runs the columns and rows of FullyAttentional alone"),
+        ("fully", "cuda", "native", "native runs on the CPU, not on a GPU"),
+        ("fully", "cuda", "triton", "triton takes H and W up to 512, not 600"),
+        ("spatial", "cuda", "chunked", "chunked runs on the CPU, not on a GPU"),
+    ):
+        found = in_the_page(layer=layer, device=device, backend=backend, **setting)
+        assert found == {"reason": said}
