@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs
 from fullattn.plot import page as page_of
 
 ROOT = Path(__file__).parents[1]
@@ -88,10 +88,14 @@ def opened(browser: Any) -> Iterator[Callable[..., Any]]:
             if not request.url.startswith("data:") and urlparse(request.url)[:2] != origin:
                 wrong.append(f"asks {request.url}")
 
+        def failed(request: Any) -> None:
+            if "ERR_ABORTED" not in request.failure:  # the reader went on to another page
+                wrong.append(f"{request.failure} {request.url}")
+
         page.on("request", requested)
         page.on("console", lambda said: wrong.append(said.text) if said.type != "log" else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("requestfailed", lambda request: wrong.append(f"failed {request.url}"))
+        page.on("requestfailed", failed)
         page.goto(url, wait_until="load")
         return page
 
@@ -363,3 +367,125 @@ def test_the_page_in_the_site_is_that_of_the_photograph(
     frame.locator("#photograph").scroll_into_view_if_needed()
     frame.locator("#photograph").click(position={"x": 20, "y": 20})
     assert re.match(r"Point \(\d+, \d+\) of 640×427", frame.locator("#where").inner_text())
+
+
+# The cost explorer
+
+
+def _value(page: Any, layer: str, figure: str) -> str:
+    cell = page.locator(f"#explorer td[data-layer={layer}][data-figure={figure}]")
+    return str(cell.get_attribute("data-value"))
+
+
+def _slide(page: Any, name: str, value: int) -> None:
+    """Move a slider as a hand does, with the events that this makes."""
+    page.locator(f"#explore-{name}").evaluate(
+        "(slider, value) => { slider.value = value;"
+        " slider.dispatchEvent(new Event('input', { bubbles: true })); }",
+        value,
+    )
+
+
+def _costs(shape: tuple[int, ...], **options: Any) -> dict[str, Any]:
+    layers = {
+        "fully": FullyAttentional(shape[1], project=False, device="meta"),
+        "channel": ChannelNonLocal(shape[1], device="meta"),
+        "spatial": SpatialNonLocal(shape[1], device="meta"),
+    }
+    return {name: costs.cost(layer, shape, **options) for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_sliders_move_every_figure(
+    width: str, scheme: str, address: str, opened: Callable[..., Any]
+) -> None:
+    page = opened(f"{address}costs/", width, scheme)
+    page.locator("#explore-backend").select_option("reference")  # the same on every machine
+    shape = {"batch": 1, "channels": 512, "height": 97, "width": 97}
+    before: dict[str, str] = {}
+    for name, value in (("channels", 256), ("height", 40), ("width", 72), ("batch", 3)):
+        _slide(page, name, value)
+        shape[name] = value
+        assert page.locator(f"#explore-{name}-number").input_value() == str(value)
+        expected = _costs(tuple(shape.values()), backend="reference")
+        for layer, cost in expected.items():
+            for figure in ("flops", "map_bytes", "training_bytes", "inference_bytes"):
+                found = _value(page, layer, figure)
+                assert int(found) == getattr(cost, figure), (name, layer, figure)
+                key = f"{layer} {figure}"
+                if not (
+                    layer == "channel" and figure == "map_bytes" and name in ("height", "width")
+                ):
+                    assert found != before.get(key), (name, key)
+                before[key] = found
+    # The bars are as long as their numbers say.
+    bars = page.locator("#explorer .bars[data-figure=flops] .bar")
+    lengths = [float(bar.evaluate("(bar) => parseFloat(bar.style.width)")) for bar in bars.all()]
+    flops = [cost.flops for cost in expected.values()]
+    assert lengths == pytest.approx([100 * n / max(flops) for n in flops], rel=1e-4)
+    assert not _too_wide(page)
+    assert page.locator("#explorer td[data-layer=fully][data-figure=flops]").inner_text() == (
+        f"{expected['fully'].flops / 1e9:.3g}"
+    )
+
+
+def test_dtype_device_backend_and_projection_move_the_figures(
+    address: str, opened: Callable[..., Any]
+) -> None:
+    page = opened(f"{address}costs/")
+    shape = (1, 512, 97, 97)
+    page.locator("#explore-backend").select_option("sdpa")
+    for dtype in ("bfloat16", "float32"):
+        page.locator("#explore-dtype").select_option(dtype)
+        for device, name in (("cuda", "GPU"), ("cpu", "CPU")):
+            page.locator("#explore-device").select_option(label=name)
+            assert page.locator("[data-control=threads]").is_visible() == (device == "cpu")
+            threads = torch.get_num_threads()
+            if device == "cpu":
+                _slide(page, "threads", threads)
+            options = {"dtype": getattr(torch, dtype), "device": device, "backend": "sdpa"}
+            for layer, cost in _costs(shape, **options).items():
+                assert _value(page, layer, "backend") == "sdpa"
+                assert int(_value(page, layer, "training_bytes")) == cost.training_bytes
+    bare = int(_value(page, "fully", "flops"))
+    page.locator("#explore-project").check()
+    assert int(_value(page, "fully", "flops")) - bare == 18 * 512**2 * 97**2
+    page.locator("#explore-backend").select_option("triton")
+    assert page.locator("#explorer td[data-figure=flops]").first.inner_text() == "–"
+    said = page.locator("#explorer .reason[data-layer=fully]").inner_text()
+    assert said == "FullyAttentional: triton runs on a GPU, not on the CPU."
+
+
+def test_a_setting_can_be_sent_as_an_address(address: str, opened: Callable[..., Any]) -> None:
+    page = opened(f"{address}costs/")
+    page.get_by_role("button", name="4×128×64×64").click()
+    page.locator("#explore-dtype").select_option("float16")
+    sent = page.url
+    figures = page.locator("#explore-result").inner_text()
+    again = opened(sent)
+    assert again.locator("#explore-result").inner_text() == figures
+    assert again.locator("#explore-channels-number").input_value() == "128"
+    # Nonsense in an address leaves what the page starts with.
+    nonsense = opened(f"{address}costs/#channels=-3&height=x&dtype=int8&backend=none&other=1")
+    assert nonsense.locator("#explore-channels-number").input_value() == "512"
+    assert nonsense.locator("#explore-dtype").input_value() == "float32"
+
+
+@pytest.mark.parametrize("text", ["", "0", "-4", "1.5", "many", "65537", "1e3"])
+def test_what_is_no_length_is_a_sentence_and_breaks_nothing(
+    text: str, address: str, opened: Callable[..., Any]
+) -> None:
+    page = opened(f"{address}costs/")
+    before = page.locator("#explore-result").inner_text()
+    number = page.locator("#explore-channels-number")
+    number.fill(text)
+    said = page.locator("#explore-said").inner_text()
+    assert said == f"C, channels: expected a whole number from 1 to 65,536, got “{text}”."
+    assert number.get_attribute("aria-invalid") == "true"
+    assert page.locator("#explore-result").inner_text() == before
+    number.fill("64")
+    assert page.locator("#explore-said").inner_text() == ""
+    expected = _costs((1, 64, 97, 97))["channel"]
+    assert int(_value(page, "channel", "flops")) == expected.flops
+    assert number.get_attribute("aria-invalid") == "false"
