@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import pytest
@@ -105,14 +106,23 @@ def test_a_fused_backend_computes_the_scores_once_more(backend: str) -> None:
 
 
 def check_memory(
-    name: str, shape: tuple[int, ...], backend: str, dtype: torch.dtype, tolerance: float
+    name: str,
+    shape: tuple[int, ...],
+    backend: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    more: int = 0,
 ) -> None:
+    """Compare with PyTorch's record, which may be larger by `more` bytes."""
     layer = FORMS[name](shape[1])
     cost = costs.cost(layer, shape, dtype=dtype, backend=backend)
-    inference, training = peak_bytes(layer, shape, backend, dtype)
-    slack = 50_000
-    assert cost.inference_bytes == pytest.approx(inference, rel=tolerance, abs=slack), "inference"
-    assert cost.training_bytes == pytest.approx(training, rel=tolerance, abs=slack), "training"
+    measured = dict(
+        zip(("inference", "training"), peak_bytes(layer, shape, backend, dtype), strict=True)
+    )
+    for mode, peak in measured.items():
+        formula = getattr(cost, f"{mode}_bytes")
+        slack = max(50_000, tolerance * peak)
+        assert -slack <= peak - formula <= slack + more, (mode, formula, peak)
 
 
 @pytest.fixture
@@ -151,8 +161,10 @@ def test_memory_is_what_pytorch_allocates(backend: str) -> None:
 @on_every_backend
 @pytest.mark.usefixtures("recorded_memory")
 def test_memory_in_half_precision_is_what_pytorch_allocates(backend: str) -> None:
-    # Convolutions in half precision take room in oneDNN that depends on the processor.
+    # Convolutions in half precision take room in oneDNN that depends on the processor; and where it
+    # has matrix units, SDPA packs queries, keys and values for them.
     names = forms(backend, torch.bfloat16, WITHOUT_CONVOLUTION)
+    packs = backend == "sdpa" and torch.cpu._is_amx_tile_supported()
 
     @given(
         name=st.sampled_from(names),
@@ -162,7 +174,9 @@ def test_memory_in_half_precision_is_what_pytorch_allocates(backend: str) -> Non
         width=st.integers(20, 48),
     )
     def check(name: str, batch: int, channels: int, height: int, width: int) -> None:
-        check_memory(name, (batch, channels, height, width), backend, torch.bfloat16, 0.15)
+        shape = (batch, channels, height, width)
+        packed = 3 * 2 * prod(shape) if packs else 0
+        check_memory(name, shape, backend, torch.bfloat16, 0.15, packed)
 
     check()
 

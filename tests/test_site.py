@@ -425,9 +425,10 @@ def test_the_sliders_move_every_figure(
     flops = [cost.flops for cost in expected.values()]
     assert lengths == pytest.approx([100 * n / max(flops) for n in flops], rel=1e-4)
     assert not _too_wide(page)
-    assert page.locator("#explorer td[data-layer=fully][data-figure=flops]").inner_text() == (
-        f"{expected['fully'].flops / 1e9:.3g}"
-    )
+    shown = f"{expected['fully'].flops / 1e9:.2f}"
+    assert page.locator("#explorer td[data-layer=fully][data-figure=flops]").inner_text() == shown
+    summary = page.locator("#explore-summary").inner_text()
+    assert summary.startswith(f"3×256×40×72, float32: forward FullyAttentional {shown}, Channel")
 
 
 def test_dtype_device_backend_and_projection_move_the_figures(
@@ -463,6 +464,8 @@ def test_a_setting_can_be_sent_as_an_address(address: str, opened: Callable[...,
     page.locator("#explore-dtype").select_option("float16")
     sent = page.url
     figures = page.locator("#explore-result").inner_text()
+    page.locator("a.headerlink").first.evaluate("(link) => link.click()")  # a place, no setting
+    assert page.locator("#explore-result").inner_text() == figures
     again = opened(sent)
     assert again.locator("#explore-result").inner_text() == figures
     assert again.locator("#explore-channels-number").input_value() == "128"
@@ -472,7 +475,7 @@ def test_a_setting_can_be_sent_as_an_address(address: str, opened: Callable[...,
     assert nonsense.locator("#explore-dtype").input_value() == "float32"
 
 
-@pytest.mark.parametrize("text", ["", "0", "-4", "1.5", "many", "65537", "1e3"])
+@pytest.mark.parametrize("text", ["", "0", "-4", "1.5", "many", "2049", "1e3"])
 def test_what_is_no_length_is_a_sentence_and_breaks_nothing(
     text: str, address: str, opened: Callable[..., Any]
 ) -> None:
@@ -481,7 +484,7 @@ def test_what_is_no_length_is_a_sentence_and_breaks_nothing(
     number = page.locator("#explore-channels-number")
     number.fill(text)
     said = page.locator("#explore-said").inner_text()
-    assert said == f"C, channels: expected a whole number from 1 to 65,536, got “{text}”."
+    assert said == f"C, channels: expected a whole number from 1 to 2,048, got “{text}”."
     assert number.get_attribute("aria-invalid") == "true"
     assert page.locator("#explore-result").inner_text() == before
     number.fill("64")

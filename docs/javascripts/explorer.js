@@ -7,12 +7,14 @@ document.addEventListener("DOMContentLoaded", () => {
   if (place === null) return;
 
   const NAMES = { fully: "FullyAttentional", channel: "ChannelNonLocal", spatial: "SpatialNonLocal" };
+  // A number beside a slider may be any from 1 to the slider's end. Up to there every figure is below
+  // 2^53, and so exact in a JavaScript number.
   const LENGTHS = {
-    channels: { name: "C, channels", from: 8, to: 2048, step: 8, most: 65536 },
-    height: { name: "H, height", from: 4, to: 256, step: 1, most: 4096 },
-    width: { name: "W, width", from: 4, to: 256, step: 1, most: 4096 },
-    batch: { name: "B, images", from: 1, to: 32, step: 1, most: 1024 },
-    threads: { name: "threads", from: 1, to: 32, step: 1, most: 1024 },
+    channels: { name: "C, channels", from: 8, to: 2048, step: 8 },
+    height: { name: "H, height", from: 4, to: 256, step: 1 },
+    width: { name: "W, width", from: 4, to: 256, step: 1 },
+    batch: { name: "B, images", from: 1, to: 32, step: 1 },
+    threads: { name: "threads", from: 1, to: 32, step: 1 },
   };
   const CHOICES = {
     dtype: { name: "dtype", options: { float32: "float32", bfloat16: "bfloat16", float16: "float16" } },
@@ -61,8 +63,7 @@ document.addEventListener("DOMContentLoaded", () => {
 
   const grouped = (number) => number.toLocaleString("en");
   const digits = (number) =>
-    number === 0 ? "0" : number >= 100 ? grouped(Math.round(number)) : number < 0.001 ? "< 0.001"
-      : String(Number(number.toPrecision(3)));
+    number >= 100 ? grouped(Math.round(number)) : number < 0.001 ? "< 0.001" : number.toPrecision(3);
 
   const state = { ...START };
   const fields = {}; // by name, what shows a value in the controls
@@ -80,14 +81,14 @@ document.addEventListener("DOMContentLoaded", () => {
   function write() {
     const changed = Object.entries(state).filter(([name, value]) => value !== START[name]);
     const hash = new URLSearchParams(changed.map(([name, value]) => [name, String(value)]));
-    history.replaceState(null, "", changed.length > 0 ? `#${hash}` : location.pathname);
+    history.replaceState(null, "", changed.length > 0 ? `#${hash}` : location.pathname + location.search);
   }
 
   // Why a text is no length, or null.
   function problem(name, text) {
-    const { name: title, most } = LENGTHS[name];
-    if (/^[0-9]+$/.test(String(text).trim()) && Number(text) >= 1 && Number(text) <= most) return null;
-    return `${title}: expected a whole number from 1 to ${grouped(most)}, got “${text}”.`;
+    const { name: title, to } = LENGTHS[name];
+    if (/^[0-9]+$/.test(String(text).trim()) && Number(text) >= 1 && Number(text) <= to) return null;
+    return `${title}: expected a whole number from 1 to ${grouped(to)}, got “${text}”.`;
   }
 
   // Controls
@@ -101,6 +102,7 @@ document.addEventListener("DOMContentLoaded", () => {
       type: "text", inputMode: "numeric", id: `explore-${name}-number`, name,
     });
     number.setAttribute("aria-label", `${title}, as a number`);
+    number.setAttribute("aria-describedby", "explore-said");
     slider.addEventListener("input", () => change(name, Number(slider.value)));
     number.addEventListener("input", () => {
       const wrong = problem(name, number.value);
@@ -161,11 +163,13 @@ document.addEventListener("DOMContentLoaded", () => {
   const said = element("p", { className: "said", id: "explore-said" });
   said.setAttribute("role", "alert");
   const result = element("div", { id: "explore-result" });
-  result.setAttribute("aria-live", "polite");
+  // What a screen reader says after a change: one sentence, not the table.
+  const summary = element("p", { className: "summary", id: "explore-summary" });
+  summary.setAttribute("aria-live", "polite");
 
   function table(costs) {
-    const head = element("tr", {}, element("th"), ...Object.keys(costs).map((layer) =>
-      element("th", { className: layer }, NAMES[layer])));
+    const head = element("tr", {}, element("td"), ...Object.keys(costs).map((layer) =>
+      element("th", { className: layer, scope: "col" }, NAMES[layer])));
     const body = ROWS.map(([figure, title, format]) => element("tr", {},
       element("th", { scope: "row" }, title),
       ...Object.entries(costs).map(([layer, cost]) => {
@@ -193,7 +197,7 @@ document.addEventListener("DOMContentLoaded", () => {
           element("span", { className: "number" }, value === undefined ? "–" : digits(value / unit)));
       });
       return element("div", { className: "bars", data: { figure } },
-        element("h3", {}, title), ...lines);
+        element("h3", {}, `${title}, from 0`), ...lines);
     });
   }
 
@@ -201,6 +205,10 @@ document.addEventListener("DOMContentLoaded", () => {
     for (const field of Object.values(fields)) field(except);
     const costs = Object.fromEntries(fullattnCosts.layers.map((layer) =>
       [layer, fullattnCosts.cost({ layer, ...state })]));
+    const flops = Object.entries(costs).filter(([, cost]) => cost.flops !== undefined).map(
+      ([layer, cost]) => `${NAMES[layer]} ${digits(cost.flops / 1e9)}`);
+    summary.textContent = `${state.batch}×${state.channels}×${state.height}×${state.width}, ${state.dtype}: `
+      + (flops.length > 0 ? `forward ${flops.join(", ")} GFLOPs.` : "this backend runs none of them.");
     const reasons = Object.entries(costs).filter(([, cost]) => cost.reason !== undefined).map(
       ([layer, cost]) => element("p", { className: "reason", data: { layer } },
         `${NAMES[layer]}: ${cost.reason}.`));
@@ -217,9 +225,11 @@ document.addEventListener("DOMContentLoaded", () => {
     element("div", { className: "controls" },
       element("div", {}, ...["channels", "height", "width", "batch"].map(length)),
       element("div", {}, ...Object.keys(CHOICES).map(choice), length("threads"), projection())),
-    said, result);
+    said, summary, result);
   show();
   window.addEventListener("hashchange", () => {
+    // The link to the title and the one that skips to the text name a place, not a setting.
+    if (location.hash !== "" && !location.hash.includes("=")) return;
     Object.assign(state, START);
     read();
     show();

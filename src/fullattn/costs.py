@@ -21,8 +21,9 @@ that arrives at the output: the result, copies, maps, buffers, and in training w
 the gradient of x and those of the parameters. They assume a contiguous x, a normalisation that
 keeps its input and an activation that keeps its result, as BatchNorm2d and ReLU do. On a CPU with
 float32 they are within a tenth of the allocations that PyTorch reports. Not counted are what BLAS
-and convolutions in half precision take for themselves, memory that the allocator does not give
-back, and PyTorch's own records: a process grows by somewhat more. For other devices the formulas
+and convolutions in half precision take for themselves, the tokens that `sdpa` packs in
+half precision for processors with matrix units (AMX), memory that the allocator does not give back,
+and PyTorch's own records: a process grows by somewhat more. For other devices the formulas
 are the same, but their libraries' room is not known and not counted.
 
 Example:
