@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fullattn.data import open_dataset
 from fullattn.evaluation.scores import Scores, confusion_matrix
 from fullattn.models import ATTENTIONS, SegmentationHead, backbone, mobilenetv2
+from fullattn.plot.style import BLUE, GRID, ORANGE, QUIET, styled
 
 RESULTS = Path(__file__).parent / "results" / "camvid"
 CACHE = Path("out/camvid")
@@ -471,6 +472,7 @@ def _difference(values: list[float], others: list[float]) -> str:
     return f"{statistics.fmean(differences):+.2f} ± {half:.2f}"
 
 
+@styled
 def plot(whole: dict[str, list[Scores]], unseen: dict[str, list[Scores]]) -> None:
     """One panel for each mean: a point for every seed, a bar at their mean."""
     from matplotlib.figure import Figure
@@ -487,21 +489,26 @@ def plot(whole: dict[str, list[Scores]], unseen: dict[str, list[Scores]]) -> Non
         ),
         ("mean IoU, Seq05VD alone", [[100 * e.mean_iou for e in unseen[n]] for n in NAMES]),
     )
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (title, values) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for place, (name, points) in enumerate(zip(NAMES, values, strict=True)):
-            colour = "C3" if name.startswith("fully") else "0.5" if place < 2 else "C0"
+            colour = BLUE if name.startswith("fully") else QUIET if place < 2 else ORANGE
             axes.scatter([place] * len(points), points, s=22, color=colour, alpha=0.7, zorder=3)
             mean = statistics.fmean(points)
             axes.hlines(mean, place - 0.3, place + 0.3, color=colour, linewidth=2.5)
-        labels = [name.replace("_", "\n") for name in NAMES]
+        labels = [
+            name.replace("_", "\n").replace("convolution", "con-\nvolution") for name in NAMES
+        ]
         axes.set_xticks(range(len(NAMES)), labels, fontsize=8)
-        axes.set_title(title, fontsize=11)
+        axes.set_title(title)
         axes.set_ylabel("IoU, %")
-        axes.grid(axis="y", alpha=0.3)
+        axes.grid(axis="y", color=GRID, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
-        "CamVid test, heads on a frozen MobileNetV2, attention exchanged: every seed and the mean"
+        "CamVid test, heads on a frozen MobileNetV2, attention exchanged: every seed and the mean",
+        x=0.01,
+        ha="left",
+        fontsize=12,
     )
     figure.savefig(RESULTS / "camvid.png", dpi=110)
 
