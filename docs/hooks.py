@@ -90,4 +90,5 @@ def _notebook() -> dict[str, bytes]:
     pictures = {f"generated/{name}": data for name, data in resources["outputs"].items()}
     for name in resources["outputs"]:
         text = text.replace(f"]({name})", f"](generated/{name})")
+    text += "\n---\n\nThe notebook is `docs/tour.ipynb`; `make test` runs it.\n"
     return {"tour.md": text.encode(), **pictures}
