@@ -40,9 +40,10 @@ camvid: $(READY)  ## train a small FLANet on CamVid: make camvid DATA=folder [WE
 
 docs: $(READY)  ## the site, into out/site; a broken link or reference fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "out/site/index.html (to serve it: $(BIN)/mkdocs serve)"
 
 browser: $(READY)  ## the site in Chromium, at the width of a desk and of a phone, light and dark
-	$(TESTS) -m browser tests
+	$(TESTS) -m browser tests/test_site.py
 
 tables: $(READY)  ## the tables of README and documentation, out of benchmarks/results
 	$(BIN)/python benchmarks/tables.py

@@ -218,9 +218,9 @@ def of_backbone(
             options={"pad_type": "same"} if tensorflow else {},
         )
     except OSError as error:  # no connection
+        reason = str(error).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"timm could not get the weights of {name!r}: {str(error).splitlines()[0]}; give a "
-            "file of them"
+            f"timm could not get the weights of {name!r}: {reason}; give a file of them"
         ) from error
     if weights is not None:
         holder = nn.Module()
