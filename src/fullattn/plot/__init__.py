@@ -13,6 +13,6 @@ except ImportError as error:
 
 from fullattn.plot.draw import similarity
 from fullattn.plot.network import inputs_of, layers_with_maps
-from fullattn.plot.page import page
+from fullattn.plot.pages import page
 
 __all__ = ["inputs_of", "layers_with_maps", "page", "similarity"]
