@@ -342,6 +342,8 @@ def test_the_difference_is_that_of_the_channel_layers_map(
     assert _pixels(page, "canvas[data-map=column]") != before
     layer, x = layers["fully"]
     single = ChannelNonLocal(6, scale=layer.scale).similarity(x)[0].detach()
+    found = _hover(page, "only", 1, 2)
+    assert float(found["value"]) == pytest.approx(float(single[1, 2]), rel=1e-4, abs=1e-12)
     expected = _expected(layers, 5, 5)["column"] - single
     found = _hover(page, "column", 3, 3)
     assert float(found["value"]) == pytest.approx(float(expected[3, 3]), rel=1e-3, abs=1e-6)

@@ -169,8 +169,12 @@
       maps[axis].box.append(strip, words);
       box.append(maps[axis].box);
     }
-    section.append(box);
     const single = tensors[layer.single];
+    const only = channelMap(layer, () => "channel layer", "The channel layer's only map");
+    only.canvas.dataset.map = "only";
+    only.update(Float64Array.from(single), weightNorm(single), "the channel layer's only map");
+    box.append(only.box);
+    section.append(box);
     const tokens = { ...layer, features: tensors[layer.features] };
     let at = [0, 0];
     const update = (column, row) => {
