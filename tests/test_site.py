@@ -47,6 +47,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # a browser asks for many files at once
+
+
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
@@ -55,7 +59,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="session")
 def address(site: Path) -> Iterator[str]:
     handler = functools.partial(_Quiet, directory=str(site))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with _Server(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -349,6 +353,27 @@ def test_the_difference_is_that_of_the_channel_layers_map(
     assert float(found["value"]) == pytest.approx(float(expected[3, 3]), rel=1e-3, abs=1e-6)
     page.locator("input[value=weights]").check()
     assert _pixels(page, "canvas[data-map=column]") == before
+
+
+def test_the_two_channels_are_there_from_the_start_and_follow_the_point(
+    maps: Callable[..., tuple[Any, Any]],
+) -> None:
+    page, layers = maps(width="phone")
+    single = layers["channel"][0].similarity(layers["channel"][1])[0].detach()
+    others = single.clone().fill_diagonal_(0)
+    place = divmod(int(others.argmax()), 6)
+    cell = page.locator("#cell").evaluate("(cell) => ({...cell.dataset})")
+    assert (int(cell["attends"]), int(cell["attended"])) == place
+    heights = [page.evaluate("document.documentElement.scrollHeight")]
+    found = _hover(page, "column", 2, 4)
+    page.locator("#photograph").scroll_into_view_if_needed()
+    _click(page, 100, 20)
+    heights.append(page.evaluate("document.documentElement.scrollHeight"))
+    assert len(set(heights)) == 1  # nothing jumps under the pointer
+    again = page.locator("#cell").evaluate("(cell) => ({...cell.dataset})")
+    expected = _expected(layers, 100 * 16 // 128, 20 * 12 // 96)["column"][2, 4]
+    assert again["value"] != found["value"]
+    assert float(again["value"]) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_the_keyboard_reaches_the_numbers_of_a_map(maps: Callable[..., tuple[Any, Any]]) -> None:

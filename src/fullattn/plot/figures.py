@@ -152,7 +152,7 @@ def draw_column_and_row(
     plain.set_title("the point, its column and its row")
     for corner, size in (((x * wide, 0), (wide, height)), ((0, y * high), (width, high))):
         plain.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_MARK))
-    _show_distances(plain, distances(columns, single), distances(rows, single), (x, y))
+    _show_distances(plain, photograph, distances(columns, single), distances(rows, single), (x, y))
 
     norm = weight_norm(torch.stack([columns[x], rows[y], single]))
     for panel, weights, name in (
@@ -179,12 +179,16 @@ def draw_column_and_row(
     return figure
 
 
-def _show_distances(panel: Axes, columns: Tensor, rows: Tensor, at: tuple[int, int]) -> None:
+def _show_distances(
+    panel: Axes, photograph: Tensor, columns: Tensor, rows: Tensor, at: tuple[int, int]
+) -> None:
     """Along the photograph's edges, how far each column's and row's map is from the single one."""
     most = max(float(columns.max()), float(rows.max()), 1e-3)
     across, down = columns.tolist(), rows.tolist()
-    below = panel.inset_axes((0, -0.36, 1, 0.3))
-    right = panel.inset_axes((1.03, 0, 0.2, 1))
+    # As thick beside a long photograph as beside a square one.
+    high, wide = (side / max(photograph.shape[1:]) for side in photograph.shape[1:])
+    below = panel.inset_axes((0, -0.24 / high, 1, 0.2 / high))
+    right = panel.inset_axes((1 + 0.03 / wide, 0, 0.2 / wide, 1))
     below.bar(range(len(across)), across, width=1, color=BLUE)
     below.bar(at[0], across[at[0]], width=1, color=_MARK)
     below.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, most), xticks=[])

@@ -10,6 +10,7 @@
   };
   const { positionWeights, sliceMap, weightNorm, differenceNorm, place } = fullattnMaps;
   const byId = (id) => document.getElementById(id);
+  let repeat = null; // what shows the two channels again, when the maps have moved
   let point = data.point; // in pixels of the photograph as it came
 
   function element(tag, options = {}, ...children) {
@@ -76,6 +77,13 @@
     Object.assign(byId("cell").dataset, { attends: i, attended: j, value: weight });
   }
 
+  // Where the largest number outside of the diagonal stands.
+  function loudest(map, channels) {
+    let at = Math.min(1, map.length - 1);
+    map.forEach((value, k) => { if (k % (channels + 1) !== 0 && value > map[at]) at = k; });
+    return [Math.floor(at / channels), at % channels];
+  }
+
   function channelMap(layer, name, label) {
     const canvas = element("canvas", { className: "map", tabIndex: 0 });
     canvas.setAttribute("role", "application");
@@ -84,10 +92,12 @@
     const box = element("figure", {}, canvas, caption);
     let shown = null;
     let cell = [0, 0];
+    const again = () => showPair(layer, name(), shown, ...cell);
     const show = (i, j) => {
       const last = layer.channels - 1;
       cell = [Math.min(last, Math.max(0, i)), Math.min(last, Math.max(0, j))];
-      showPair(layer, name(), shown, ...cell);
+      repeat = again;
+      again();
     };
     canvas.addEventListener("pointermove", (event) => {
       const box = canvas.getBoundingClientRect();
@@ -104,6 +114,8 @@
       shown = values;
       paint(canvas, values, layer.channels, norm);
       caption.replaceChildren(text, legend(norm, what));
+      if (repeat === null) show(...loudest(values, layer.channels));
+      else if (repeat === again) again();
     };
     return { box, canvas, update };
   }
@@ -226,6 +238,7 @@
   });
 
   const photograph = byId("photograph");
+  document.documentElement.style.setProperty("--ratio", data.width / data.height);
   photograph.querySelector("img").src = data.photograph;
   const percent = (part, whole) => `${100 * part / whole}%`;
 
