@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import re
 import subprocess
@@ -24,6 +25,7 @@ from fullattn.cli import main
 from fullattn.data.decode import read_image, read_scaled
 from fullattn.data.errors import DataError
 from fullattn.evaluation import maps
+from fullattn.integrations.torchvision import ensure_importable
 from fullattn.models.files import load
 
 
@@ -49,6 +51,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return path if path.exists() else tiny_network.save(path, attention)
 
     return of
+
+
+def _timm() -> Any:
+    """Timm, whose torchvision may have to be made importable first."""
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("needs timm")
+    ensure_importable()
+    return importlib.import_module("timm")
 
 
 def _written(folder: str = "out/maps") -> list[str]:
@@ -163,7 +173,7 @@ def test_a_trained_networks_layers_are_drawn_with_what_they_are_given(
 
 @pytest.mark.slow
 def test_a_backbones_features_are_those_of_stride_8(photo: Path) -> None:
-    timm = pytest.importorskip("timm", reason="needs timm")
+    timm = _timm()
     torch.manual_seed(0)
     backbone = timm.create_model("test_resnet", features_only=True, pretrained=False)
     torch.save(backbone.state_dict(), "weights.pth")
@@ -325,7 +335,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 def test_weights_that_cannot_be_downloaded_are_a_sentence(
     photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timm = pytest.importorskip("timm", reason="needs timm")
+    timm = _timm()
 
     def refuse(*_: Any, **__: Any) -> nn.Module:
         raise OSError("no connection\nand more")
