@@ -19,7 +19,7 @@ bench: $(READY)  ## compare the layers and their backends: a table, out/bench/be
 	$(BIN)/fullattn bench --output out/bench
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen from the start.
-test: $(READY)  ## every test but those of `make networks`
+test: $(READY)  ## every test but those of `make networks` and `make browser`
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton.py
 

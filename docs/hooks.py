@@ -64,9 +64,10 @@ def _plots() -> dict[str, bytes]:
 def _maps() -> dict[str, bytes]:
     """What `fullattn maps` writes for the photograph."""
     from fullattn.evaluation import maps
+    from fullattn.evaluation.options import MAP_LAYERS
 
     photograph = maps.read(PHOTOGRAPH, 512)
-    seen = maps.of_stem(photograph, maps.LAYERS, channels=64, scale=None, seed=0)
+    seen = maps.of_stem(photograph, MAP_LAYERS, channels=64, scale=None, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         written = maps.write(seen, photograph, Path(folder), point=POINT, channel=28)
         return {f"generated/{path.name}": path.read_bytes() for path in written}

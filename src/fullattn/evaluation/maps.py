@@ -22,6 +22,7 @@ from fullattn.bench.inputs import through_stem
 from fullattn.data.decode import read_scaled
 from fullattn.data.errors import DataError
 from fullattn.evaluation.loop import evaluating, normalised
+from fullattn.evaluation.options import MAP_LAYERS
 from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.plot import figures, inputs_of, layers_with_maps, page, similarity
 
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
 
     from fullattn.models.files import Trained
 
-__all__ = ["LAYERS", "Photograph", "Seen", "of_backbone", "of_network", "of_stem", "read", "write"]
+__all__ = ["Photograph", "Seen", "of_backbone", "of_network", "of_stem", "read", "write"]
 
-LAYERS = ("spatial", "channel", "fully")
 # Scores of untrained layers are means over the features that are compared, times this: the larger,
 # the more a map is one weight of nearly 1 in each row, which shows nothing.
 _SHARPNESS = 4.0
@@ -150,12 +150,12 @@ def of_network(trained: Trained, photograph: Photograph) -> Seen:
 def _heading(key: str, layer: nn.Module) -> str:
     """A layer's type, and its name in the network where that says more."""
     kind = type(layer).__name__
-    return kind if key in LAYERS else f"{kind} {key}"
+    return kind if key in MAP_LAYERS else f"{kind} {key}"
 
 
 def _name_of(layer: nn.Module) -> str:
     kinds = (SpatialNonLocal, ChannelNonLocal, FullyAttentional)
-    return dict(zip(kinds, LAYERS, strict=True))[type(layer)]
+    return dict(zip(kinds, MAP_LAYERS, strict=True))[type(layer)]
 
 
 def of_stem(
@@ -165,7 +165,7 @@ def of_stem(
 
     Args:
         photograph: what is looked at.
-        layers: names out of `LAYERS`.
+        layers: names out of `MAP_LAYERS`.
         channels: C of the stem's features.
         scale: the layers' factor on their scores; None for 4/d, with d the features compared.
         seed: of the stem's weights.
@@ -191,7 +191,7 @@ def of_backbone(
 
     Args:
         photograph: what is looked at.
-        layers: names out of `LAYERS`.
+        layers: names out of `MAP_LAYERS`.
         name: timm's name.
         weights: a file of the backbone's weights; None for those that timm downloads.
         scale: the layers' factor on their scores; None for 4/d, with d the features compared.

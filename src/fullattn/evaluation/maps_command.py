@@ -8,6 +8,7 @@ from pathlib import Path
 from fullattn.arguments import Parser, count, seed, words
 from fullattn.bench.errors import UsageError
 from fullattn.evaluation.options import (
+    MAP_LAYERS,
     index,
     number,
     point,
@@ -17,9 +18,6 @@ from fullattn.evaluation.options import (
 )
 
 __all__ = ["add_maps"]
-
-# As in fullattn.evaluation.maps, which is imported when the command runs.
-_LAYERS = ("spatial", "channel", "fully")
 
 _EXAMPLES = """\
 examples:
@@ -85,7 +83,7 @@ def add_maps(commands: argparse._SubParsersAction[Parser]) -> None:
         "--weights", type=Path, metavar="FILE", help="the backbone's weights, instead of a download"
     )
     untrained.add_argument(
-        "--layers", nargs="+", metavar="LAYER", help=f"{', '.join(_LAYERS)} (all three)"
+        "--layers", nargs="+", metavar="LAYER", help=f"{', '.join(MAP_LAYERS)} (all three)"
     )
     untrained.add_argument(
         "--scale", type=number, help="factor on the scores; published is 1 (4/d, softer)"
@@ -109,10 +107,10 @@ def _check(args: argparse.Namespace) -> list[str]:
                 raise UsageError(f"expected no --{name} with --backbone, which has its own")
     elif args.weights is not None:
         raise UsageError("expected --backbone NAME with --weights")
-    layers = words(args.layers or _LAYERS)
+    layers = words(args.layers or MAP_LAYERS)
     for layer in layers:
-        if layer not in _LAYERS:
-            raise UsageError(f"expected layers of {', '.join(_LAYERS)}, got {layer!r}")
+        if layer not in MAP_LAYERS:
+            raise UsageError(f"expected layers of {', '.join(MAP_LAYERS)}, got {layer!r}")
     return list(dict.fromkeys(layers))
 
 

@@ -30,7 +30,6 @@ __all__ = [
     "draw_column_and_row",
     "draw_positions",
     "draw_profiles",
-    "is_logarithmic",
     "weight_norm",
 ]
 
@@ -277,7 +276,7 @@ def draw_channel(weights: Tensor, channel: int, *, title: str = "") -> Figure:
     panel = figure.subplots()
     values = weights.float().cpu()
     norm = weight_norm(values)
-    panel.set_yscale("log" if is_logarithmic(norm) else "linear")
+    panel.set_yscale("log" if isinstance(norm, LogNorm) else "linear")
     panel.margins(x=0.01, y=0.15)
     panel.bar(range(len(values)), values.tolist(), width=1, color=BLUE)
     panel.set_ylim(bottom=norm.vmin)
@@ -394,11 +393,6 @@ def difference_norm(differences: Tensor) -> tuple[CenteredNorm, bool]:
     half = float(sizes[:, apart].max()) if apart.any() else most
     half = half or most or 1.0
     return CenteredNorm(halfrange=half), half < most
-
-
-def is_logarithmic(norm: Normalize) -> bool:
-    """Whether a scale of colours is logarithmic."""
-    return isinstance(norm, LogNorm)
 
 
 def _show_weights(

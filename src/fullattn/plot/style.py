@@ -6,12 +6,11 @@ from typing import Any
 
 import matplotlib
 
-__all__ = ["BLUE", "COLOURS", "GREEN", "GRID", "INK", "LAYER_COLOURS", "ORANGE", "QUIET", "styled"]
+__all__ = ["BLUE", "COLOURS", "GRID", "INK", "ORANGE", "QUIET", "styled"]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart and which differ in grey as well.
-BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
-COLOURS = ("#000000", BLUE, "#56B4E9", "#D55E00", ORANGE, GREEN, "#CC79A7")
-LAYER_COLOURS = {"fully": BLUE, "channel": ORANGE, "spatial": GREEN}
+BLUE, ORANGE = "#0072B2", "#E69F00"
+COLOURS = ("#000000", BLUE, "#56B4E9", "#D55E00", ORANGE, "#009E73", "#CC79A7")
 INK, QUIET, GRID = "#222222", "#555555", "#dddddd"
 
 _SETTINGS: Any = {  # names that matplotlib lists as literals
