@@ -1,4 +1,4 @@
-"""A training step of FLANet with this package's layer against the copied public form.
+"""A training step of FLANet with this package's layer against the official implementation.
 
     python benchmarks/flanet_step.py
     python benchmarks/flanet_step.py --backbone resnet50 --shape 2 3 384 384 --calls 7
@@ -6,7 +6,7 @@
 Two networks with the same weights, from the backbone to the auxiliary heads, take turns with one
 batch in one process; a step is forward, backward and SGD with momentum. Peak memory is over what
 was there before the call, forward and backward without the optimizer, each network in a process of
-its own. The public form is the one of `fullattn bench`, with its batches corrected. Writes
+its own. The official implementation is the one of `fullattn bench`, with its batches corrected. Writes
 benchmarks/results/cpu/flanet_step_BACKBONE.json.
 """
 
@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullattn.bench.conditions import Conditions, device_name
-from fullattn.bench.copied_public_form import CopiedPublicForm
 from fullattn.bench.failures import Failure
 from fullattn.bench.memory import CpuMemory
 from fullattn.bench.network import Network
+from fullattn.bench.official import OfficialFLANetBlock
 from fullattn.bench.shapes import Shape
 from fullattn.models import FLANet
 
@@ -39,11 +39,11 @@ def ours(**options: Any) -> nn.Module:
     return FLANet(19, attention="fully", attention_options={"gamma_init": 0.7}, **options)
 
 
-def public(**options: Any) -> nn.Module:
-    """The same network with the copied public form in the layer's place."""
+def official(**options: Any) -> nn.Module:
+    """The same network with the official implementation in the layer's place."""
 
     def attention(channels: int) -> nn.Module:
-        layer = CopiedPublicForm(channels)
+        layer = OfficialFLANetBlock(channels)
         nn.init.constant_(layer.gamma, 0.7)
         return layer
 
@@ -74,8 +74,8 @@ def main() -> None:
     torch.manual_seed(0)
     images = torch.randn(args.shape)
     labels = torch.randint(0, 19, (args.shape[0], *args.shape[2:]))
-    nets = {"fullattn": ours(**options), "public": public(**options)}
-    nets["public"].load_state_dict(nets["fullattn"].state_dict())
+    nets = {"fullattn": ours(**options), "official": official(**options)}
+    nets["official"].load_state_dict(nets["fullattn"].state_dict())
     sides = {
         name: (net.train(), torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9))
         for name, net in nets.items()
@@ -102,7 +102,7 @@ def main() -> None:
         image=None,
     )
     memory = {}
-    for name, factory in (("fullattn", "ours"), ("public", "public")):
+    for name, factory in (("fullattn", "ours"), ("official", "official")):
         network = Network(f"{__file__}:{factory}", options, Shape(*args.shape), conditions)
         with CpuMemory() as probe:
             found = probe.probe_network(network, "training", 600)
@@ -130,8 +130,8 @@ def main() -> None:
             f"{name:<10} {statistics.median(each):8.0f} ms ({min(each):.0f} to {max(each):.0f}), "
             f"peak {memory[name] / 2**20:.0f} MiB, last loss {losses[name][-1]:.6f}"
         )
-    ratios = [b / a for a, b in zip(times["fullattn"], times["public"], strict=True)]
-    print(f"public / fullattn: {statistics.median(ratios):.3f} (median of pairs)")
+    ratios = [b / a for a, b in zip(times["fullattn"], times["official"], strict=True)]
+    print(f"official / fullattn: {statistics.median(ratios):.3f} (median of pairs)")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --rehearse --output out/rehearsal    # anywhere, for no figures
 
 Every kernel is checked first; nothing is timed if one is wrong. Then for each shape and dtype all
-contenders take turns, forward and forward + backward: the copied public form, the same under
+contenders take turns, forward and forward + backward: the official implementation, the same under
 `torch.compile`, our layer on each of PyTorch's fused kernels, our layer on the Triton kernels, and
 the two compression layers built and fused. Two ceilings are measured in the same run: a large
 bfloat16 matrix product and a large copy. What does not fit into the budget is marked so.
@@ -38,14 +38,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs
-from fullattn.attention import reference, triton
+from fullattn.attention import triton
 from fullattn.bench.conditions import environment
-from fullattn.bench.copied_public_form import CopiedPublicForm
 from fullattn.bench.failures import Failure
 from fullattn.bench.measure import Clock, clock_for, take_turns
 from fullattn.bench.memory import cuda_peak
+from fullattn.bench.official import OfficialFLANetBlock
 from fullattn.bench.workload import MODES, Mode, Workload
-from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
+from fullattn.functional import columns_and_rows
 
 Shape = tuple[int, int, int, int]
 SHAPES: list[Shape] = [
@@ -69,7 +69,11 @@ CHECKED: list[Shape] = [
 ]
 # By how much a result may differ from float64's, relative to its largest number.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-PUBLIC, COMPILED, TRITON = "public form", "public form, torch.compile", "fully, triton"
+OFFICIAL, COMPILED, TRITON = (
+    "official implementation",
+    "official implementation, torch.compile",
+    "fully, triton",
+)
 CHANNELS_LAST = "fully, triton, channels_last"
 IN_PLACE = "fully, triton, without windows"
 BASE = SHAPES[0]
@@ -110,13 +114,13 @@ def contenders(channels: int, *, rehearsal: bool) -> dict[str, Callable[[], nn.M
         return FullyAttentional(channels, project=False, gamma_init=0.5, backend=backend)
 
     def public() -> nn.Module:
-        module = CopiedPublicForm(channels)
+        module = OfficialFLANetBlock(channels)
         nn.init.constant_(module.gamma, 0.5)
         return module
 
     compiler = "aot_eager" if rehearsal else "inductor"
     return {
-        PUBLIC: public,
+        OFFICIAL: public,
         COMPILED: lambda: torch.compile(public(), backend=compiler),
         "fully, sdpa cuDNN": lambda: OnKernel(fully("sdpa"), SDPBackend.CUDNN_ATTENTION),
         "fully, sdpa flash": lambda: OnKernel(fully("sdpa"), SDPBackend.FLASH_ATTENTION),
@@ -159,13 +163,6 @@ class Check:
     passed: bool
 
 
-def _attended(x: Tensor, column_key: Tensor, row_key: Tensor) -> Tensor:
-    columns, rows = to_columns(x), to_rows(x)
-    return from_columns(
-        reference.attend(columns, column_key.unsqueeze(1), columns, 0.5)
-    ) + from_rows(reference.attend(rows, row_key.unsqueeze(1), rows, 0.5))
-
-
 def check(shape: Shape, dtype: torch.dtype, layout: str, device: torch.device) -> Check:
     """Compare the operator, forward and every gradient, with float64 on the same device."""
     batch, channels, height, width = shape
@@ -179,7 +176,7 @@ def check(shape: Shape, dtype: torch.dtype, layout: str, device: torch.device) -
     gamma, grad = torch.full((1,), 0.7).to(x), torch.randn(shape, device=device).to(dtype)
 
     inputs = [each.detach().requires_grad_() for each in (x, column_key, row_key, gamma)]
-    y = triton.attend_columns_and_rows(*inputs[:3], 0.5, inputs[3])
+    y = triton.axial_channel_attention(*inputs[:3], 0.5, inputs[3])
     actual = [y, *torch.autograd.grad(y, inputs, grad)]
 
     exact = [torch.zeros_like(each, dtype=torch.float64) for each in actual]
@@ -189,7 +186,7 @@ def check(shape: Shape, dtype: torch.dtype, layout: str, device: torch.device) -
         part = slice(first, first + step)
         given = [each[part].detach().double().requires_grad_() for each in inputs[:3]]
         given.append(gamma.double().requires_grad_())
-        result = given[3] * _attended(given[0], given[1], given[2]) + given[0]
+        result = given[3] * columns_and_rows(*given[:3], scale=0.5) + given[0]
         *found, to_gamma = torch.autograd.grad(result, given, grad[part].double())
         for into, each in zip(exact, [result.detach(), *found], strict=False):
             into[part] = each
@@ -215,7 +212,7 @@ def check_bit_equal(device: torch.device) -> bool:
         keys = torch.randn(2, 40, 7, device=device), torch.randn(2, 40, 18, device=device)
         for _ in range(2):
             inputs = [each.detach().requires_grad_() for each in (x, *keys)]
-            y = triton.attend_columns_and_rows(*inputs)
+            y = triton.axial_channel_attention(*inputs)
             found.append([y, *torch.autograd.grad(y, inputs, x)])
         return all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     finally:
@@ -361,14 +358,14 @@ def targets(rows: list[Row]) -> list[tuple[str, float, float | None]]:
     own = ours.median if ours else None
     return [
         (
-            "forward, against the public form",
+            "forward, against the official implementation",
             5.0,
-            ratio((PUBLIC, "inference"), (TRITON, "inference"), "median"),
+            ratio((OFFICIAL, "inference"), (TRITON, "inference"), "median"),
         ),
         (
-            "forward + backward, against the public form",
+            "forward + backward, against the official implementation",
             4.0,
-            ratio((PUBLIC, "training"), (TRITON, "training"), "median"),
+            ratio((OFFICIAL, "training"), (TRITON, "training"), "median"),
         ),
         (
             "forward + backward, against it under torch.compile",
@@ -376,9 +373,9 @@ def targets(rows: list[Row]) -> list[tuple[str, float, float | None]]:
             ratio((COMPILED, "training"), (TRITON, "training"), "median"),
         ),
         (
-            "peak memory in training, the public form's over ours",
+            "peak memory in training, the official implementation's over ours",
             10.0,
-            ratio((PUBLIC, "training"), (TRITON, "training"), "peak_bytes"),
+            ratio((OFFICIAL, "training"), (TRITON, "training"), "peak_bytes"),
         ),
         (
             "forward, share of the bfloat16 product",
@@ -446,7 +443,7 @@ def show(console: Console, rows: list[Row]) -> None:
         for head in ("contender", "median ms", "spread", "ratio", "peak MiB", "product", "copy"):
             table.add_column(head, justify="left" if head == "contender" else "right")
         group = [row for row in rows if (row.shape, row.dtype, row.mode) == (shape, dtype, mode)]
-        base = next((row.median for row in group if row.contender == PUBLIC), None)
+        base = next((row.median for row in group if row.contender == OFFICIAL), None)
         for row in group:
             if row.median is None:
                 table.add_row(row.contender, "–")

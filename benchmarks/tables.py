@@ -44,7 +44,7 @@ def _cpu() -> Report:
 
 def _name(row: Row) -> str:
     name = row.contender.title
-    quoted = name if row.contender.layer == "public" else f"`{name}`"
+    quoted = name if row.contender.layer == "official" else f"`{name}`"
     return quoted + (f" ({row.contender.backend})" if row.contender.backend else "")
 
 
@@ -120,11 +120,11 @@ def home_table() -> str:
 
 
 def flanet_step_table() -> str:
-    """A training step of FLANet with our layer and with the copied public form."""
+    """A training step of FLANet with our layer and with the official implementation."""
     cells, about = [], []
     for path in sorted((RESULTS / "cpu").glob("flanet_step_*.json")):
         data = json.loads(path.read_text())
-        ours, public = data["milliseconds"]["fullattn"], data["milliseconds"]["public"]
+        ours, public = data["milliseconds"]["fullattn"], data["milliseconds"]["official"]
         pairs = [theirs / our for our, theirs in zip(ours, public, strict=True)]
         cells.append(
             [
@@ -132,7 +132,7 @@ def flanet_step_table() -> str:
                 *(f"{statistics.median(each) / 1000:.2f}" for each in (ours, public)),
                 f"{statistics.median(pairs):.2f}×",
                 f"{min(pairs):.2f}× to {max(pairs):.2f}×",
-                *(f"{data['peak_bytes'][name] / 2**20:.0f}" for name in ("fullattn", "public")),
+                *(f"{data['peak_bytes'][name] / 2**20:.0f}" for name in ("fullattn", "official")),
             ]
         )
         shape = "×".join(map(str, data["shape"]))
@@ -140,8 +140,14 @@ def flanet_step_table() -> str:
             f"images {shape}, {data['device']}, {data['threads']} threads, torch {data['torch']}, "
             f"{len(pairs)} pairs of steps in turns"
         )
-    headings = ["backbone", "fullattn s", "public form s", "speed, median of pairs", "pairs"]
-    headings += ["fullattn peak MiB", "public peak MiB"]
+    headings = [
+        "backbone",
+        "fullattn s",
+        "official implementation s",
+        "speed, median of pairs",
+        "pairs",
+    ]
+    headings += ["fullattn peak MiB", "official peak MiB"]
     return f"{_table(headings, cells)}\n\n{'; '.join(dict.fromkeys(about))}."
 
 

@@ -3,8 +3,8 @@
 - `<!-- generated: NAME -->` ... `<!-- end -->` is made anew by benchmarks/tables.py;
 - `<!-- figure: NAME -->` becomes a drawing of docs/figures.py;
 - tour.md is the notebook as it was run, camvid.md what is written beside the results of CamVid;
-- generated/ has the plots of the benchmarks, the similarity maps of a photograph with their page,
-  and the picture of the layers, none of which is committed.
+- generated/ has the formulas of the cost explorer, the plots of the benchmarks, the similarity maps
+  of a photograph with their page, and the picture of the layers, none of which is committed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs")]
 
+import explorer  # noqa: E402
 import figures  # noqa: E402
 import tables  # noqa: E402
 
@@ -33,6 +34,7 @@ POINT = (318, 170)
 def on_files(files: Files, config: Any) -> Files:
     """Add what is generated."""
     made: dict[str, bytes] = {"generated/figures.css": figures.style().encode()}
+    made["generated/costs_data.js"] = explorer.script().encode()
     made |= _plots() | _maps() | _notebook() | _experiment()
     for name, content in made.items():
         if old := files.get_file_from_path(name):
@@ -64,10 +66,10 @@ def _plots() -> dict[str, bytes]:
 def _maps() -> dict[str, bytes]:
     """What `fullattn maps` writes for the photograph."""
     from fullattn.evaluation import maps
-    from fullattn.evaluation.options import MAP_LAYERS
+    from fullattn.layers import LAYERS
 
     photograph = maps.read(PHOTOGRAPH, 512)
-    seen = maps.of_stem(photograph, MAP_LAYERS, channels=64, scale=None, seed=0)
+    seen = maps.of_stem(photograph, list(LAYERS), channels=64, scale=None, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         written = maps.write(seen, photograph, Path(folder), point=POINT, channel=28)
         return {f"generated/{path.name}": path.read_bytes() for path in written}

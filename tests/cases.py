@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fullattn
 import oracle
-from fullattn.attention import Backend, Kind, Problem
+from fullattn import costs
+from fullattn.attention import AttentionInputs, Backend, ScoreFunction
 from fullattn.attention.dispatch import BACKENDS
 
 # By how much a result may differ from the exact one, relative to the largest number of the exact
@@ -72,7 +73,7 @@ class Case:
         name: for the test's id.
         layer: the class.
         options: what makes the form, and what leaves out parts that are PyTorch's own.
-        kind: form of attention that it asks of a backend.
+        score: how its scores become weights.
         maps: the layer's similarity maps by the oracle, from (layer, x).
         attended: the layer's result before gamma, output and residual, from (layer, x, maps).
         scalable: whether the form has a scale.
@@ -81,7 +82,7 @@ class Case:
     name: str
     layer: type[nn.Module]
     options: dict[str, Any]
-    kind: Kind
+    score: ScoreFunction
     maps: Callable[[Any, Any], list[Any]]
     attended: Callable[[Any, Any, list[Any]], Any]
     scalable: bool = True
@@ -102,12 +103,10 @@ class Case:
         weight, bias = arrays(layer.output.conv.weight[:, :, 0, 0], layer.output.conv.bias)
         return image + oracle.convolution_1x1(attended, weight, bias)
 
-    def problem(self, dtype: torch.dtype, device: str = "cpu") -> Problem:
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> AttentionInputs:
         """What the layer asks of a backend, at some size."""
-        x = torch.empty(1, 2, 3, 4, dtype=dtype, device=device)
-        if self.kind is Kind.COLUMNS_AND_ROWS:
-            return Problem.of_columns_and_rows(x)
-        return Problem.of(self.kind, x, x)
+        layer = self.layer(2, device="meta", **self.options)
+        return costs.inputs_of(layer, (1, 2, 3, 4), dtype, device)
 
 
 def _fully_attentional_maps(layer: Any, x: Any) -> list[Any]:
@@ -149,12 +148,12 @@ def _spatial_attended(layer: Any, x: Any, maps: list[Any]) -> Any:
     return oracle.spatial_attended(value, *maps, *x.shape[2:])
 
 
-def _spatial(mode: str, kind: Kind, **options: Any) -> Case:
+def _spatial(mode: str, score: ScoreFunction, **options: Any) -> Case:
     return Case(
         "-".join(["spatial", mode, *options]),
         fullattn.SpatialNonLocal,
         {"mode": mode, "norm_layer": None, "zero_init": False, **options},
-        kind,
+        score,
         _spatial_maps,
         _spatial_attended,
         scalable=mode != "concatenation",
@@ -165,7 +164,7 @@ FULLY_ATTENTIONAL = Case(
     "fully_attentional",
     fullattn.FullyAttentional,
     {"project": False, "gamma_init": 0.7},
-    Kind.COLUMNS_AND_ROWS,
+    ScoreFunction.SOFTMAX,
     _fully_attentional_maps,
     _fully_attentional_attended,
 )
@@ -173,7 +172,7 @@ CHANNEL = Case(
     "channel",
     fullattn.ChannelNonLocal,
     {"gamma_init": 0.7},
-    Kind.SOFTMAX,
+    ScoreFunction.SOFTMAX,
     _channel_maps,
     _channel_attended,
 )
@@ -181,16 +180,18 @@ CHANNEL_LEAST_SIMILAR = Case(
     "channel-least_similar",
     fullattn.ChannelNonLocal,
     {"gamma_init": 0.7, "least_similar": True},
-    Kind.SOFTMAX,
+    ScoreFunction.SOFTMAX,
     _channel_maps,
     _channel_attended,
 )
-SPATIAL = _spatial("embedded_gaussian", Kind.SOFTMAX)
-SPATIAL_GAUSSIAN = _spatial("gaussian", Kind.SOFTMAX)
-SPATIAL_DOT_PRODUCT = _spatial("dot_product", Kind.DOT_PRODUCT)
-SPATIAL_CONCATENATION = _spatial("concatenation", Kind.CONCATENATION)
-SPATIAL_SUBSAMPLED = _spatial("embedded_gaussian", Kind.SOFTMAX, subsample=2)
-SPATIAL_UNPROJECTED = _spatial("embedded_gaussian", Kind.SOFTMAX, project=False, gamma_init=0.7)
+SPATIAL = _spatial("embedded_gaussian", ScoreFunction.SOFTMAX)
+SPATIAL_GAUSSIAN = _spatial("gaussian", ScoreFunction.SOFTMAX)
+SPATIAL_DOT_PRODUCT = _spatial("dot_product", ScoreFunction.DOT_PRODUCT)
+SPATIAL_CONCATENATION = _spatial("concatenation", ScoreFunction.CONCATENATION)
+SPATIAL_SUBSAMPLED = _spatial("embedded_gaussian", ScoreFunction.SOFTMAX, subsample=2)
+SPATIAL_UNPROJECTED = _spatial(
+    "embedded_gaussian", ScoreFunction.SOFTMAX, project=False, gamma_init=0.7
+)
 
 CASES = (
     FULLY_ATTENTIONAL,
@@ -205,7 +206,7 @@ CASES = (
 )
 CHANNEL_CASES = (CHANNEL, CHANNEL_LEAST_SIMILAR)
 SPATIAL_CASES = CASES[3:]
-SOFTMAX_CASES = tuple(case for case in CASES if case.kind in (Kind.SOFTMAX, Kind.COLUMNS_AND_ROWS))
+SOFTMAX_CASES = tuple(case for case in CASES if case.score is ScoreFunction.SOFTMAX)
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def runs(
         for backend in filter(only, BACKENDS):
             for device in DEVICES:
                 for dtype in dtypes or (torch.float64, torch.float32):
-                    reason = _why_not(backend, case.problem(dtype, device))
+                    reason = _why_not(backend, case.inputs(dtype, device))
                     if reason is None:
                         continue
                     name = str(dtype).removeprefix("torch.")
@@ -276,12 +277,12 @@ def runs(
     return pytest.mark.parametrize("run", parameters)
 
 
-def _why_not(backend: Backend, problem: Problem) -> str | None:
-    """'' if a backend runs a problem, None if its declared limits exclude it, else the reason."""
-    reasons = backend.reasons_against(problem)
+def _why_not(backend: Backend, inputs: AttentionInputs) -> str | None:
+    """'' if a backend runs inputs, None if its declared limits exclude it, else the reason."""
+    reasons = backend.reasons_against(inputs)
     if not reasons:
         return ""
-    # `unavailable` is asked last, when no declared limit speaks against the problem.
+    # `unavailable` is asked last, when no declared limit speaks against the inputs.
     return reasons[0] if reasons == [backend.unavailable()] else None
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from fullattn.attention import reference
 from fullattn.attention.dispatch import BACKENDS
 
 # The same examples in every run, so that a red build is red again when somebody looks into it.
@@ -44,8 +45,10 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return noted
 
     for backend in BACKENDS:
-        for kind, run in backend.run.items():
-            monkeypatch.setitem(backend.run, kind, noting(backend.name, run))
+        for functions in (backend.attend, backend.operations):
+            for what, run in functions.items():
+                monkeypatch.setitem(functions, what, noting(backend.name, run))
+    monkeypatch.setattr(reference, "attended", noting("reference", reference.attended))
     return names
 
 

@@ -15,27 +15,27 @@ from fullattn.attention.dispatch import BACKENDS
 from fullattn.bench import compare, plot
 from fullattn.bench.conditions import Conditions, Environment, parse_device, parse_dtype
 from fullattn.bench.contenders import (
-    LAYERS,
-    PUBLIC,
+    OFFICIAL,
     Contender,
     build,
     contenders_at,
+    inputs_of,
     load_class,
-    problem_of,
 )
-from fullattn.bench.copied_public_form import CopiedPublicForm
 from fullattn.bench.errors import UsageError
 from fullattn.bench.failures import Failure
 from fullattn.bench.formula import formula
 from fullattn.bench.inputs import check_image, feature_map
 from fullattn.bench.measure import Plan, take_turns, warm_up
 from fullattn.bench.memory import CpuMemory, Probe
+from fullattn.bench.official import OfficialFLANetBlock
 from fullattn.bench.output import output_folder, write_all
 from fullattn.bench.report import Formula, Measurement, Report, Row, read_report
 from fullattn.bench.run import Options, measure_all
 from fullattn.bench.shapes import DEFAULT_SHAPES, NAMED, Shape, parse_shape, sweep_shapes
 from fullattn.bench.table import WIDTH, print_report
 from fullattn.bench.workload import Mode, ShapeError, Workload
+from fullattn.layers import LAYERS
 
 Console = pytest.importorskip("rich.console").Console
 pytest.importorskip("matplotlib")
@@ -45,14 +45,14 @@ SMALL = Shape(1, 8, 6, 5)
 CONDITIONS = Conditions(threads=1)
 
 
-# The copied public form
+# The official implementation
 
 
 @pytest.mark.parametrize("project", [False, True])
 def test_public_form_equals_our_layer_on_batches(project: bool) -> None:
     torch.manual_seed(0)
     ours = FullyAttentional(6, project=project, gamma_init=0.7, backend="reference").double()
-    public = CopiedPublicForm(6, project=project).double()
+    public = OfficialFLANetBlock(6, project=project).double()
     public.load_state_dict(ours.state_dict())
     x = torch.randn(3, 6, 5, 7, dtype=torch.float64)
     ours_x, public_x = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -67,9 +67,9 @@ def test_public_form_equals_our_layer_on_batches(project: bool) -> None:
 
 
 def test_benchmarks_folder_hands_out_the_one_definition() -> None:
-    path = Path(__file__).parents[1] / "benchmarks" / "copied_public_form.py"
-    assert runpy.run_path(str(path))["CopiedPublicForm"] is CopiedPublicForm
-    assert load_class(f"{path}:CopiedPublicForm") is CopiedPublicForm
+    path = Path(__file__).parents[1] / "benchmarks" / "official.py"
+    assert runpy.run_path(str(path))["OfficialFLANetBlock"] is OfficialFLANetBlock
+    assert load_class(f"{path}:OfficialFLANetBlock") is OfficialFLANetBlock
 
 
 # Shapes
@@ -132,7 +132,7 @@ def _names(backends: list[str]) -> dict[str, Contender]:
 def test_default_runs_each_layer_automatically_and_built_and_fused() -> None:
     found = _names(["default"])
     builds = {backend.name: backend.builds_map for backend in BACKENDS}
-    assert PUBLIC in found
+    assert OFFICIAL in found
     for layer in LAYERS:
         mine = [c for c in found.values() if c.layer == layer]
         assert sum(c.automatic for c in mine) == 1
@@ -149,8 +149,8 @@ def test_auto_still_runs_compression_layers_built_and_fused() -> None:
 def test_all_runs_every_backend_that_can() -> None:
     found = _names(["all"])
     for layer in LAYERS:
-        problem = problem_of(layer, MIDDLE, torch.float32, "cpu")
-        able = {b.name for b in BACKENDS if not b.reasons_against(problem)}
+        inputs = inputs_of(layer, MIDDLE, torch.float32, "cpu")
+        able = {b.name for b in BACKENDS if not b.reasons_against(inputs)}
         assert {c.backend for c in found.values() if c.layer == layer} == able
 
 
@@ -175,9 +175,7 @@ def test_contenders_of_one_name_are_refused() -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_problem_is_the_one_that_the_layer_puts(
-    layer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inputs_are_those_of_the_layer(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from fullattn import attention
 
     asked = []
@@ -185,7 +183,7 @@ def test_problem_is_the_one_that_the_layer_puts(
     monkeypatch.setattr(attention, "choose", lambda *args: asked.append(args[0]) or choose(*args))
     shape = Shape(2, 6, 5, 7)
     build(Contender(layer), 6, CONDITIONS)(torch.randn(shape))
-    assert asked == [problem_of(layer, shape, torch.float32, "cpu")]
+    assert asked == [inputs_of(layer, shape, torch.float32, "cpu")]
 
 
 def test_gamma_is_the_same_everywhere_and_no_output_is_the_input() -> None:
@@ -200,7 +198,7 @@ def test_gamma_is_the_same_everywhere_and_no_output_is_the_input() -> None:
 def test_projection_is_in_both_forms_or_in_neither() -> None:
     for project in (False, True):
         conditions = dataclasses.replace(CONDITIONS, project=project)
-        for contender in (Contender("fully"), Contender(PUBLIC)):
+        for contender in (Contender("fully"), Contender(OFFICIAL)):
             names = [name for name, _ in build(contender, 4, conditions).named_parameters()]
             assert any(name.startswith("project") for name in names) == project
 
@@ -213,8 +211,8 @@ def test_formulas_agree_with_pytorchs_counter() -> None:
     for contender in contenders_at(shape, CONDITIONS, layers=list(LAYERS), backends=["all"]):
         found = formula(contender, build(contender, 8, CONDITIONS), shape, CONDITIONS)
         assert found.flops == found.counted_flops, contender.name
-        assert found.map_numbers
-        assert found.map_bytes == 4 * found.map_numbers
+        assert found.map_numel
+        assert found.map_bytes == 4 * found.map_numel
         assert found.parameters > 0
 
 
@@ -474,11 +472,11 @@ def _row(contender: Contender, *times: float, peak: int | None = 2**24) -> Row:
     return Row(SMALL, contender, Formula(5), measured)
 
 
-def _report(*rows: Row, baseline: str = PUBLIC, sweep: str | None = None) -> Report:
+def _report(*rows: Row, baseline: str = OFFICIAL, sweep: str | None = None) -> Report:
     return Report(ENVIRONMENT, CONDITIONS, baseline, sweep, list(rows))
 
 
-BASE, OURS = Contender(PUBLIC), Contender("fully", "sdpa", automatic=True)
+BASE, OURS = Contender(OFFICIAL), Contender("fully", "sdpa", automatic=True)
 
 
 def test_median_and_spread() -> None:
@@ -555,7 +553,7 @@ def _printed(report: Report) -> str:
 def test_table_shows_every_row_with_its_conditions_in_120_columns() -> None:
     slow = Row(
         SMALL,
-        Contender("spatial", "reassociated", True),
+        Contender("spatial", "linear", True),
         Formula(10**9, 10**15, 0),
         {
             "inference": Measurement([123456.0, 133456.0, 143456.0], 2**40),
@@ -566,11 +564,11 @@ def test_table_shows_every_row_with_its_conditions_in_120_columns() -> None:
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= WIDTH
     for expected in (
-        "copied public form",
-        "SpatialNonLocal reassociated*",
+        "official implementation",
+        "SpatialNonLocal linear*",
         "133456 ±",
         "out of memory",
-        "8x6x5, training, spatial:reassociated: asked for 4 TiB",
+        "8x6x5, training, spatial:linear: asked for 4 TiB",
         "a CPU",
         "float32",
         "contiguous",
@@ -590,7 +588,9 @@ def test_table_says_why_there_are_no_ratios() -> None:
     )
     text = _printed(_report(failed, _row(OURS, 1.0)))
     assert "8x6x5, inference: no ratios, because the baseline has no time." in text
-    assert "no ratios, because the baseline public is not there" in _printed(_report(_row(OURS, 1)))
+    assert "no ratios, because the baseline official is not there" in _printed(
+        _report(_row(OURS, 1))
+    )
 
 
 @pytest.mark.parametrize("sweep", [None, "resolution", "channels"])
@@ -785,7 +785,7 @@ def test_a_budget_used_up_leaves_out_all_but_the_first_layer_and_the_baseline() 
         assert left_out.failure is not None
         assert left_out.failure.kind == "no time left"
         assert {name: len(m.times_ms) for name, m in measured.items()} == {
-            "public": 1,
+            "official": 1,
             "channel:reference": 1,
             "channel:sdpa": 1,
         }
@@ -793,10 +793,10 @@ def test_a_budget_used_up_leaves_out_all_but_the_first_layer_and_the_baseline() 
 
 
 def test_a_backend_that_cannot_run_marks_its_row() -> None:
-    report = measure_all(_options(backends=["reassociated", "reference"]))
+    report = measure_all(_options(backends=["linear", "reference"]))
     kinds = {row.contender.name: row.measured["inference"].failure for row in report.rows}
-    assert kinds["channel:reassociated"] is not None
-    assert kinds["channel:reassociated"].kind == "cannot run"
+    assert kinds["channel:linear"] is not None
+    assert kinds["channel:linear"].kind == "cannot run"
     assert kinds["channel:reference"] is None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import fullattn
 import networks
-import public_code
+import official_code
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.checkpoints import CheckpointError, convert, load, load_into, table
 from fullattn.checkpoints.forms import _TABLE, FORMS, Form
@@ -76,7 +76,7 @@ def flanet() -> Pair:
     return Pair(
         "flanet",
         "flanet",
-        public_code.FullyAttentionalBlock,
+        official_code.FullyAttentionalBlock,
         lambda c: FullyAttentional(c, mix_images=True),
     )
 
@@ -156,7 +156,7 @@ PAIRS = [
     Pair(
         "danet-position",
         "danet",
-        lambda c: public_code.PositionAttention(c, D),
+        lambda c: official_code.PositionAttention(c, D),
         danet_position,
         "original",
     ),
@@ -164,7 +164,7 @@ PAIRS = [
     Pair(
         "danet-channel",
         "danet",
-        lambda c: public_code.ChannelAttention(),
+        lambda c: official_code.ChannelAttention(),
         danet_channel,
         "original",
     ),
@@ -283,8 +283,8 @@ class Model(nn.Module):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C))
         self.head = nn.Module()
-        self.head.sa = public_code.PositionAttention(C, D)
-        self.head.sc = public_code.ChannelAttention()
+        self.head.sa = official_code.PositionAttention(C, D)
+        self.head.sc = official_code.ChannelAttention()
 
 
 @pytest.mark.parametrize("prefix", ["head.sa", "head.sa."])
@@ -317,7 +317,7 @@ def test_the_layers_of_a_real_head_are_found_by_prefix() -> None:
 
 
 def test_the_given_tensors_are_shared_and_not_changed() -> None:
-    theirs = randomised(public_code.FullyAttentionalBlock(C)).state_dict()
+    theirs = randomised(official_code.FullyAttentionalBlock(C)).state_dict()
     before = copy.deepcopy(theirs)
     ours = convert(theirs, "flanet")
     assert ours["column_key.weight"].data_ptr() == theirs["conv1.weight"].data_ptr()
@@ -326,7 +326,7 @@ def test_the_given_tensors_are_shared_and_not_changed() -> None:
 
 
 def test_parameters_become_plain_tensors() -> None:
-    parameters = dict(public_code.PositionAttention(C, D).named_parameters())
+    parameters = dict(official_code.PositionAttention(C, D).named_parameters())
     for name, tensor in convert(parameters, "danet").items():
         assert type(tensor) is Tensor, name
         assert not tensor.requires_grad, name
@@ -342,7 +342,7 @@ def test_device_and_dtype_stay_those_that_were_given(dtype: torch.dtype) -> None
 
 
 def test_a_count_of_batches_that_an_old_file_leaves_out_is_0() -> None:
-    old = randomised(public_code.FullyAttentionalBlock(C)).state_dict()
+    old = randomised(official_code.FullyAttentionalBlock(C)).state_dict()
     del old["conv.1.num_batches_tracked"]
     layer = FullyAttentional(C).double()
     layer.load_state_dict(convert(old, "flanet"))

@@ -99,7 +99,7 @@ def test_info_says_of_every_backend_whether_it_runs(capsys: pytest.CaptureFixtur
     said = dict(line.strip().split(maxsplit=1) for line in lines[start + 1 :])
     assert list(said) == [backend.name for backend in BACKENDS]
     assert sum(sentence.startswith("runs: ") for sentence in said.values()) == 1
-    assert said["reassociated"].startswith("cannot run: ")
+    assert said["linear"].startswith("cannot run: ")
 
 
 def test_info_follows_shape_and_dtype(capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,14 +128,19 @@ def test_info_works_without_the_extra() -> None:
 def test_bench_writes_tables_json_and_picture(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QUICK, "--output", "a/b"]) == 0
     out = capsys.readouterr().out
-    for expected in ("By formula", "Measured", "copied public form", "ChannelNonLocal reference"):
+    for expected in (
+        "By formula",
+        "Measured",
+        "official implementation",
+        "ChannelNonLocal reference",
+    ):
         assert expected in out
     assert out.endswith("a/b/bench.json\na/b/bench.png\n")
     assert sorted(path.name for path in Path("a/b").iterdir()) == ["bench.json", "bench.png"]
     with Image.open("a/b/bench.png") as image:
         assert image.format == "PNG"
     data = json.loads(Path("a/b/bench.json").read_text())
-    assert _names(data) == ["public", "channel:reference"]
+    assert _names(data) == ["official", "channel:reference"]
     for row in data["rows"]:
         assert len(row["inference"]["times_ms"]) == len(row["training"]["times_ms"]) == 2
 
@@ -157,7 +162,7 @@ def test_shapes_layers_and_backends() -> None:
         [1, 64, 16, 16],
     ]
     assert _names(data)[:5] == [
-        "public",
+        "official",
         "fully:sdpa",
         "fully:reference",
         "channel:sdpa",
@@ -192,7 +197,7 @@ def test_conditions_are_taken_and_written_down(
     assert data["conditions"][name] == value
     assert all(row["inference"]["failure"] is None for row in data["rows"])
     projection = "with" if name == "project" else "without"
-    assert f"public form {projection} their 3x3 projection" in capsys.readouterr().out
+    assert f"official implementation {projection} their 3x3 projection" in capsys.readouterr().out
 
 
 def test_projection_adds_its_parameters() -> None:
@@ -311,7 +316,7 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--mode", "backward"], "invalid choice", "'backward'"),
         (["--sweep", "batch"], "invalid choice", "'batch'"),
         (["--sweep", "channels", "--shapes", "4x5x6", "4x6x6"], "expected one shape", "got 2"),
-        (["--baseline", "best"], "expected a baseline of public, channel:reference", "'best'"),
+        (["--baseline", "best"], "expected a baseline of official, channel:reference", "'best'"),
         (["--repeats", "0"], "expected a whole number of at least 1", "'0'"),
         (["--threads", "many"], "expected a whole number", "'many'"),
         (["--seed", "-1"], "expected", "-1"),

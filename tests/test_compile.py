@@ -23,7 +23,7 @@ from cases import (
     assert_near,
     runs,
 )
-from fullattn.attention import Kind
+from fullattn.attention import ScoreFunction
 from fullattn.attention.dispatch import BACKENDS
 
 pytestmark = pytest.mark.slow
@@ -207,7 +207,7 @@ def test_operators_pass_the_checks_of_torch_library(name: str, strided: bool, sl
     (entry,) = (entry for entry in BACKENDS if entry.name == backend)
     if reason := entry.unavailable():
         pytest.skip(f"{backend}: {reason}")
-    if Kind.SOFTMAX in entry.run:
+    if ScoreFunction.SOFTMAX in entry.attend:
         grad, query, key, value = images(
             (2, 5, 7, 6), (2, 5, 7, 3), (2, slices, 4, 3), (2, slices, 4, 6)
         )

@@ -14,25 +14,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import explorer
 import fullattn
 from fullattn import costs
 from fullattn.attention import dispatch
+from fullattn.layers import LAYERS
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "javascripts" / "costs.js"
-LAYERS: dict[str, Callable[..., Any]] = {
-    "fully": fullattn.FullyAttentional,
-    "channel": fullattn.ChannelNonLocal,
-    "spatial": fullattn.SpatialNonLocal,
-}
-# `reassociated` runs none of the default forms.
-BACKENDS = ("automatic", "reference", "native", "chunked", "triton", "sdpa")
+BACKENDS = ("automatic", *dispatch.backend_names())
 DTYPES = ("float32", "bfloat16", "float16")
 FIGURES = [
     "backend",
     "parameters",
     "flops",
     "backward_flops",
-    "map_numbers",
+    "map_numel",
     "map_bytes",
     "inference_bytes",
     "training_bytes",
@@ -62,7 +58,7 @@ def in_the_page() -> Callable[..., Any]:
     """What the page's script answers, run in V8."""
     racer = pytest.importorskip("py_mini_racer", reason="needs mini-racer: a V8 to run scripts in")
     context = racer.MiniRacer()
-    context.eval(SCRIPT.read_text("utf-8"))
+    context.eval(explorer.script() + SCRIPT.read_text("utf-8"))
 
     def ask(**setting: Any) -> Any:
         return json.loads(
@@ -85,11 +81,9 @@ def _everything_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_from_environment", None)
     monkeypatch.setattr(dispatch, "BACKENDS", tuple(there.values()))
     monkeypatch.setattr(dispatch, "_BY_NAME", there)
-    monkeypatch.setattr(
-        dispatch,
-        "FUSED",
-        {kind: tuple(there[e.name] for e in fused) for kind, fused in dispatch.FUSED.items()},
-    )
+    for name in ("FUSED_SLICES", "FUSED_SLICE"):
+        fused = tuple(there[entry.name] for entry in getattr(dispatch, name))
+        monkeypatch.setattr(dispatch, name, fused)
 
 
 def _in_python(
@@ -101,7 +95,7 @@ def _in_python(
     backend: str,
     project: bool,
 ) -> dict[str, Any] | None:
-    options = {"project": project} if layer == "fully" else {}
+    options = {} if project else LAYERS[layer].head_options
     module = LAYERS[layer](shape[1], device="meta", **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
@@ -197,10 +191,10 @@ def test_the_reason_says_what_stands_against_a_backend(in_the_page: Callable[...
     setting = {"batch": 1, "channels": 8, "height": 600, "width": 4, "dtype": "float32"}
     setting |= {"threads": 1, "project": False}
     for layer, device, backend, said in (
-        ("channel", "cpu", "native", "native runs the columns and rows of FullyAttentional alone"),
-        ("fully", "cuda", "native", "native runs on the CPU, not on a GPU"),
-        ("fully", "cuda", "triton", "triton takes H and W up to 512, not 600"),
-        ("spatial", "cuda", "chunked", "chunked runs on the CPU, not on a GPU"),
+        ("channel", "cpu", "native", "runs axial channel attention, not channel attention"),
+        ("fully", "cuda", "native", "runs on cpu, not on cuda"),
+        ("fully", "cuda", "triton", "takes up to 512 features, not 600"),
+        ("spatial", "cuda", "chunked", "runs on cpu, not on cuda"),
     ):
         found = in_the_page(layer=layer, device=device, backend=backend, **setting)
-        assert found == {"reason": said}
+        assert found == {"reason": f"{backend} {said}"}

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fullattn
 from cases import peak_bytes
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs
+from fullattn.attention import native
 from fullattn.attention.dispatch import BACKENDS
 
 FLOAT32 = torch.float32
@@ -131,7 +132,7 @@ def recorded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     The C kernel takes its room from malloc; PyTorch's convolutions take more with more threads.
     """
-    monkeypatch.setattr(costs, "_native_rooms", lambda shape: (0, 0))
+    monkeypatch.setattr(native, "kernel_workspace", lambda shape, threads: (0, 0))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -186,7 +187,7 @@ def test_without_a_map_inference_memory_grows_with_the_positions_alone(name: str
     layer = FORMS[name](512, device="meta")
     small = costs.cost(layer, (1, 512, 64, 64))
     large = costs.cost(layer, (1, 512, 128, 128))
-    assert small.map_numbers * (16 if name != "fully-bare" else 2) == large.map_numbers
+    assert small.map_numel * (16 if name != "fully-bare" else 2) == large.map_numel
     assert large.inference_bytes <= 4.4 * small.inference_bytes
 
 
@@ -196,7 +197,7 @@ def test_map_numbers_are_those_of_the_similarity_maps(name: str) -> None:
     maps = layer.to(x.dtype).similarity(x)
     maps = maps if isinstance(maps, tuple) else (maps,)
     cost = costs.cost(layer, x.shape, dtype=x.dtype)
-    assert cost.map_numbers == sum(m.numel() for m in maps)
+    assert cost.map_numel == sum(m.numel() for m in maps)
     assert cost.map_bytes == sum(m.numel() * m.itemsize for m in maps)
 
 
@@ -241,7 +242,7 @@ def test_the_backend_is_the_one_that_would_run() -> None:
             fullattn.BackendError,
             "cannot run",
             (ChannelNonLocal(4), (1, 4, 5, 5)),
-            {"backend": "reassociated"},
+            {"backend": "linear"},
         ),
         (
             fullattn.BackendError,

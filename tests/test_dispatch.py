@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +14,18 @@ from torch import Tensor
 
 import fullattn
 from cases import CASES, FULLY_ATTENTIONAL, SPATIAL, Case
-from fullattn.attention import Backend, BackendError, Kind, Problem, backend_names, choose, sdpa
+from fullattn import functional
+from fullattn.attention import (
+    AttentionInputs,
+    Backend,
+    BackendError,
+    ScoreFunction,
+    backend_names,
+    choose,
+    sdpa,
+)
 from fullattn.attention.backend import FLOATING
-from fullattn.attention.dispatch import BACKENDS, FUSED, explain
+from fullattn.attention.dispatch import BACKENDS, explain, fused
 
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 dtypes = st.sampled_from(sorted(FLOATING, key=str))
@@ -25,13 +33,24 @@ sizes = st.integers(1, 2**20)
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    return Problem(
-        kind=draw(st.sampled_from(Kind)),
+def asked(draw: st.DrawFn) -> AttentionInputs:
+    operation = draw(
+        st.sampled_from(
+            [
+                functional.AXIAL_CHANNEL_ATTENTION,
+                functional.CHANNEL_ATTENTION,
+                functional.POSITION_ATTENTION,
+            ]
+        )
+    )
+    return AttentionInputs(
+        operation=operation.name,
+        sliced=operation.sliced,
+        score=draw(st.sampled_from(ScoreFunction)),
         device=draw(st.sampled_from(["cpu", "cuda", "meta", "mps"])),
         dtype=draw(dtypes),
-        map_numbers=draw(sizes),
-        tensor_numbers=draw(sizes),
+        map_numel=draw(sizes),
+        token_numel=draw(sizes),
         features=draw(st.integers(1, 512)),
     )
 
@@ -45,19 +64,28 @@ def test_backend_runs_on_this_machine(backend: Backend) -> None:
     # Where a backend cannot, this line of the report says why, and its tests are not there.
     if reason := backend.unavailable():
         pytest.skip(f"{backend.name}: {reason}")
-    problems = (case.problem(dtype) for case in CASES for dtype in FLOATING)
-    assert any(not backend.reasons_against(problem) for problem in problems)
+    inputs = (case.inputs(dtype) for case in CASES for dtype in FLOATING)
+    assert any(not backend.reasons_against(each) for each in inputs)
 
 
-@given(problem=problems())
-def test_the_map_is_built_only_where_it_is_smaller_or_nothing_else_can(problem: Problem) -> None:
-    chosen = choose(problem)
-    fused = [b for b in BACKENDS if not b.builds_map and not b.reasons_against(problem)]
-    smaller = problem.map_numbers < problem.tensor_numbers
-    if (smaller and problem.kind is not Kind.COLUMNS_AND_ROWS) or not fused:
+@given(inputs=asked())
+def test_the_map_is_built_only_where_it_is_smaller_or_nothing_else_can(
+    inputs: AttentionInputs,
+) -> None:
+    chosen = choose(inputs)
+    able = [b for b in BACKENDS if not b.builds_map and not b.reasons_against(inputs)]
+    smaller = inputs.map_numel < inputs.token_numel
+    if (smaller and not inputs.sliced) or not able:
         assert chosen.builds_map
     else:
-        assert chosen is next(b for b in FUSED[problem.kind] if b in fused)
+        assert chosen is next(b for b in fused(inputs) if b in able)
+
+
+@given(inputs=asked(), backend=st.sampled_from(BACKENDS))
+def test_a_backend_can_run_what_has_no_reason_against_it(
+    inputs: AttentionInputs, backend: Backend
+) -> None:
+    assert backend.can_run(inputs) == (not backend.reasons_against(inputs))
 
 
 @pytest.mark.parametrize(
@@ -73,35 +101,35 @@ def test_the_map_is_built_only_where_it_is_smaller_or_nothing_else_can(problem: 
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else str(value),
 )
-def test_the_rule_counts_map_numbers_against_tensor_numbers(
+def test_the_rule_counts_the_map_against_the_tokens(
     layer: torch.nn.Module, shape: tuple[int, ...], builds_map: bool, ran: list[str]
 ) -> None:
     layer(image(*shape))
     assert {BY_NAME[name].builds_map for name in ran} == {builds_map}
 
 
-@given(problem=problems())
-def test_explain_agrees_with_choose(problem: Problem) -> None:
-    rows = explain(problem)
+@given(inputs=asked())
+def test_explain_agrees_with_choose(inputs: AttentionInputs) -> None:
+    rows = explain(inputs)
     assert [backend for backend, _ in rows] == list(BACKENDS)
     running = [backend for backend, sentence in rows if sentence.startswith("runs:")]
-    assert running == [choose(problem)]
+    assert running == [choose(inputs)]
     for backend, sentence in rows:
-        assert sentence.startswith("cannot run: ") == bool(backend.reasons_against(problem))
-        for reason in backend.reasons_against(problem):
+        assert sentence.startswith("cannot run: ") == bool(backend.reasons_against(inputs))
+        for reason in backend.reasons_against(inputs):
             assert reason in sentence
 
 
-@given(problem=problems(), name=st.sampled_from(backend_names()))
-def test_explain_agrees_with_a_forced_choice(problem: Problem, name: str) -> None:
-    running = [backend.name for backend, text in explain(problem, name) if text.startswith("runs:")]
-    if BY_NAME[name].reasons_against(problem):
+@given(inputs=asked(), name=st.sampled_from(backend_names()))
+def test_explain_agrees_with_a_forced_choice(inputs: AttentionInputs, name: str) -> None:
+    running = [backend.name for backend, text in explain(inputs, name) if text.startswith("runs:")]
+    if BY_NAME[name].reasons_against(inputs):
         assert running == []
         with pytest.raises(BackendError):
-            choose(problem, name)
+            choose(inputs, name)
     else:
         assert running == [name]
-        assert choose(problem, name).name == name
+        assert choose(inputs, name).name == name
 
 
 def test_forcing_a_backend_that_cannot_run_is_one_error_with_all_reasons() -> None:
@@ -109,11 +137,10 @@ def test_forcing_a_backend_that_cannot_run_is_one_error_with_all_reasons() -> No
     with pytest.raises(BackendError) as caught:
         layer(image(1, 4, 5, 6))
     message = str(caught.value)
-    problem = SPATIAL.problem(torch.float32)
-    problem = replace(problem, kind=Kind.CONCATENATION)
+    inputs = SPATIAL.inputs(torch.float32)._replace(score=ScoreFunction.CONCATENATION)
     assert message.startswith("backend 'sdpa' cannot run concatenation attention")
     for backend in BACKENDS:
-        reasons = backend.reasons_against(problem) or ["can run it"]
+        reasons = backend.reasons_against(inputs) or ["can run it"]
         assert backend is sdpa.BACKEND or f"{backend.name}: {', '.join(reasons)}" in message
         assert all(reason in message for reason in reasons)
 
@@ -137,16 +164,16 @@ def test_the_context_wins_over_the_layer_and_the_layer_over_the_rule(ran: list[s
 
 
 def test_contexts_nest_and_end_with_an_exception() -> None:
-    problem = FULLY_ATTENTIONAL.problem(torch.float32)
-    automatic = choose(problem).name
+    inputs = FULLY_ATTENTIONAL.inputs(torch.float32)
+    automatic = choose(inputs).name
     with fullattn.backend("sdpa"):
         with fullattn.backend("reference"):
-            assert choose(problem).name == "reference"
-        assert choose(problem).name == "sdpa"
+            assert choose(inputs).name == "reference"
+        assert choose(inputs).name == "sdpa"
         with pytest.raises(KeyError), fullattn.backend("chunked"):
             raise KeyError
-        assert choose(problem).name == "sdpa"
-    assert choose(problem).name == automatic
+        assert choose(inputs).name == "sdpa"
+    assert choose(inputs).name == automatic
 
 
 def test_the_backward_pass_runs_on_the_backend_of_its_forward() -> None:
@@ -162,12 +189,14 @@ def test_the_backward_pass_runs_on_the_backend_of_its_forward() -> None:
 
 PRECEDENCE = """
 import torch, fullattn
-from fullattn.attention import Problem, choose
-problem = Problem.of_columns_and_rows(torch.empty(1, 8, 3, 3))
+from fullattn import costs
+from fullattn.attention import choose
+layer = fullattn.FullyAttentional(8, device="meta")
+inputs = costs.inputs_of(layer, (1, 8, 3, 3), torch.float32, "cpu")
 def names():
     with fullattn.backend("chunked"):
-        inside = choose(problem, "reference").name
-    return choose(problem).name, choose(problem, "reference").name, inside
+        inside = choose(inputs, "reference").name
+    return choose(inputs).name, choose(inputs, "reference").name, inside
 try:
     print(*names())
 except ValueError as error:
@@ -194,20 +223,20 @@ def test_the_environment_is_looked_at_after_context_and_layer(value: str, printe
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_problem_counts_what_the_layer_has(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Problem] = []
+def test_the_inputs_count_what_the_layer_has(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[AttentionInputs] = []
 
-    def noting(problem: Problem, requested: str | None = None) -> Backend:
-        seen.append(problem)
-        return choose(problem, requested)
+    def noting(inputs: AttentionInputs, requested: str | None = None) -> Backend:
+        seen.append(inputs)
+        return choose(inputs, requested)
 
     monkeypatch.setattr(fullattn.attention, "choose", noting)
     layer, x = case.build(6, torch.float32), image(3, 6, 4, 10)
     layer(x)
     maps = layer.similarity(x)
     numbers = sum(one[0].numel() for one in ([maps] if isinstance(maps, Tensor) else maps))
-    assert [problem.kind for problem in seen] == [case.kind]
-    assert seen[0].map_numbers == numbers
+    assert [inputs.score for inputs in seen] == [case.score]
+    assert seen[0].map_numel == numbers
     assert (seen[0].device, seen[0].dtype) == ("cpu", torch.float32)
 
 

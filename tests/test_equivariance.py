@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import public_code
+import official_code
 from cases import (
     CHANNEL_CASES,
     FULLY_ATTENTIONAL,
@@ -174,7 +174,7 @@ def test_the_copied_public_code_mixes_images_and_this_layer_does_not(run: Run) -
     x = torch.randn(2, 5, 4, 6, generator=generator).to(run.device, run.dtype)
 
     def copied(x: Tensor) -> Tensor:
-        return public_code.fully_attentional(x, layer.column_key, layer.row_key, layer.gamma)
+        return official_code.fully_attentional(x, layer.column_key, layer.row_key, layer.gamma)
 
     assert_near(copied(x[:1]), run(layer, x[:1]), run.dtype)
     assert (copied(x) - run(layer, x)).abs().max() > 0.01

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fullattn
-import public_code
+import official_code
 from fullattn import FullyAttentional, checkpoints
 from fullattn.checkpoints import CheckpointError
-from fullattn.models import ATTENTIONS, FLANet, SegmentationHead, files, mobilenetv2
+from fullattn.models import FLANet, SegmentationHead, attentions, files, mobilenetv2
 from fullattn.models.backbone import load_weights
 
 EXACT = 1e-8
@@ -74,7 +74,7 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 @torch.no_grad()
 def test_weights_of_the_public_network_give_its_logits() -> None:
-    theirs = trained(public_code.PublicFLANet(7))
+    theirs = trained(official_code.OfficialFLANet(7))
     with torch.device("meta"):  # all of its numbers come from the other
         ours = FLANet(7).double()
     ours.to_empty(device="cpu")
@@ -90,7 +90,7 @@ def test_weights_of_the_public_network_give_its_logits() -> None:
 
 @pytest.fixture(scope="module")
 def public() -> nn.Module:
-    return trained(public_code.PublicFLANet(3, (1, 2, 2, 2), False, channels=16))
+    return trained(official_code.OfficialFLANet(3, (1, 2, 2, 2), False, channels=16))
 
 
 def public_into_ours(public: nn.Module, **options: Any) -> FLANet:
@@ -157,7 +157,7 @@ def test_public_weights_of_another_class_count_are_refused(public: nn.Module) ->
 # What differs between attentions.
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", attentions())
 def test_networks_differ_in_attention_alone(attention: str) -> None:
     def built(name: str) -> dict[str, Tensor]:
         torch.manual_seed(3)
@@ -171,7 +171,7 @@ def test_networks_differ_in_attention_alone(attention: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", attentions())
 def test_every_attention_starts_from_the_same_function(attention: str) -> None:
     torch.manual_seed(3)
     plain = SegmentationHead(6, 4, attention="none", channels=8, out_channels=8, norm_layer=None)
@@ -184,7 +184,7 @@ def test_every_attention_starts_from_the_same_function(attention: str) -> None:
     torch.testing.assert_close(head(x), plain(x))
 
 
-@pytest.mark.parametrize("attention", [name for name in ATTENTIONS if name != "none"])
+@pytest.mark.parametrize("attention", [name for name in attentions() if name != "none"])
 def test_every_attention_is_trained_and_images_stay_apart(attention: str) -> None:
     torch.manual_seed(0)
     head = SegmentationHead(

@@ -60,7 +60,7 @@ def test_rehearsal_checks_and_times_every_contender(tmp_path: Path) -> None:
         mode: rows["fully, triton", mode]["useful_flops"] for mode in ("inference", "training")
     }
     assert flops["training"] == 3 * flops["inference"]
-    assert rows["public form", "inference"]["useful_flops"] == flops["inference"]
+    assert rows["official implementation", "inference"]["useful_flops"] == flops["inference"]
     assert (tmp_path / "gpu.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -25,8 +25,8 @@ from fullattn.cli import main
 from fullattn.data.decode import read_image, read_scaled
 from fullattn.data.errors import DataError
 from fullattn.evaluation import maps
-from fullattn.evaluation.options import MAP_LAYERS
 from fullattn.integrations.torchvision import ensure_importable
+from fullattn.layers import LAYERS
 from fullattn.models.files import load
 
 
@@ -114,7 +114,7 @@ def test_the_options_reach_the_drawing(photo: Path) -> None:
 
 
 def test_untrained_layers_compare_the_features_themselves(photo: Path) -> None:
-    seen = maps.of_stem(maps.read(photo, 512), MAP_LAYERS, 6, None, 0)
+    seen = maps.of_stem(maps.read(photo, 512), list(LAYERS), 6, None, 0)
     features = seen.layers["fully"][1][0].double().numpy()
     c, h, w = features.shape
     np.testing.assert_allclose(features.mean((1, 2)), 0, atol=1e-5)

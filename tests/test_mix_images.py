@@ -1,4 +1,4 @@
-"""mix_images=True is the copied public code, batches included, and nothing else is."""
+"""mix_images=True is the official implementation, batches included, and nothing else is."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fullattn
-import public_code
+import official_code
 from cases import SIZES, assert_near
-from fullattn import FullyAttentional, costs, functional
-from fullattn.layers import fully_attentional
+from fullattn import FullyAttentional, attention, costs
+from fullattn.layers import mixing
 
 pytestmark = pytest.mark.filterwarnings("ignore:mix_images=True:UserWarning")
 
@@ -34,7 +34,7 @@ def image(*shape: int) -> Tensor:
 
 
 def copied(layer: FullyAttentional, x: Tensor) -> Tensor:
-    return public_code.fully_attentional(x, layer.column_key, layer.row_key, layer.gamma)
+    return official_code.fully_attentional(x, layer.column_key, layer.row_key, layer.gamma)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "chunked"])
@@ -85,9 +85,8 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
 
 def test_the_function_without_gamma_is_the_attention_alone() -> None:
     layer, x = build(5), image(2, 5, 4, 7)
-    column, row = layer.column_key, layer.row_key
-    weights = (column.weight, row.weight, column.bias, row.bias)
-    attended = functional.fully_attentional(x, *weights, mix_images=True)
+    column_key, row_key = layer.column_key(x.mean(3).mT).mT, layer.row_key(x.mean(2).mT).mT
+    attended = attention.run(mixing.mixed_call(x, column_key, row_key))
     assert_near(x + layer.gamma * attended, layer(x), torch.float64)
 
 
@@ -133,9 +132,9 @@ def test_a_backend_of_whole_layers_says_that_it_cannot(backend: str) -> None:
 
 @pytest.fixture
 def nobody_warned() -> Iterator[None]:
-    fully_attentional._warn_of_mixing.cache_clear()
+    mixing.warn.cache_clear()
     yield
-    fully_attentional._warn_of_mixing.cache_clear()
+    mixing.warn.cache_clear()
 
 
 @pytest.mark.usefixtures("nobody_warned")

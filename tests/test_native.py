@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fullattn
-from fullattn.attention import native, reference
-from fullattn.attention.backend import Kind, Problem
-from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
+from fullattn import costs
+from fullattn.attention import native
+from fullattn.functional import columns_and_rows
 
 MISSING = native._unavailable()
 needs_kernel = pytest.mark.skipif(MISSING is not None, reason=f"native kernel: {MISSING}")
@@ -42,13 +42,6 @@ def kernel(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "_kernel", lambda: built)
         yield request.param
-
-
-def definition(x, column_key, row_key, scale):
-    columns, rows = to_columns(x), to_rows(x)
-    return from_columns(
-        reference.attend(columns, column_key.unsqueeze(1), columns, scale)
-    ) + from_rows(reference.attend(rows, row_key.unsqueeze(1), rows, scale))
 
 
 def relative_error(got, expected):
@@ -97,7 +90,7 @@ def test_kernel_and_its_gradients_equal_the_definition_in_float64(
     x, grad = (torch.randn(shape, generator=generator) for _ in range(2))
     keys = [torch.randn(batch, channels, n, generator=generator) for n in (height, width)]
     exact = [t.double().requires_grad_() for t in (x, *keys)]
-    expected = definition(*exact, scale)
+    expected = columns_and_rows(*exact, scale)
     expected_grads = torch.autograd.grad(expected, exact, grad.double())
     expected = expected.detach()
 
@@ -143,7 +136,7 @@ def test_large_scores_do_not_overflow_and_not_a_number_stays_in_its_image():
     keys = [torch.randn(3, 40, n) * 1e4 for n in (9, 10)]
     assert (
         relative_error(
-            native._forward(x, *keys, 1.0), definition(*(t.double() for t in (x, *keys)), 1.0)
+            native._forward(x, *keys, 1.0), columns_and_rows(*(t.double() for t in (x, *keys)), 1.0)
         )
         < 1e-3
     )
@@ -169,11 +162,12 @@ def run(code, **environment):
 WHY = """
 import torch, fullattn
 from fullattn.attention import dispatch
-from fullattn.attention.backend import Problem
+from fullattn import costs
 x = torch.randn(1, 16, 4, 5)
-problem = Problem.of_columns_and_rows(x)
-print(dispatch.choose(problem).name)
-print(dict((b.name, why) for b, why in dispatch.explain(problem))["native"])
+meta = fullattn.FullyAttentional(16, device="meta")
+inputs = costs.inputs_of(meta, tuple(x.shape), x.dtype, "cpu")
+print(dispatch.choose(inputs).name)
+print(dict((b.name, why) for b, why in dispatch.explain(inputs))["native"])
 layer = fullattn.FullyAttentional(16, project=False, backend="native")
 try:
     layer(x)
@@ -227,8 +221,9 @@ def test_without_memory_the_error_says_so(monkeypatch):
 
 @needs_kernel
 def test_float64_is_left_to_another_backend():
-    problem = Problem(Kind.COLUMNS_AND_ROWS, "cpu", torch.float64, 10, 1, 8)
-    (reason,) = native.BACKEND.reasons_against(problem)
+    layer = fullattn.FullyAttentional(4, device="meta")
+    inputs = costs.inputs_of(layer, (1, 4, 3, 3), torch.float64, "cpu")
+    (reason,) = native.BACKEND.reasons_against(inputs)
     assert reason == "takes bfloat16, float16, float32 on cpu, not float64"
     with fullattn.backend("native"), pytest.raises(fullattn.BackendError, match="not float64"):
         fullattn.FullyAttentional(4, dtype=torch.float64)(torch.zeros(1, 4, 3, 3).double())

@@ -20,7 +20,6 @@ from cases import (
     assert_near,
 )
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, functional
-from fullattn.attention import Kind
 
 LAYERS = (FullyAttentional, ChannelNonLocal, SpatialNonLocal)
 each_layer = pytest.mark.parametrize("layer_class", LAYERS, ids=lambda layer: layer.__name__)
@@ -304,13 +303,11 @@ def test_parameter_names_are_these() -> None:
 
 def test_fully_attentional_function_without_gamma_is_the_attention_alone() -> None:
     layer, x = FULLY_ATTENTIONAL.build(6), image()
-    column, row = layer.column_key, layer.row_key
-    weights = (column.weight, row.weight, column.bias, row.bias)
-    attended = functional.fully_attentional(x, *weights)
+    keys = layer.column_key(x.mean(3).mT).mT, layer.row_key(x.mean(2).mT).mT
+    attended = functional.fully_attentional(x, *keys)
     assert_near(x + layer.gamma * attended, layer(x), torch.float64)
-    assert_near(functional.fully_attentional(x, *weights, layer.gamma), layer(x), torch.float64)
-    unbiased = functional.fully_attentional(x, *weights[:2])
-    assert (unbiased - attended).abs().max() > 1e-3
+    assert_near(functional.fully_attentional(x, *keys, layer.gamma), layer(x), torch.float64)
+    assert_near(functional.columns_and_rows(x, *keys), attended, torch.float64)
 
 
 def test_channel_function_without_gamma_is_the_attention_alone() -> None:
@@ -321,49 +318,23 @@ def test_channel_function_without_gamma_is_the_attention_alone() -> None:
 
 def test_spatial_function_without_output_is_the_attention_alone() -> None:
     layer, x = SPATIAL.build(6), image()
-    weights = {
-        "query_weight": layer.query.weight,
-        "query_bias": layer.query.bias,
-        "key_weight": layer.key.weight,
-        "key_bias": layer.key.bias,
-    }
-    value = (layer.value.weight, layer.value.bias)
-    attended = functional.spatial_non_local(x, *value, **weights)
+    attended = functional.spatial_non_local(layer.query(x), layer.key(x), layer.value(x))
     assert_near(x + layer.output(attended), layer(x), torch.float64)
-    output = {"output_weight": layer.output.conv.weight, "output_bias": layer.output.conv.bias}
-    whole = functional.spatial_non_local(x, *value, **weights, **output)
-    assert_near(whole, layer(x), torch.float64)
 
 
 def test_spatial_function_with_gamma_in_place_of_an_output_is_the_layer_without_projection() -> (
     None
 ):
     layer, x = SPATIAL_UNPROJECTED.build(6), image()
-    whole = functional.spatial_non_local(
-        x,
-        layer.value.weight,
-        layer.value.bias,
-        query_weight=layer.query.weight,
-        query_bias=layer.query.bias,
-        key_weight=layer.key.weight,
-        key_bias=layer.key.bias,
-        gamma=layer.gamma,
-    )
+    query, key, value = layer.query(x), layer.key(x), layer.value(x)
+    whole = functional.spatial_non_local(query, key, value, x, layer.gamma)
     assert_near(whole, layer(x), torch.float64)
-
-
-def test_concatenation_function_asks_for_its_weight() -> None:
-    x = image()
-    with pytest.raises(ValueError, match=r"score_weight of shape \(2·D,\), got None"):
-        functional.attend_positions(x, x, x, kind=Kind.CONCATENATION)
-    with pytest.raises(ValueError, match=r"score_weight of shape \(2·D,\), got None"):
-        functional.position_similarity(x, x, kind=Kind.CONCATENATION)
 
 
 def test_positions_may_attend_to_another_image_of_another_size() -> None:
     query, key, value = image(2, 3, 4, 5), image(2, 3, 2, 7), image(2, 6, 2, 7)
     similarity = functional.position_similarity(query, key)
-    attended = functional.attend_positions(query, key, value)
+    attended = functional.spatial_non_local(query, key, value)
     assert similarity.shape == (2, 20, 14)
     expected = torch.einsum("bpq,bcq->bcp", similarity, value.flatten(2)).view(2, 6, 4, 5)
     assert_near(attended, expected, torch.float64)

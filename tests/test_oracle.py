@@ -23,7 +23,7 @@ from cases import (
     feature_maps,
     runs,
 )
-from fullattn.attention import reference, similarity
+from fullattn.attention.reference import similarity
 
 
 @runs(torch.float64, torch.float32)

@@ -125,7 +125,7 @@ def test_any_weights_can_be_written(weights: Tensor, tmp_path: Path) -> None:
         figures.draw_channels(weights, torch.randn(4, 5, 6)),
         figures.draw_positions(_photograph(), weights, (0, 0)),
         figures.draw_channel(weights[0], 0),
-        figures.draw_profiles(_photograph(), weights, weights, 0),
+        figures.draw_profiles(_photograph(), {"column": weights, "row": weights}, 0),
     )
     for number, figure in enumerate(made):
         figure.savefig(tmp_path / f"{number}.png")
@@ -331,6 +331,19 @@ def engine() -> _Engine:
 _sizes = st.integers(1, 6)
 
 
+def _position_tokens(data: Any, described: Any, branch: Any) -> dict[str, Any]:
+    return {
+        "query": _tensor(data, branch["query"]).tolist(),
+        "key": _tensor(data, branch["key"]).tolist(),
+        "features": branch["tokenFeatures"],
+        "factor": described["factor"],
+        "score": described["score"],
+        "width": described["width"],
+        "keyWidth": branch["keyWidth"],
+        "within": branch["within"],
+    }
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_page_computes_the_spatial_layers_map(engine: _Engine, mode: str) -> None:
     @given(c=_sizes, h=st.integers(2, 6), w=st.integers(2, 6), step=st.integers(1, 2), seed=_sizes)
@@ -340,18 +353,13 @@ def test_the_page_computes_the_spatial_layers_map(engine: _Engine, mode: str) ->
         x = torch.randn(c, h, w)
         data = _data(page({"a": (layer, x)}, _photograph()))
         (described,) = data["layers"]
-        tokens = {
-            "query": _tensor(data, described["query"]).tolist(),
-            "key": _tensor(data, described["key"]).tolist(),
-            "features": described["tokenFeatures"],
-            "factor": described["factor"],
-            "kind": described["kind"],
-        }
-        assert described["keyHeight"] * described["keyWidth"] == (h // step) * (w // step)
+        (branch,) = described["branches"]
+        tokens = _position_tokens(data, described, branch)
+        assert branch["keyHeight"] * branch["keyWidth"] == (h // step) * (w // step)
         expected = layer.similarity(x).detach().numpy()
-        for position in {0, w - 1, h * w - 1}:
-            found = engine.call("positionWeights", tokens, position)
-            np.testing.assert_allclose(found, expected[position], rtol=1e-4, atol=1e-6)
+        for column, row in {(0, 0), (w - 1, 0), (w - 1, h - 1)}:
+            found = engine.call("positionWeights", tokens, [column, row])
+            np.testing.assert_allclose(found, expected[row * w + column], rtol=1e-4, atol=1e-6)
 
     check()
 
@@ -364,18 +372,21 @@ def test_the_page_computes_the_fully_attentional_layers_maps(engine: _Engine) ->
         x = torch.randn(1, c, h, w)
         data = _data(page({"a": (layer, x)}, _photograph()))
         (described,) = data["layers"]
-        tokens = described | {"features": _tensor(data, described["features"]).tolist()}
         columns, rows = (each[0].detach().numpy() for each in layer.similarity(x))
-        for axis, maps in (("column", columns), ("row", rows)):
-            key = _tensor(data, described[f"{axis}Key"]).tolist()
+        for branch, slices, maps in zip(
+            described["branches"], ("column", "row"), (columns, rows), strict=True
+        ):
+            assert branch["slices"] == slices
+            tokens = described | {"query": _tensor(data, branch["query"]).tolist()}
+            key = _tensor(data, branch["key"]).tolist()
             for index in {0, len(maps) - 1}:
-                found = engine.call("sliceMap", tokens, key, axis, index)
+                found = engine.call("sliceMap", tokens, key, slices, index)
                 expected = maps[index].ravel()
                 np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
         single = _tensor(data, described["single"]).reshape(c, c)
         expected = ChannelNonLocal(c, scale=layer.scale).similarity(x)[0].detach().numpy()
         np.testing.assert_allclose(single, expected, rtol=1e-5, atol=1e-7)
-        distances = _tensor(data, described["columnDistances"])
+        distances = _tensor(data, described["branches"][0]["distances"])
         expected = np.abs(columns - single).sum(2).mean(1) / 2
         np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-6)
 

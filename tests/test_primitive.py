@@ -11,10 +11,11 @@ from torch import Tensor
 
 import oracle
 from cases import assert_near
-from fullattn.attention import Backend, Kind, attend, similarity
+from fullattn.attention import Backend, ScoreFunction, attend
 from fullattn.attention.dispatch import BACKENDS
+from fullattn.attention.reference import similarity
 
-SOFTMAX_BACKENDS = [backend for backend in BACKENDS if Kind.SOFTMAX in backend.run]
+SOFTMAX_BACKENDS = [backend for backend in BACKENDS if ScoreFunction.SOFTMAX in backend.attend]
 each_backend = pytest.mark.parametrize("backend", SOFTMAX_BACKENDS, ids=lambda entry: entry.name)
 
 

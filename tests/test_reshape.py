@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fullattn import reshape
+from fullattn.reshape import CHANNELS, COLUMNS, POSITIONS, ROWS, Cut
 
+# Every way to give each axis to slices, tokens or features.
+CUTS = [
+    Cut(
+        "any",
+        *(
+            "".join(a for a, place in zip("chw", places, strict=True) if place == g)
+            for g in range(3)
+        ),
+    )
+    for places in itertools.product(range(3), repeat=3)
+]
 sizes = st.integers(1, 5)
 shapes = st.tuples(st.integers(0, 3), sizes, sizes, sizes)
 
@@ -25,8 +39,8 @@ def test_columns_rows_channels_and_positions_are_where_the_indices_say(
 ) -> None:
     batch, channels, height, width = shape
     x = numbered(shape)
-    columns, rows = reshape.to_columns(x), reshape.to_rows(x)
-    tokens, positions = reshape.to_channels(x), reshape.to_positions(x)
+    columns, rows = COLUMNS(x), ROWS(x)
+    tokens, positions = CHANNELS(x), POSITIONS(x)
     assert columns.shape == (batch, width, channels, height)
     assert rows.shape == (batch, height, channels, width)
     assert tokens.shape == (batch, 1, channels, height * width)
@@ -46,12 +60,16 @@ def test_columns_rows_channels_and_positions_are_where_the_indices_say(
 def test_every_regrouping_has_its_inverse(shape: tuple[int, int, int, int]) -> None:
     _, _, height, width = shape
     x = numbered(shape)
-    assert torch.equal(reshape.from_columns(reshape.to_columns(x)), x)
-    assert torch.equal(reshape.from_rows(reshape.to_rows(x)), x)
-    assert torch.equal(reshape.from_channels(reshape.to_channels(x), height, width), x)
-    assert torch.equal(reshape.from_positions(reshape.to_positions(x), height, width), x)
-    assert torch.equal(reshape.to_columns(reshape.from_columns(x)), x)
-    assert torch.equal(reshape.to_rows(reshape.from_rows(x)), x)
+    for cut in CUTS:
+        slices = cut(x)
+        assert slices.shape[1:] == cut.sizes(shape)
+        assert torch.equal(cut.inverse(slices, height, width), x)
+
+
+@pytest.mark.parametrize("axes", [("w", "c", ""), ("h", "c", "h"), ("x", "c", "hw")])
+def test_a_cut_names_each_axis_once(axes: tuple[str, str, str]) -> None:
+    with pytest.raises(ValueError, match="names each of the axes c, h and w once, got slices="):
+        Cut("bad", *axes)
 
 
 @given(shape=shapes.filter(all))
@@ -59,10 +77,10 @@ def test_regrouping_copies_nothing(shape: tuple[int, int, int, int]) -> None:
     x = numbered(shape)
     channels_last = x.contiguous(memory_format=torch.channels_last)
     for view in (
-        reshape.to_columns(x),
-        reshape.to_rows(x),
-        reshape.to_channels(x),
-        reshape.to_positions(x),
+        COLUMNS(x),
+        ROWS(x),
+        CHANNELS(x),
+        POSITIONS(x),
     ):
         assert view.data_ptr() == x.data_ptr()
-    assert reshape.to_positions(channels_last).data_ptr() == channels_last.data_ptr()
+    assert POSITIONS(channels_last).data_ptr() == channels_last.data_ptr()

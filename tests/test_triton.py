@@ -27,8 +27,9 @@ import fullattn
 import oracle
 from cases import arrays, assert_near, peak_bytes
 from fullattn import costs
-from fullattn.attention import attend_columns_and_rows, reference, triton
-from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
+from fullattn.attention import triton
+from fullattn.functional import columns_and_rows, fully_attentional, row_similarity
+from fullattn.reshape import COLUMNS, ROWS, Cut
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -136,19 +137,12 @@ def _nothing_has_failed() -> Iterator[None]:
     triton._failed.clear()
 
 
-def exact_attention(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
-    columns, rows = to_columns(x), to_rows(x)
-    attended_columns = reference.attend(columns, column_key.unsqueeze(1), columns, scale)
-    attended_rows = reference.attend(rows, row_key.unsqueeze(1), rows, scale)
-    return from_columns(attended_columns) + from_rows(attended_rows)
-
-
 def results(call: Drawn, inputs: list[Tensor | None], grad: Tensor) -> list[Tensor]:
     """The result and the gradient of every input that there is, by the kernels."""
     inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
     x, column_key, row_key, gamma = inputs
     with window_of(call.window):
-        y = triton.attend_columns_and_rows(x, column_key, row_key, call.scale, gamma)
+        y = triton.axial_channel_attention(x, column_key, row_key, call.scale, gamma)
         given = [each for each in inputs if each is not None]
         return [y, *torch.autograd.grad(y, given, grad.to(y.dtype))]
 
@@ -157,7 +151,7 @@ def expected(call: Drawn, inputs: list[Tensor | None], grad: Tensor) -> list[Ten
     """The same in float64 by the reference, after the forward was compared with the oracle."""
     given = [None if x is None else x.detach().double().requires_grad_() for x in inputs]
     x, column_key, row_key, gamma = given
-    y = exact_attention(x, column_key, row_key, call.scale)
+    y = columns_and_rows(x, column_key, row_key, call.scale)
     by_sums = oracle.columns_and_rows_attended(*arrays(x, column_key, row_key), call.scale)
     assert_near(y, by_sums, torch.float64)
     if gamma is not None:
@@ -208,12 +202,12 @@ def assert_rows_right(channels: int, width: int, dtype: torch.dtype) -> None:
     run = only(-(-width // 16) * 16)
     y, *lse = launch.forward(x, column_key, row_key, gamma, call.scale, "ieee", run)
     found = launch.backward(grad, x, column_key, row_key, gamma, *lse, call.scale, "ieee", run)
-    rows = to_rows(x).double().requires_grad_()
+    doubled = x.double().requires_grad_()
     key = row_key.double().requires_grad_()
-    exact = from_rows(reference.attend(rows, key.unsqueeze(1), rows, call.scale))
-    grad_rows, grad_key = torch.autograd.grad(exact, [rows, key], grad.double())
+    exact = torch.einsum("bhij, bjhw -> bihw", row_similarity(doubled, key, call.scale), doubled)
+    grad_rows, grad_key = torch.autograd.grad(exact, [doubled, key], grad.double())
     assert_near(y, exact, dtype)
-    assert_near(found[0], from_rows(grad_rows), dtype, what="x")
+    assert_near(found[0], grad_rows, dtype, what="x")
     assert_near(found[2], grad_key, dtype, what="row_key")
 
 
@@ -246,7 +240,7 @@ def test_scores_beyond_the_largest_float16(dtype: torch.dtype) -> None:
     )
     scores = torch.einsum("bihw,bjh->bwij", x.double(), column_key.double())
     assert scores.abs().max() > 65504
-    y = triton.attend_columns_and_rows(x, column_key, row_key)
+    y = triton.axial_channel_attention(x, column_key, row_key)
     exact = exact_attention(x.double(), column_key.double(), row_key.double(), 1.0)
     assert_near(y, exact, dtype)
 
@@ -264,7 +258,7 @@ def test_an_expanded_gradient() -> None:
 def test_no_gradient_for_what_needs_none() -> None:
     (x, column_key, row_key, gamma), grad = Drawn((1, 16, 3, 4)).tensors(torch.float32)
     x.requires_grad_()
-    y = triton.attend_columns_and_rows(x, column_key, row_key, 1.0, gamma)
+    y = triton.axial_channel_attention(x, column_key, row_key, 1.0, gamma)
     y.backward(grad)
     assert x.grad is not None
 
@@ -310,9 +304,9 @@ def test_two_runs_are_bit_equal() -> None:
 
 @each_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("cut", [to_columns, to_rows])
+@pytest.mark.parametrize("cut", [COLUMNS, ROWS], ids=lambda cut: cut.name)
 def test_windows_filled_and_emptied_by_a_kernel(
-    cut: Callable[[Tensor], Tensor],
+    cut: Cut,
     layout: str,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
@@ -465,8 +459,8 @@ def test_the_layer_runs_on_it_by_name_with_its_residual(monkeypatch: pytest.Monk
     # Columns and rows alone, without a residual.
     keys = torch.randn(2, 17, 3, device=DEVICE), torch.randn(2, 17, 5, device=DEVICE)
     assert_near(
-        attend_columns_and_rows(x, *keys, backend="triton"),
-        attend_columns_and_rows(x, *keys, backend="reference"),
+        fully_attentional(x, *keys, backend="triton"),
+        fully_attentional(x, *keys, backend="reference"),
         torch.float32,
     )
 
@@ -475,10 +469,10 @@ def test_the_layer_runs_on_it_by_name_with_its_residual(monkeypatch: pytest.Monk
 def test_gammas_of_other_forms(numbers: tuple[int, ...]) -> None:
     # One for each channel is added outside of the kernels.
     x = torch.randn(2, 5, 3, 4, device=DEVICE)
-    weight, gamma = torch.eye(5, device=DEVICE), torch.rand(numbers, device=DEVICE)
+    keys = torch.randn(2, 5, 3, device=DEVICE), torch.randn(2, 5, 4, device=DEVICE)
+    gamma = torch.rand(numbers, device=DEVICE)
     found = [
-        fullattn.functional.fully_attentional(x, weight, weight, gamma=gamma, backend=backend)
-        for backend in ("triton", "reference")
+        fully_attentional(x, *keys, gamma, backend=backend) for backend in ("triton", "reference")
     ]
     assert_near(found[0], found[1], torch.float32)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -13,20 +12,16 @@ import pytest
 import torch
 
 import fullattn
-from fullattn.attention import Kind, Problem, triton
+from fullattn import costs
+from fullattn.attention import AttentionInputs, ScoreFunction, triton
 from fullattn.attention.dispatch import choose, explain
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted, the backend runs anywhere"
 )
 
-ON_A_GPU = Problem(
-    kind=Kind.COLUMNS_AND_ROWS,
-    device="cuda",
-    dtype=torch.bfloat16,
-    map_numbers=512 * 512 * 192,
-    tensor_numbers=4 * 512 * 96 * 96,
-    features=96,
+ON_A_GPU = costs.inputs_of(
+    fullattn.FullyAttentional(512, device="meta"), (1, 512, 96, 96), torch.bfloat16, "cuda"
 )
 
 
@@ -47,12 +42,12 @@ def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def assert_passed_over(problem: Problem, reason: str) -> None:
-    assert choose(problem).name == "sdpa"
-    assert reason in " ".join(triton.BACKEND.reasons_against(problem))
+def assert_passed_over(inputs: AttentionInputs, reason: str) -> None:
+    assert choose(inputs).name == "sdpa"
+    assert reason in " ".join(triton.BACKEND.reasons_against(inputs))
     with fullattn.backend("triton"), pytest.raises(fullattn.BackendError, match=reason):
-        choose(problem)
-    (sentence,) = (said for entry, said in explain(problem) if entry is triton.BACKEND)
+        choose(inputs)
+    (sentence,) = (said for entry, said in explain(inputs) if entry is triton.BACKEND)
     assert sentence.startswith("cannot run: ")
     assert reason in sentence
 
@@ -60,26 +55,27 @@ def assert_passed_over(problem: Problem, reason: str) -> None:
 def test_first_on_a_gpu(card: pytest.MonkeyPatch) -> None:
     assert choose(ON_A_GPU) is triton.BACKEND
     for dtype in (torch.float16, torch.float32):
-        assert choose(dataclasses.replace(ON_A_GPU, dtype=dtype)) is triton.BACKEND
+        assert choose(ON_A_GPU._replace(dtype=dtype)) is triton.BACKEND
     assert {e.name: s for e, s in explain(ON_A_GPU)}["triton"].startswith("runs: ")
 
 
 def test_other_attention_is_not_its_own(card: pytest.MonkeyPatch) -> None:
-    for kind in set(Kind) - {Kind.COLUMNS_AND_ROWS}:
-        assert choose(dataclasses.replace(ON_A_GPU, kind=kind)) is not triton.BACKEND
+    for score in set(ScoreFunction) - {ScoreFunction.SOFTMAX}:
+        assert choose(ON_A_GPU._replace(score=score)) is not triton.BACKEND
+    assert choose(ON_A_GPU._replace(operation="channel attention")) is not triton.BACKEND
 
 
 def test_a_dtype_that_the_kernels_do_not_take(card: pytest.MonkeyPatch) -> None:
-    problem = dataclasses.replace(ON_A_GPU, dtype=torch.float64)
-    assert choose(problem).name == "reference"  # which is all that there is on CUDA
+    inputs = ON_A_GPU._replace(dtype=torch.float64)
+    assert choose(inputs).name == "reference"  # which is all that there is on CUDA
     with fullattn.backend("triton"), pytest.raises(fullattn.BackendError, match="not float64"):
-        choose(problem)
+        choose(inputs)
 
 
 def test_a_slice_that_is_too_long(card: pytest.MonkeyPatch) -> None:
-    assert choose(dataclasses.replace(ON_A_GPU, features=512)) is triton.BACKEND
-    problem = dataclasses.replace(ON_A_GPU, features=513)
-    assert_passed_over(problem, "takes up to 512 features, not 513")
+    assert choose(ON_A_GPU._replace(features=512)) is triton.BACKEND
+    inputs = ON_A_GPU._replace(features=513)
+    assert_passed_over(inputs, "takes up to 512 features, not 513")
 
 
 def test_a_card_that_is_too_old(card: pytest.MonkeyPatch) -> None:
@@ -144,8 +140,8 @@ def test_the_operator_itself_computes_anywhere_and_says_how() -> None:
     x, column_key, row_key = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4), torch.randn(2, 3, 5)
     inputs = [each.requires_grad_() for each in (x, column_key, row_key)]
     with pytest.warns(RuntimeWarning, match=r"shape \(2, 3, 4, 5\) .*not on cpu"):
-        y = triton.attend_columns_and_rows(*inputs)
-    exact = fullattn.attention.attend_columns_and_rows(*inputs, backend="reference")
+        y = triton.axial_channel_attention(*inputs)
+    exact = fullattn.functional.fully_attentional(*inputs, backend="reference")
     torch.testing.assert_close(y, exact)
     for one, other in zip(
         torch.autograd.grad(y.square().sum(), inputs),

@@ -6,7 +6,9 @@ document.addEventListener("DOMContentLoaded", () => {
   const place = document.getElementById("explorer");
   if (place === null) return;
 
-  const NAMES = { fully: "FullyAttentional", channel: "ChannelNonLocal", spatial: "SpatialNonLocal" };
+  const { layers: LAYERS, dtypes, devices, backends } = fullattnCostData;
+  const NAMES = Object.fromEntries(Object.entries(LAYERS).map(([name, layer]) => [name, layer.title]));
+  const PROJECTED = Object.values(LAYERS).filter((layer) => layer.projects).map((layer) => layer.title);
   // A number beside a slider may be any from 1 to the slider's end. Up to there every figure is below
   // 2^53, and so exact in a JavaScript number.
   const LENGTHS = {
@@ -17,13 +19,13 @@ document.addEventListener("DOMContentLoaded", () => {
     threads: { name: "threads", from: 1, to: 32, step: 1 },
   };
   const CHOICES = {
-    dtype: { name: "dtype", options: { float32: "float32", bfloat16: "bfloat16", float16: "float16" } },
-    device: { name: "device", options: { cpu: "CPU", cuda: "GPU" } },
+    dtype: { name: "dtype", options: Object.fromEntries(Object.keys(dtypes).map((each) => [each, each])) },
+    device: { name: "device", options: devices },
     backend: {
       name: "backend",
       options: {
-        automatic: "automatic", reference: "reference (builds the map)", native: "native",
-        chunked: "chunked", triton: "triton", sdpa: "sdpa",
+        automatic: "automatic",
+        ...Object.fromEntries(Object.keys(backends).map((each) => [each, each])),
       },
     },
   };
@@ -43,7 +45,7 @@ document.addEventListener("DOMContentLoaded", () => {
     ["parameters", "parameters", (n) => grouped(n)],
     ["flops", "forward, GFLOPs", (n) => digits(n / 1e9)],
     ["backward_flops", "backward, GFLOPs", (n) => digits(n / 1e9)],
-    ["map_numbers", "numbers in the maps", (n) => grouped(n)],
+    ["map_numel", "elements in the maps", (n) => grouped(n)],
     ["map_bytes", "the maps built, MiB", (n) => digits(n / MIB)],
     ["inference_bytes", "peak of inference, MiB", (n) => digits(n / MIB)],
     ["training_bytes", "peak of training, MiB", (n) => digits(n / MIB)],
@@ -138,7 +140,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const box = element("input", { type: "checkbox", id: "explore-project", name: "project" });
     box.addEventListener("change", () => change("project", box.checked));
     fields.project = () => { box.checked = state.project; };
-    return element("label", { className: "check" }, box, "with the 3×3 projection of FullyAttentional");
+    return element("label", { className: "check" }, box, `with the 3×3 projection of ${PROJECTED.join(" and ")}`);
   }
 
   function presets() {

@@ -29,7 +29,7 @@ from fullattn.bench.conditions import (
     parse_device,
     parse_dtype,
 )
-from fullattn.bench.contenders import LAYERS, PUBLIC, problem_of
+from fullattn.bench.contenders import OFFICIAL, inputs_of, layer_named
 from fullattn.bench.errors import UsageError
 from fullattn.bench.shapes import (
     DEFAULT_BUDGET,
@@ -42,6 +42,7 @@ from fullattn.bench.shapes import (
 from fullattn.bench.workload import MODES, Mode
 from fullattn.evaluation.command import add_evaluate, add_predict
 from fullattn.evaluation.maps_command import add_maps
+from fullattn.layers import LAYERS
 from fullattn.training.command import add_train
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_LAYER_HELP = f"{', '.join(LAYERS)}, or FILE.py:CLASS of a layer that is registered there"
 _EXTRA = ("rich", "matplotlib", "pillow")
 
 _BENCH_EXAMPLES = f"""\
@@ -137,14 +139,14 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     bench = commands.add_parser(
         "bench",
         help="compare what layers and backends cost",
-        description="Compare the layers, their backends, the copied public form and your own "
-        "modules: parameters, FLOPs, time, peak memory. Prints tables, writes JSON and a picture.",
+        description="Compare the layers, their backends, the official implementation and your "
+        "own modules: parameters, FLOPs, time, peak memory. Prints tables, writes JSON and a picture.",
         epilog=_BENCH_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = bench.add_argument_group("what is compared")
     what.add_argument(
-        "--layers", nargs="+", default=list(LAYERS), metavar="LAYER", help=f"{', '.join(LAYERS)}"
+        "--layers", nargs="+", default=list(LAYERS), metavar="LAYER", help=_LAYER_HELP
     )
     what.add_argument(
         "--backends",
@@ -165,15 +167,15 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     what.add_argument(
         "--baseline",
-        default=PUBLIC,
+        default=OFFICIAL,
         metavar="NAME",
-        help="the contender that ratios refer to: public (the copied public form), fully, "
+        help="the contender that ratios refer to: official (the official implementation), fully, "
         "channel:reference, my_block:MyBlock, ... (public)",
     )
     what.add_argument(
         "--project",
         action="store_true",
-        help="with the 3x3 projection of FullyAttentional and of the public form, which is left "
+        help="with the 3x3 projection of FullyAttentional and of the official code, which is left "
         "out so that attention is compared with attention",
     )
     at = bench.add_argument_group("at which shapes and conditions")
@@ -249,9 +251,7 @@ def _add_swap(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="NAME",
         help="dotted name of the module, or a glob over dotted names",
     )
-    swap.add_argument(
-        "--layer", default="fully", metavar="LAYER", help=f"{', '.join(LAYERS)} (fully)"
-    )
+    swap.add_argument("--layer", default="fully", metavar="LAYER", help=f"{_LAYER_HELP} (fully)")
     swap.add_argument("--insert", action="store_true", help="behind the target, not in its place")
     for name, what in (("--model-options", "the factory"), ("--layer-options", "the layer")):
         swap.add_argument(
@@ -290,9 +290,7 @@ def _add_info(commands: argparse._SubParsersAction[Parser]) -> None:
     info.add_argument(
         "--shape", default="512x97x97", metavar="SHAPE", help="CxHxW or BxCxHxW (512x97x97)"
     )
-    info.add_argument(
-        "--layer", nargs="+", default=list(LAYERS), metavar="LAYER", help=f"{', '.join(LAYERS)}"
-    )
+    info.add_argument("--layer", nargs="+", default=list(LAYERS), metavar="LAYER", help=_LAYER_HELP)
     _add_conditions(info)
     info.set_defaults(run=_info)
 
@@ -340,7 +338,7 @@ def _bench(args: argparse.Namespace) -> None:
     options = Options(
         shapes=shapes,
         conditions=_conditions(args),
-        layers=words(args.layers),
+        layers=[layer_named(layer) for layer in words(args.layers)],
         backends=words(args.backends),
         users=args.contender,
         baseline=args.baseline,
@@ -380,8 +378,6 @@ def _swap(args: argparse.Namespace) -> None:
     from fullattn.bench.measure import Plan
     from fullattn.bench.network import Network
 
-    if args.layer not in LAYERS:
-        raise UsageError(f"expected a layer of {', '.join(LAYERS)}, got {args.layer!r}")
     shape = parse_shape(args.shape)
     if args.image is not None and shape.channels != 3:
         raise UsageError(f"expected a shape of 3 channels for --image, got {shape}")
@@ -391,7 +387,7 @@ def _swap(args: argparse.Namespace) -> None:
         shape=shape,
         conditions=_conditions(args),
         target=args.target,
-        layer=args.layer,
+        layer=layer_named(args.layer),
         layer_options=dict(args.layer_options),
         behind=args.insert,
     )
@@ -403,10 +399,7 @@ def _info(args: argparse.Namespace) -> None:
     shape = parse_shape(args.shape)
     dtype = parse_dtype(args.dtype)
     device = parse_device(args.device)
-    layers = words(args.layer)
-    for layer in layers:
-        if layer not in LAYERS:
-            raise UsageError(f"expected layers of {', '.join(LAYERS)}, got {layer!r}")
+    layers = [layer_named(layer) for layer in words(args.layer)]
     lines = [
         f"fullattn {fullattn.__version__}, torch {torch.__version__}, "
         f"einops {einops.__version__}, Python {platform.python_version()}",
@@ -419,9 +412,9 @@ def _info(args: argparse.Namespace) -> None:
         *(f"  {entry.name:<13} {entry.summary}" for entry in dispatch.BACKENDS),
     ]
     for layer in layers:
-        lines += ["", f"{LAYERS[layer]} at {shape}, {args.dtype}, {device}:"]
+        lines += ["", f"{LAYERS[layer].__name__} at {shape}, {args.dtype}, {device}:"]
         try:
-            explained = dispatch.explain(problem_of(layer, shape, dtype, device.type))
+            explained = dispatch.explain(inputs_of(layer, shape, dtype, device.type))
         except ValueError as error:  # FULLATTN_BACKEND does not name a backend
             raise UsageError(str(error)) from error
         lines += [f"  {entry.name:<13} {sentence}" for entry, sentence in explained]

@@ -1,163 +1,132 @@
 """The one place where the axes of a feature map are regrouped for attention.
 
-Every function turns a feature map of shape (B, C, H, W) into the layout (B, S, N, D) that
-`fullattn.attention` works on (S independent slices of N tokens with D features), and each has its
-inverse. All of them return views where the strides allow it; nothing is computed.
+A `Cut` turns a feature map of shape (B, C, H, W) into the layout (B, S, N, D) that
+`fullattn.attention` works on (S independent slices of N tokens with D features), and back. Both
+directions are views where the strides allow it; nothing is computed.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor
 
-__all__ = [
-    "from_channels",
-    "from_columns",
-    "from_positions",
-    "from_rows",
-    "to_channels",
-    "to_columns",
-    "to_positions",
-    "to_rows",
-]
+__all__ = ["CHANNELS", "COLUMNS", "POSITIONS", "ROWS", "Cut"]
+
+_AXES = "chw"
 
 
-def to_columns(x: Tensor) -> Tensor:
-    """Cut a feature map into its columns: W slices of C channel tokens with H features.
+@dataclass(frozen=True)
+class Cut:
+    """A way to cut a feature map (B, C, H, W) into slices of tokens with features.
 
-    Args:
-        x: feature map, (B, C, H, W).
+    Attributes:
+        name: for pictures and similarity maps, such as "columns".
+        slices: the axes, out of c, h and w, along which the slices are independent; "" for one
+            slice.
+        tokens: the axes whose elements are compared with each other.
+        features: the axes that a score sums over.
 
-    Returns:
-        (B, W, C, H), a view.
+    Raises:
+        ValueError: the three do not name each of c, h and w once.
 
     Example:
         >>> import torch
-        >>> to_columns(torch.zeros(2, 3, 4, 5)).shape
-        torch.Size([2, 5, 3, 4])
-    """
-    return rearrange(x, "b c h w -> b w c h")
-
-
-def from_columns(slices: Tensor) -> Tensor:
-    """Put columns back into a feature map; the inverse of `to_columns`.
-
-    Args:
-        slices: (B, W, C, H).
-
-    Returns:
-        (B, C, H, W), a view.
-
-    Example:
-        >>> import torch
-        >>> from_columns(torch.zeros(2, 5, 3, 4)).shape
+        >>> x = torch.zeros(2, 3, 4, 5)
+        >>> COLUMNS(x).shape, ROWS(x).shape, CHANNELS(x).shape, POSITIONS(x).shape
+        (torch.Size([2, 5, 3, 4]), torch.Size([2, 4, 3, 5]), torch.Size([2, 1, 3, 20]), \
+torch.Size([2, 1, 20, 3]))
+        >>> within_rows = Cut("positions of a row", slices="h", tokens="w", features="c")
+        >>> within_rows.inverse(within_rows(x), 4, 5).shape
         torch.Size([2, 3, 4, 5])
     """
-    return rearrange(slices, "b w c h -> b c h w")
+
+    name: str
+    slices: str
+    tokens: str
+    features: str
+
+    def __post_init__(self) -> None:
+        if sorted(self.slices + self.tokens + self.features) != list(_AXES):
+            raise ValueError(
+                f"a cut names each of the axes c, h and w once, got slices={self.slices!r}, "
+                f"tokens={self.tokens!r}, features={self.features!r}"
+            )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Cut a feature map.
+
+        Args:
+            x: (B, C, H, W).
+
+        Returns:
+            (B, S, N, D).
+        """
+        return rearrange(x, self._there)
+
+    def inverse(self, slices: Tensor, height: int, width: int) -> Tensor:
+        """Put slices back into a feature map.
+
+        Args:
+            slices: (B, S, N, D).
+            height: H.
+            width: W.
+
+        Returns:
+            (B, C, H, W).
+        """
+        if not self.slices:
+            # In two steps: 1 and H side by side leave a guard 1 % H behind, which a strict export
+            # with symbolic sizes cannot prove where H is a quotient of the height of an image.
+            slices = slices.squeeze(1)
+        if "(" in self._back:
+            return rearrange(slices, self._back, h=height, w=width)
+        return rearrange(slices, self._back)
+
+    def sizes(self, shape: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """How many slices, tokens and features a feature map has.
+
+        Args:
+            shape: (B, C, H, W), of integers or symbols for them.
+
+        Returns:
+            S, N and D.
+        """
+        slices, tokens, features = self._axes
+        count = length = depth = 1
+        for axis in slices:
+            count = count * shape[axis]
+        for axis in tokens:
+            length = length * shape[axis]
+        for axis in features:
+            depth = depth * shape[axis]
+        return count, length, depth
+
+    @cached_property
+    def _axes(self) -> tuple[tuple[int, ...], ...]:
+        groups = (self.slices, self.tokens, self.features)
+        return tuple(tuple(1 + _AXES.index(axis) for axis in group) for group in groups)
+
+    @cached_property
+    def _there(self) -> str:
+        return f"b c h w -> b {_group(self.slices)} {_group(self.tokens)} {_group(self.features)}"
+
+    @cached_property
+    def _back(self) -> str:
+        slices = _group(self.slices) if self.slices else ""
+        return f"b {slices} {_group(self.tokens)} {_group(self.features)} -> b c h w"
 
 
-def to_rows(x: Tensor) -> Tensor:
-    """Cut a feature map into its rows: H slices of C channel tokens with W features.
-
-    Args:
-        x: feature map, (B, C, H, W).
-
-    Returns:
-        (B, H, C, W), a view.
-
-    Example:
-        >>> import torch
-        >>> to_rows(torch.zeros(2, 3, 4, 5)).shape
-        torch.Size([2, 4, 3, 5])
-    """
-    return rearrange(x, "b c h w -> b h c w")
+def _group(axes: str) -> str:
+    """Axes that become one, in the words of einops."""
+    return f"({' '.join(axes)})" if len(axes) > 1 else axes or "1"
 
 
-def from_rows(slices: Tensor) -> Tensor:
-    """Put rows back into a feature map; the inverse of `to_rows`.
-
-    Args:
-        slices: (B, H, C, W).
-
-    Returns:
-        (B, C, H, W), a view.
-
-    Example:
-        >>> import torch
-        >>> from_rows(torch.zeros(2, 4, 3, 5)).shape
-        torch.Size([2, 3, 4, 5])
-    """
-    return rearrange(slices, "b h c w -> b c h w")
-
-
-def to_channels(x: Tensor) -> Tensor:
-    """One slice whose C tokens are the channels, with all H·W positions as features.
-
-    Args:
-        x: feature map, (B, C, H, W).
-
-    Returns:
-        (B, 1, C, H·W), a view of a contiguous input.
-
-    Example:
-        >>> import torch
-        >>> to_channels(torch.zeros(2, 3, 4, 5)).shape
-        torch.Size([2, 1, 3, 20])
-    """
-    return rearrange(x, "b c h w -> b 1 c (h w)")
-
-
-def from_channels(slices: Tensor, height: int, width: int) -> Tensor:
-    """Put channel tokens back into a feature map; the inverse of `to_channels`.
-
-    Args:
-        slices: (B, 1, C, H·W).
-        height: H.
-        width: W.
-
-    Returns:
-        (B, C, H, W), a view of a contiguous input.
-
-    Example:
-        >>> import torch
-        >>> from_channels(torch.zeros(2, 1, 3, 20), 4, 5).shape
-        torch.Size([2, 3, 4, 5])
-    """
-    return rearrange(slices, "b 1 c (h w) -> b c h w", h=height, w=width)
-
-
-def to_positions(x: Tensor) -> Tensor:
-    """One slice whose H·W tokens are the positions, with the C channels as features.
-
-    Args:
-        x: feature map, (B, C, H, W).
-
-    Returns:
-        (B, 1, H·W, C), a view of a contiguous or channels_last input.
-
-    Example:
-        >>> import torch
-        >>> to_positions(torch.zeros(2, 3, 4, 5)).shape
-        torch.Size([2, 1, 20, 3])
-    """
-    return rearrange(x, "b c h w -> b 1 (h w) c")
-
-
-def from_positions(slices: Tensor, height: int, width: int) -> Tensor:
-    """Put position tokens back into a feature map; the inverse of `to_positions`.
-
-    Args:
-        slices: (B, 1, H·W, C).
-        height: H.
-        width: W.
-
-    Returns:
-        (B, C, H, W), a view.
-
-    Example:
-        >>> import torch
-        >>> from_positions(torch.zeros(2, 1, 20, 3), 4, 5).shape
-        torch.Size([2, 3, 4, 5])
-    """
-    # Not in one step: 1 and H side by side leave a guard 1 % H behind, which a strict export with
-    # free sizes cannot prove where H is a quotient of the height of an image.
-    positions = rearrange(slices, "b 1 n c -> b n c")
-    return rearrange(positions, "b (h w) c -> b c h w", h=height, w=width)
+COLUMNS = Cut("columns", slices="w", tokens="c", features="h")
+ROWS = Cut("rows", slices="h", tokens="c", features="w")
+CHANNELS = Cut("channels", slices="", tokens="c", features="hw")
+POSITIONS = Cut("positions", slices="", tokens="hw", features="c")

@@ -1,39 +1,55 @@
-"""The primitive under all three layers, and the backends that run it.
+"""One call for every attention over a feature map, and the backends that run it.
+
+A layer describes what it computes as an `AttentionCall`: an operation, which has a definition and
+the branches that the definition compares, and its tensors. `run` gives it to the backend that
+`fullattn.attention.dispatch` chooses: `reference` runs the definition, others the whole operation
+in one pass, or one branch after the other with the primitive of all of them:
 
     attend(query, key, value, scale)
     query (B, S, N, D)   key (B, S or 1, M, D)   value (B, S or 1, M, E)   ->   (B, S, N, E)
 
 S independent slices of N query tokens and M key tokens; a slice axis of 1 is shared by all slices.
-Under autocast the inputs are cast to the autocast dtype, as PyTorch's own attention does; scores
+Under autocast the tensors are cast to the autocast dtype, as PyTorch's own attention does; scores
 and softmax are computed in float32 at least, whatever the dtype.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fullattn.attention import reference
-from fullattn.attention.backend import Backend, Kind, Problem
+from fullattn.attention.backend import (
+    AttentionCall,
+    AttentionInputs,
+    Backend,
+    Branch,
+    BranchSizes,
+    Operation,
+    ScoreFunction,
+)
 from fullattn.attention.dispatch import BackendError, backend, backend_names, choose
-from fullattn.attention.residual import add_to
-from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
+from fullattn.attention.residual import scaled_residual
 
 __all__ = [
+    "AttentionCall",
+    "AttentionInputs",
     "Backend",
     "BackendError",
-    "Kind",
-    "Problem",
-    "add_to",
+    "Branch",
+    "BranchSizes",
+    "Operation",
+    "ScoreFunction",
     "attend",
-    "attend_columns_and_rows",
     "backend",
     "backend_names",
     "choose",
     "is_autocast_enabled",
-    "similarity",
+    "maps",
+    "run",
+    "scaled_residual",
 ]
 
 
@@ -43,21 +59,86 @@ def is_autocast_enabled(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def _as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not is_autocast_enabled(device):
-        return tensors
+def _cast(device: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Tensors in the autocast dtype; as autocast itself does, leave float64 alone."""
     dtype = torch.get_autocast_dtype(device)
-    # As autocast itself does, leave float64 alone.
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _autocast_off(x: Tensor) -> AbstractContextManager[None]:
-    # The casts are made; inside, autocast would take the scores out of float32. Where it is off
-    # already, saying so again would only stand in the way of an export.
-    if is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
+def run(
+    call: AttentionCall,
+    x: Tensor | None = None,
+    gamma: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """What a call attends to, or gamma times that plus x.
+
+    Args:
+        call: the operation and its tensors.
+        x: what is added, (B, C, H, W); None without gamma.
+        gamma: factor of the attention, one number; None for no factor and nothing added.
+        backend: name of the backend; None for the automatic choice.
+
+    Returns:
+        A feature map.
+
+    Raises:
+        BackendError: the backend asked for cannot run this.
+    """
+    device = call.tensors[0].device.type
+    if is_autocast_enabled(device):
+        # The casts are made here; inside, autocast would take the scores out of float32.
+        cast = call._replace(tensors=_cast(device, call.tensors))
+        with torch.autocast(device, enabled=False):
+            attended, added = _run(cast, x, gamma, backend)
+    else:
+        attended, added = _run(call, x, gamma, backend)
+    return attended if added else scaled_residual(x, gamma, attended)
+
+
+def _run(
+    call: AttentionCall, x: Tensor | None, gamma: Tensor | None, requested: str | None
+) -> tuple[Tensor, bool]:
+    """What a call attends to, and whether the residual is in it."""
+    operation, tensors, scale, score = call
+    chosen = choose(AttentionInputs.of(call), requested)
+    if chosen.builds_map:
+        return reference.attended(call), False
+    if score is ScoreFunction.SOFTMAX and operation.name in chosen.operations:
+        whole = chosen.operations[operation.name]
+        if not chosen.adds_residual:
+            return whole(*tensors, scale), False
+        if _is_addable(tensors[0], x, gamma):
+            return whole(*tensors, scale, gamma), True
+        return whole(*tensors, scale), False
+    attend = chosen.attend[score]
+    first, *others = call.branches
+    attended = first.put_back(attend(*first.tokens(), scale))
+    for branch in others:
+        attended = attended + branch.put_back(attend(*branch.tokens(), scale))
+    return attended, False
+
+
+def _is_addable(query: Tensor, x: Tensor | None, gamma: Tensor | None) -> bool:
+    """Whether a backend can add the residual: the query as it was given, before autocast's cast."""
+    return gamma is None or (x is query and gamma.numel() == 1 and gamma.device == query.device)
+
+
+def maps(call: AttentionCall) -> Any:
+    """The similarity maps of a call, by its definition.
+
+    Args:
+        call: the operation and its tensors.
+
+    Returns:
+        A tensor, or a named tuple with one for each branch; in float32 for half precision.
+    """
+    device = call.tensors[0].device.type
+    if not is_autocast_enabled(device):
+        return reference.maps(call)
+    with torch.autocast(device, enabled=False):
+        return reference.maps(call._replace(tensors=_cast(device, call.tensors)))
 
 
 def attend(
@@ -66,7 +147,7 @@ def attend(
     value: Tensor,
     scale: float = 1.0,
     *,
-    kind: Kind = Kind.SOFTMAX,
+    score: ScoreFunction = ScoreFunction.SOFTMAX,
     backend: str | None = None,
 ) -> Tensor:
     """Attention in independent slices: softmax(scale · query · keyᵀ) · value.
@@ -76,7 +157,7 @@ def attend(
         key: (B, S or 1, M, D).
         value: (B, S or 1, M, E).
         scale: factor on the scores, of either sign.
-        kind: softmax attention, or one of the forms without softmax.
+        score: softmax attention, or one of the forms without softmax.
         backend: name of the backend; None for the automatic choice.
 
     Returns:
@@ -91,94 +172,10 @@ def attend(
         >>> attend(query, key, key).shape
         torch.Size([2, 5, 7, 3])
     """
-    query, key, value = _as_autocast(query, key, value)
-    chosen = choose(Problem.of(kind, query, key), backend)
-    with _autocast_off(query):
-        return chosen.run[kind](query, key, value, scale)
-
-
-def attend_columns_and_rows(
-    x: Tensor,
-    column_key: Tensor,
-    row_key: Tensor,
-    scale: float = 1.0,
-    *,
-    gamma: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """The two branches of the fully attentional layer, added, and its residual.
-
-    Equivalent to `attend` over the columns of x plus `attend` over its rows, with x as query and
-    value, and to that times gamma plus x where there is a gamma. A backend may run both branches
-    in one pass and add the residual in it, which saves copies of x.
-
-    Args:
-        x: feature map, (B, C, H, W).
-        column_key: (B, C, H), shared by all columns.
-        row_key: (B, C, W), shared by all rows.
-        scale: factor on the scores, of either sign.
-        gamma: factor of the attention, one number; None for no factor and no residual.
-        backend: name of the backend; None for the automatic choice.
-
-    Returns:
-        (B, C, H, W).
-
-    Raises:
-        BackendError: the backend asked for cannot run this.
-
-    Example:
-        >>> import torch
-        >>> x = torch.randn(2, 3, 4, 5)
-        >>> attend_columns_and_rows(x, torch.randn(2, 3, 4), torch.randn(2, 3, 5)).shape
-        torch.Size([2, 3, 4, 5])
-    """
-    given = x
-    x, column_key, row_key = _as_autocast(x, column_key, row_key)
-    chosen = choose(Problem.of_columns_and_rows(x), backend)
-    run = chosen.run.get(Kind.COLUMNS_AND_ROWS)
-    with _autocast_off(x):
-        if run is not None and chosen.adds_residual and _is_addable(given, x, gamma):
-            return run(x, column_key, row_key, scale, gamma)
-        if run is not None:
-            attended = run(x, column_key, row_key, scale)
-        else:
-            attended = _one_after_the_other(chosen, x, column_key, row_key, scale)
-    return add_to(given, gamma, attended)
-
-
-def _is_addable(given: Tensor, x: Tensor, gamma: Tensor | None) -> bool:
-    """Whether a backend can add the residual: x as it was given, before autocast's cast."""
-    if gamma is None:
-        return True
-    return x.dtype == given.dtype and gamma.numel() == 1 and gamma.device == x.device
-
-
-def _one_after_the_other(
-    chosen: Backend, x: Tensor, column_key: Tensor, row_key: Tensor, scale: float
-) -> Tensor:
-    run = chosen.run[Kind.SOFTMAX]
-    columns, rows = to_columns(x), to_rows(x)
-    attended_columns = run(columns, column_key.unsqueeze(1), columns, scale)
-    attended_rows = run(rows, row_key.unsqueeze(1), rows, scale)
-    return from_columns(attended_columns) + from_rows(attended_rows)
-
-
-def similarity(query: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
-    """The similarity map itself: softmax(scale · query · keyᵀ).
-
-    Args:
-        query: (B, S, N, D).
-        key: (B, S or 1, M, D).
-        scale: factor on the scores, of either sign.
-
-    Returns:
-        (B, S, N, M), in float32 for half-precision inputs; every row sums to 1.
-
-    Example:
-        >>> import torch
-        >>> similarity(torch.randn(2, 5, 7, 3), torch.randn(2, 1, 4, 3)).shape
-        torch.Size([2, 5, 7, 4])
-    """
-    query, key = _as_autocast(query, key)
-    with _autocast_off(query):
-        return reference.similarity(query, key, scale)
+    device = query.device.type
+    if is_autocast_enabled(device):
+        query, key, value = _cast(device, (query, key, value))
+        with torch.autocast(device, enabled=False):
+            return attend(query, key, value, scale, score=score, backend=backend)
+    chosen = choose(AttentionInputs.of_tokens(score, query, key), backend)
+    return chosen.attend[score](query, key, value, scale)

@@ -1,20 +1,37 @@
-"""What a backend is and what it is asked to do: data that dispatch, errors and docs share."""
+"""What a backend is, what it is asked to do and how much memory it takes for that, as data."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "Kind", "Problem", "is_free", "known"]
+from fullattn.attention.sizes import Size, less
+from fullattn.reshape import Cut
+
+__all__ = [
+    "AttentionCall",
+    "AttentionInputs",
+    "Backend",
+    "Branch",
+    "BranchSizes",
+    "Operation",
+    "ScoreFunction",
+    "Setting",
+    "Workspace",
+    "is_symbolic",
+    "statically_true",
+]
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
-def known(condition: bool) -> bool:
+def statically_true(condition: bool) -> bool:
     """Whether a condition on sizes holds, without making it a condition of a traced program.
 
     While PyTorch traces with symbolic sizes, a Python branch on a size becomes a guard, and an
@@ -27,7 +44,7 @@ def known(condition: bool) -> bool:
     return condition
 
 
-def is_free(size: int) -> bool:
+def is_symbolic(size: int) -> bool:
     """Whether a size is a symbol, which stands for many sizes in a traced program."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -36,65 +53,295 @@ def is_free(size: int) -> bool:
     return False
 
 
-class Kind(enum.Enum):
-    """The forms of attention that the layers ask for."""
+class ScoreFunction(enum.Enum):
+    """How the scores of a query become the weights of its keys."""
 
     SOFTMAX = "softmax attention"
-    COLUMNS_AND_ROWS = "softmax attention over columns plus rows of one feature map"
     DOT_PRODUCT = "dot-product attention without softmax"
     CONCATENATION = "concatenation attention without softmax"
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One call of the primitive, described by everything that decides which backend can run it.
+class Branch(NamedTuple):
+    """One attention over feature maps: what is compared with what, before it is cut.
 
     Attributes:
-        kind: the form of attention.
-        device: device type, such as "cpu" or "cuda".
-        dtype: dtype in which the inputs arrive, after autocast.
-        map_numbers: numbers in all similarity maps of one image.
-        tensor_numbers: numbers in the query and key tokens that those maps relate, per image.
-        features: D, the length of a query (the longer one, where two branches differ).
+        cut: how the feature maps are cut into slices of tokens.
+        query: feature map.
+        key: feature map that is cut as the query is, or tokens (B, M, D) that all slices share.
+        value: feature map that is cut as the query is.
     """
 
-    kind: Kind
+    cut: Cut
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, S, N, D), key (B, S or 1, M, D) and value (B, S, M, E)."""
+        cut, given, key, value = self
+        query = cut(given)
+        if key.dim() == 3:
+            key = key.unsqueeze(1)
+        else:
+            key = query if key is given else cut(key)
+        return query, key, query if value is given else cut(value)
+
+    def put_back(self, attended: Tensor) -> Tensor:
+        """What `tokens` attends to, (B, S, N, E), as a feature map."""
+        return self.cut.inverse(attended, self.query.shape[2], self.query.shape[3])
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An attention over feature maps: its definition, and the same cut into branches.
+
+    Attributes:
+        name: by which a backend says that it runs the whole operation in one pass.
+        similarity: the definition of the maps: from (*tensors, scale, score) a tensor, or a named
+            tuple with one for each branch.
+        attended: the definition of the result: from (*tensors, scale, score) a feature map.
+        cuts: of each branch, how its feature maps are cut.
+        branches: what the definition compares, for backends that fuse: from (*tensors) query, key
+            and value of each branch, as in `Branch`; the results add up to `attended`.
+    """
+
+    name: str
+    cuts: tuple[Cut, ...]
+    similarity: Callable[..., Any]
+    attended: Callable[..., Tensor]
+    branches: Callable[..., tuple[tuple[Tensor, Tensor, Tensor], ...]]
+
+    @cached_property
+    def sliced(self) -> bool:
+        """Whether there are several slices, which must be copied before a map is built."""
+        return any(cut.slices for cut in self.cuts)
+
+
+class AttentionCall(NamedTuple):
+    """An operation and what it is called with.
+
+    Attributes:
+        operation: the operation.
+        tensors: its tensors.
+        scale: factor on the scores, of either sign.
+        score: how scores become weights.
+    """
+
+    operation: Operation
+    tensors: tuple[Tensor, ...]
+    scale: float = 1.0
+    score: ScoreFunction = ScoreFunction.SOFTMAX
+
+    @property
+    def branches(self) -> list[Branch]:
+        """What is compared with what."""
+        operation = self.operation
+        compared = operation.branches(*self.tensors)
+        return [Branch(cut, *each) for cut, each in zip(operation.cuts, compared, strict=True)]
+
+
+class AttentionInputs(NamedTuple):
+    """Everything about a call that decides which backend runs it.
+
+    Attributes:
+        operation: its name; "" for slices of tokens.
+        score: how scores become weights.
+        device: device type, such as "cpu" or "cuda".
+        dtype: dtype in which the inputs arrive, after autocast.
+        sliced: as of the operation.
+        map_numel: elements in all similarity maps of one image.
+        token_numel: elements in the query and key tokens that those maps relate, per image.
+        features: D, the length of a query (the longest one, where branches differ).
+    """
+
+    operation: str
+    score: ScoreFunction
     device: str
     dtype: torch.dtype
-    map_numbers: int
-    tensor_numbers: int
+    sliced: bool
+    map_numel: int
+    token_numel: int
     features: int
 
     @classmethod
-    def of(cls, kind: Kind, query: Tensor, key: Tensor) -> Problem:
-        """Describe attend(query, key, ...) for query (B, S, N, D) and key (B, S or 1, M, D)."""
-        slices, tokens, features = query.shape[1:]
+    def of(cls, call: AttentionCall) -> AttentionInputs:
+        """Describe a call."""
+        operation, tensors, _, score = call
+        map_numel = token_numel = 0
+        lengths = []
+        for cut, (query, key, _) in zip(operation.cuts, operation.branches(*tensors), strict=True):
+            slices, tokens, length = cut.sizes(query.shape)
+            memory = key.shape[1] if key.dim() == 3 else cut.sizes(key.shape)[1]
+            map_numel = map_numel + slices * tokens * memory
+            token_numel = token_numel + slices * (tokens + memory) * length
+            lengths.append(length)
+        x = tensors[0]
         return cls(
-            kind=kind,
-            device=query.device.type,
-            dtype=query.dtype,
-            map_numbers=slices * tokens * key.shape[-2],
-            tensor_numbers=slices * (tokens + key.shape[-2]) * features,
-            features=features,
+            operation.name,
+            score,
+            x.device.type,
+            x.dtype,
+            operation.sliced,
+            map_numel,
+            token_numel,
+            max(lengths),
         )
 
     @classmethod
-    def of_columns_and_rows(cls, x: Tensor) -> Problem:
-        """Describe the two branches of FullyAttentional on a feature map x (B, C, H, W)."""
-        channels, height, width = x.shape[1:]
-        return cls(
-            kind=Kind.COLUMNS_AND_ROWS,
-            device=x.device.type,
-            dtype=x.dtype,
-            map_numbers=(height + width) * channels * channels,
-            tensor_numbers=4 * channels * height * width,
-            features=max(height, width),
-        )
+    def of_tokens(cls, score: ScoreFunction, query: Tensor, key: Tensor) -> AttentionInputs:
+        """Describe attend(query, key, ...) for query (B, S, N, D) and key (B, S or 1, M, D)."""
+        slices, tokens, features = query.shape[1:]
+        memory = key.shape[-2]
+        sliced = not statically_true(slices == 1)
+        map_numel, token_numel = slices * tokens * memory, slices * (tokens + memory) * features
+        device = query.device.type
+        return cls("", score, device, query.dtype, sliced, map_numel, token_numel, features)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where an attention's memory is counted; sizes are integers or symbols.
+
+    Attributes:
+        size: bytes of an element of the feature map.
+        device: device type.
+        threads: of PyTorch within an operator.
+    """
+
+    size: Size
+    device: str
+    threads: Size
+
+    @property
+    def half(self) -> Size:
+        """1 in half precision, 0 otherwise."""
+        return less(self.size, 4)
+
+    @property
+    def work_size(self) -> Size:
+        """Bytes of an element where scores and softmax are computed: float32 at least."""
+        return self.size + self.half * (4 - self.size)
+
+
+@dataclass(frozen=True)
+class BranchSizes:
+    """The sizes of one branch, for its costs; integers or symbols.
+
+    Attributes:
+        cut: how the feature maps are cut.
+        query: (B, S, N, D).
+        key: (B, S or 1, M, D).
+        value: (B, S or 1, M, E).
+        score: how scores become weights.
+        value_is_query: whether the two are one tensor.
+        scale: factor on the scores.
+    """
+
+    cut: Cut
+    query: tuple[Size, Size, Size, Size]
+    key: tuple[Size, Size, Size, Size]
+    value: tuple[Size, Size, Size, Size]
+    score: ScoreFunction = ScoreFunction.SOFTMAX
+    value_is_query: bool = False
+    scale: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        cut: Cut,
+        query: tuple[Size, Size, Size, Size],
+        key: tuple[Size, Size, Size, Size] | None = None,
+        value: tuple[Size, Size, Size, Size] | None = None,
+        *,
+        shared_key: bool = False,
+        score: ScoreFunction = ScoreFunction.SOFTMAX,
+        scale: float = 1.0,
+    ) -> BranchSizes:
+        """From the shapes of feature maps (B, C, H, W), as they are before the cut.
+
+        Args:
+            cut: how they are cut.
+            query: shape of the query.
+            key: shape of the key; None for that of the query.
+            value: shape of the value; None where the value is the query itself.
+            shared_key: whether all slices share one key.
+            score: how scores become weights.
+            scale: factor on the scores.
+
+        Returns:
+            The sizes.
+        """
+        tokens = [(shape[0], *cut.sizes(shape)) for shape in (query, key or query, value or query)]
+        if shared_key:
+            tokens[1] = (tokens[1][0], 1, *tokens[1][2:])
+        return cls(cut, *tokens, score, value is None, scale)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the slices of a contiguous feature map are contiguous."""
+        return self.cut.slices + self.cut.tokens + self.cut.features == "chw"
+
+    @property
+    def in_place(self) -> bool:
+        """Whether BLAS can read every slice of a contiguous feature map where it lies."""
+        return "w" not in self.cut.slices
+
+    @property
+    def out(self) -> tuple[Size, Size, Size, Size]:
+        """Shape of the result, (B, S, N, E)."""
+        return (*self.query[:3], self.value[3])
+
+    @property
+    def map_numel(self) -> Size:
+        """Elements in the similarity maps of all images."""
+        return self.query[0] * self.query[1] * self.query[2] * self.key[2]
+
+    @property
+    def token_numel(self) -> Size:
+        """Elements in the query and key tokens of all images, a shared key counted per slice."""
+        return self.query[0] * self.query[1] * (self.query[2] + self.key[2]) * self.query[3]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """FLOPs of an attention, and its memory in bytes over its inputs; integers or symbols.
+
+    Attributes:
+        flops: forward; 2 for each multiplication with an addition.
+        backward_flops: backward.
+        output: what stays in memory as long as the result does.
+        inference: peak of a forward pass without gradients, the output included.
+        saved: what the forward pass keeps for backward besides inputs and output.
+        forward: peak of a forward pass that keeps it, `saved` and output included.
+        backward: peak of the backward pass, `saved`, the gradients of the inputs and that of the
+            output included.
+        backward_shared: the same without the gradient of the output, which others hold too.
+        contiguous_grad: what backward takes besides where that gradient is not contiguous.
+        keeps_inputs: whether backward needs the inputs, 0 or 1.
+        keeps_output: whether backward needs the output.
+    """
+
+    flops: Size
+    backward_flops: Size
+    output: Size
+    inference: Size
+    saved: Size
+    forward: Size
+    backward: Size
+    backward_shared: Size
+    contiguous_grad: Size = 0
+    keeps_inputs: Size = 1
+    keeps_output: bool = False
+
+    @property
+    def kept(self) -> Size:
+        """What backward needs besides the inputs."""
+        return self.saved + (self.output if self.keeps_output else 0)
 
 
 def _exceeds(size: int, most: int) -> bool:
     # torch.compile may guard on a limit and trace again beyond it; an exported program may not.
-    return known(size > most) if torch.compiler.is_exporting() else size > most
+    return statically_true(size > most) if torch.compiler.is_exporting() else size > most
 
 
 def _always_available() -> str | None:
@@ -103,28 +350,36 @@ def _always_available() -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Backend:
-    """A way to run attention, with its limits declared as data.
+    """A way to run attention, with its limits and its workspace declared as data.
 
     Attributes:
         name: what `fullattn.backend(...)`, a layer's `backend=` and FULLATTN_BACKEND call it.
         summary: one line for `fullattn info`.
-        run: the function for each kind of attention. A backend with SOFTMAX but without
-            COLUMNS_AND_ROWS runs the two branches one after the other.
-        builds_map: whether the whole similarity map is in memory at once.
+        attend: for each score function the function of tokens, as `fullattn.attention.attend`.
+        workspace: what that takes, from a `BranchSizes` and a `Setting`.
+        operations: for the name of each operation that it runs in one pass the function of the
+            operation's tensors and the scale.
+        operation_workspaces: what each of those takes, from the shape (B, C, H, W) and a `Setting`.
+        builds_map: whether it runs an operation's definition, with the map in memory.
         own_operators: whether it calls operators of this package, without which a program that
             `torch.export` made of it could not be loaded.
-        adds_residual: whether its function for COLUMNS_AND_ROWS takes a gamma as last argument and
-            then returns gamma · (columns + rows) + x.
+        adds_residual: whether its functions of operations take a gamma as last argument and then
+            return gamma · attended + x.
         most_features: the largest D that it takes; None for any.
         devices: device types on which it runs; None for all.
         dtypes: input dtypes, per device type; "*" stands for the device types not named.
         unavailable: returns why it cannot run on this machine at all, or None. Asked only when
-            the limits above allow the problem, so that it may be expensive the first time.
+            the limits above allow the inputs, so that it may be expensive the first time.
     """
 
     name: str
     summary: str
-    run: Mapping[Kind, Callable[..., Tensor]]
+    attend: Mapping[ScoreFunction, Callable[..., Tensor]] = field(default_factory=dict)
+    workspace: Callable[[BranchSizes, Setting], Workspace] | None = None
+    operations: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    operation_workspaces: Mapping[str, Callable[[tuple[Size, ...], Setting], Workspace]] = field(
+        default_factory=dict
+    )
     builds_map: bool = False
     own_operators: bool = False
     adds_residual: bool = False
@@ -133,29 +388,53 @@ class Backend:
     dtypes: Mapping[str, frozenset[torch.dtype]] = field(default_factory=lambda: {"*": FLOATING})
     unavailable: Callable[[], str | None] = _always_available
 
-    def reasons_against(self, problem: Problem) -> list[str]:
-        """Say why this backend cannot run a problem.
+    def runs(self, operation: str, score: ScoreFunction) -> bool:
+        """Whether it has a function for an operation with a score function."""
+        return score in self.attend or (
+            operation in self.operations and score is ScoreFunction.SOFTMAX
+        )
+
+    def can_run(self, inputs: AttentionInputs) -> bool:
+        """Whether this backend can run inputs: whether there are no `reasons_against` them."""
+        operation, score, device, dtype, *_, features = inputs
+        dtypes = self.dtypes
+        return (
+            (self.devices is None or device in self.devices)
+            and self.runs(operation, score)
+            and dtype in (dtypes[device] if device in dtypes else dtypes.get("*", ()))
+            and (self.most_features is None or not _exceeds(features, self.most_features))
+            and self.unavailable() is None
+        )
+
+    def reasons_against(self, inputs: AttentionInputs) -> list[str]:
+        """Say why this backend cannot run inputs.
 
         Args:
-            problem: what is asked.
+            inputs: what is asked.
 
         Returns:
-            One sentence for each limit that the problem exceeds; empty when it can run.
+            One sentence for each limit that the inputs exceed; empty when it can run.
         """
         reasons = []
-        two_branches = problem.kind is Kind.COLUMNS_AND_ROWS and Kind.SOFTMAX in self.run
-        if problem.kind not in self.run and not two_branches:
-            runs = ", ".join(kind.value for kind in self.run)
-            reasons.append(f"runs {runs}, not {problem.kind.value}")
-        if self.devices is not None and problem.device not in self.devices:
-            reasons.append(f"runs on {', '.join(sorted(self.devices))}, not on {problem.device}")
-        dtypes = self.dtypes.get(problem.device, self.dtypes.get("*", frozenset()))
-        if problem.dtype not in dtypes and not (self.devices and reasons):
+        if not self.runs(inputs.operation, inputs.score):
+            runs = ", ".join([*self.operations, *(score.value for score in self.attend)])
+            reasons.append(f"runs {runs}, not {asked(inputs)}")
+        if self.devices is not None and inputs.device not in self.devices:
+            reasons.append(f"runs on {', '.join(sorted(self.devices))}, not on {inputs.device}")
+        dtypes = self.dtypes.get(inputs.device, self.dtypes.get("*", frozenset()))
+        if inputs.dtype not in dtypes and not (self.devices and reasons):
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-            name = str(problem.dtype).removeprefix("torch.")
-            reasons.append(f"takes {names} on {problem.device}, not {name}")
-        if self.most_features is not None and _exceeds(problem.features, self.most_features):
-            reasons.append(f"takes up to {self.most_features} features, not {problem.features}")
+            name = str(inputs.dtype).removeprefix("torch.")
+            reasons.append(f"takes {names} on {inputs.device}, not {name}")
+        if self.most_features is not None and _exceeds(inputs.features, self.most_features):
+            reasons.append(f"takes up to {self.most_features} features, not {inputs.features}")
         if not reasons and (missing := self.unavailable()) is not None:
             reasons.append(missing)
         return reasons
+
+
+def asked(inputs: AttentionInputs) -> str:
+    """What is asked of a backend, in words: the operation, with its score function if unusual."""
+    if not inputs.operation or inputs.score is not ScoreFunction.SOFTMAX:
+        return inputs.score.value
+    return inputs.operation

@@ -11,16 +11,19 @@ Both directions are operators (`fullattn::attend_chunked`): `torch.compile` sees
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fullattn.attention import flops, operators
-from fullattn.attention.backend import Backend, Kind
+from fullattn.attention.backend import Backend, BranchSizes, ScoreFunction, Setting, Workspace
+from fullattn.attention.sizes import Size, at_least, less, maximum, minimum, where
 
 __all__ = ["BACKEND", "attend", "backward", "forward"]
 
-# Numbers of the map in one block: 2 MB of float32, which two cores hold in their second-level
+# Elements of the map in one block: 2 MB of float32, which two cores hold in their second-level
 # caches. Measured on Zen 4 at 1x512x97x97 and 4x128x64x64: flat between 1 and 4 MB.
 _BLOCK = 2**19
 # Slices gathered at a time where the features are strided: 16 float32 fill a cache line, so that
@@ -43,18 +46,32 @@ def _load(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype and _suits_blas(x) else x.to(dtype).contiguous()
 
 
+def _plan(slices: Size, tokens: Size, memory: Size) -> tuple[Size, Size, Size, Size]:
+    """How one call is cut into blocks of at most `_BLOCK` map elements.
+
+    Args:
+        slices: of an image.
+        tokens: of a query.
+        memory: tokens of a key.
+
+    Returns:
+        Slices in a block, query tokens in a block, slices gathered at a time, and map elements in a
+        block.
+    """
+    slice_numel = tokens * memory
+    at_once = maximum(1, _BLOCK // maximum(1, slice_numel))
+    long = less(2 * _BLOCK, slice_numel)
+    rows = where(long, maximum(64, _BLOCK // maximum(1, memory)), tokens)
+    return at_once, rows, maximum(_GATHER, at_once), minimum(at_once, slices) * rows * memory
+
+
 class _Plan:
-    """How the slices and tokens of one call are cut into blocks of at most `_BLOCK` map numbers."""
+    """How the slices and tokens of one call are cut into blocks."""
 
     def __init__(self, query: Tensor, key: Tensor) -> None:
         _, self.slices, self.tokens, _ = query.shape
-        slice_numbers = self.tokens * key.shape[2]
-        self.at_once = max(1, _BLOCK // max(1, slice_numbers))
-        self.rows = self.tokens
-        if slice_numbers > 2 * _BLOCK:
-            self.rows = max(64, _BLOCK // key.shape[2])
-        self.gathered = max(_GATHER, self.at_once)
-        self.block_numbers = min(self.at_once, self.slices) * self.rows * key.shape[2]
+        plan: Any = _plan(self.slices, self.tokens, key.shape[2])
+        self.at_once, self.rows, self.gathered, self.block_numel = plan
 
     def groups(self) -> Iterator[slice]:
         for start in range(0, self.slices, self.gathered):
@@ -115,7 +132,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     dtype = _work_dtype(query.dtype)
     out = _like_query(query, value.shape[-1])
     plan, same = _Plan(query, key), _is_same(query, value)
-    buffer = torch.empty(plan.block_numbers, dtype=dtype, device=query.device)
+    buffer = torch.empty(plan.block_numel, dtype=dtype, device=query.device)
     for image in range(query.shape[0]):
         for group in plan.groups():
             queries = _of_group(query, image, group, dtype)
@@ -139,7 +156,7 @@ def backward(
     grad_query = torch.empty_like(query)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     plan, same = _Plan(query, key), _is_same(query, value)
-    buffer = torch.empty(plan.block_numbers, dtype=dtype, device=query.device)
+    buffer = torch.empty(plan.block_numel, dtype=dtype, device=query.device)
     grad_buffer = torch.empty_like(buffer)
     for image in range(query.shape[0]):
         shared_key = key.new_zeros(1, *key.shape[2:], dtype=dtype)
@@ -198,7 +215,67 @@ def _empty_result(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Te
     return _like_query(query, value.shape[-1])
 
 
-_operator = operators.register(
+def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
+    size, work, half = setting.size, setting.work_size, setting.half
+    batch, slices = a.query[:2]
+    _, _, gathered_slices, block_numel = _plan(slices, a.query[2], a.key[2])
+    group = minimum(gathered_slices, slices)
+    # From the second group on, a tensor is there twice while it is made again.
+    twice = at_least(slices, 2 * group)
+    several = less(1, batch) * at_least(group, slices)
+    again = where(maximum(twice, several), group, slices - group)
+    buffer = block_numel * work
+
+    def gathered(shape: tuple[Size, ...]) -> Size:
+        """Bytes of the copy of one slice."""
+        return prod(shape[2:]) * work * (half if a.in_place else 1)
+
+    query, grad = gathered(a.query), gathered(a.out)
+    value = 0 if a.value_is_query else gathered(a.value)
+    # Keys are cast, but never gathered: they are one slice, or lie so that BLAS reads them.
+    key = half * prod(a.key[2:]) * work
+    # A cast keeps the strides, and is copied once more.
+    casting = 1 if a.contiguous else 1 + half
+    result = prod(a.out[2:]) * work
+    output = prod(a.out) * size
+    one_slice = at_least(1, slices)
+    # The value's name holds the old query while the key is cast again.
+    same = one_slice * query if a.value_is_query else 0
+    inference = (
+        output
+        + buffer
+        + key
+        + group * (query + value + result)
+        + again * maximum(casting * query, casting * value, result, same + key)
+    )
+    to_query, to_key, to_value = (prod(x[2:]) * work for x in (a.query, a.key, a.value))
+    grads = (prod(a.query) + prod(a.key) + prod(a.value)) * size
+    repeated = again * where(
+        one_slice,
+        query + key + value + grad + to_query + to_key + to_value,
+        query + value + grad + maximum(to_query, to_value),
+    )
+    backward = (
+        grads
+        + 2 * buffer
+        + key
+        + group * (query + value + grad + to_query + to_value)
+        + to_key
+        + repeated
+    )
+    return Workspace(
+        flops=flops.attend(a.query, a.key, a.value),
+        backward_flops=flops.attend_backward(a.out, a.query, a.key, a.value),
+        output=output,
+        inference=inference,
+        saved=0,
+        forward=inference,
+        backward=backward + output,
+        backward_shared=backward,
+    )
+
+
+attend = operators.register(
     "attend_chunked",
     forward,
     backward,
@@ -208,27 +285,11 @@ _operator = operators.register(
     flops.attend_backward,
 )
 
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    """softmax(scale · query · keyᵀ) · value, block by block.
-
-    Args:
-        query: (B, S, N, D).
-        key: (B, S or 1, M, D).
-        value: (B, S or 1, M, E).
-        scale: factor on the scores, of either sign.
-
-    Returns:
-        (B, S, N, E) in the query's dtype, and in its memory layout where E is D.
-    """
-    result: Tensor = _operator(query, key, value, scale)
-    return result
-
-
 BACKEND = Backend(
     name="chunked",
     summary="a few slices of the map at a time, in reused buffers, by PyTorch's matrix products",
-    run={Kind.SOFTMAX: attend},
+    attend={ScoreFunction.SOFTMAX: attend},
+    workspace=_workspace,
     own_operators=True,
     devices=frozenset({"cpu"}),
 )

@@ -1,11 +1,12 @@
 """Which backend runs, why the others do not, and how a user overrides the choice.
 
-The rule, on every device: build the similarity map only where it holds fewer numbers than the
-tensors that it relates; otherwise fuse. FullyAttentional's columns and rows are always fused: to
-build their maps every slice has to be copied first, and that alone costs more than a small map
-saves. Among the backends that fuse, the first in `FUSED` that can run the problem does. In a
-program that `torch.export` writes it is the first that is made of PyTorch's own operators, so that
-the program can be loaded without this package.
+The rule, on every device: build the similarity map only where there is one slice and its map holds
+fewer elements than the tensors that it relates; otherwise fuse. The maps of several slices, as of
+FullyAttentional's columns and rows, are never worth building: every slice has to be copied first,
+and that alone costs more than a small map saves. Among the backends that fuse, the first of
+`FUSED_SLICES` or `FUSED_SLICE` that can run the inputs does. In a program that `torch.export` writes
+it is the first that is made of PyTorch's own operators, so that the program can be loaded without
+this package.
 
 An override is looked for in this order: the `backend` context manager, the layer's or function's
 own `backend=` argument, the environment variable FULLATTN_BACKEND, and then the rule.
@@ -14,23 +15,27 @@ own `backend=` argument, the environment variable FULLATTN_BACKEND, and then the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from fullattn.attention import chunked, native, reassociated, reference, sdpa, triton
-from fullattn.attention.backend import Backend, Kind, Problem, known
+from fullattn.attention import chunked, linear, native, reference, sdpa, triton
+from fullattn.attention.backend import AttentionInputs, Backend, asked, statically_true
 
 __all__ = [
     "BACKENDS",
-    "FUSED",
+    "FUSED_SLICE",
+    "FUSED_SLICES",
     "BackendError",
     "backend",
     "backend_names",
     "by_name",
     "check_name",
     "choose",
+    "explain",
+    "fused",
+    "worth_building",
 ]
 
 BACKENDS: tuple[Backend, ...] = (
@@ -38,18 +43,21 @@ BACKENDS: tuple[Backend, ...] = (
     native.BACKEND,
     chunked.BACKEND,
     sdpa.BACKEND,
-    reassociated.BACKEND,
+    linear.BACKEND,
     reference.BACKEND,
 )
-# Those that fuse, the best first; a new backend is one more name in each of these lists. On Zen 4,
-# at 512x97x97, `sdpa` takes 0.6 of the time of `chunked` for positions; for columns and rows the
-# two take the same time, and `sdpa` half as much memory again in training.
-FUSED: Mapping[Kind, tuple[Backend, ...]] = {
-    Kind.SOFTMAX: (sdpa.BACKEND, chunked.BACKEND),
-    Kind.COLUMNS_AND_ROWS: (native.BACKEND, chunked.BACKEND, triton.BACKEND, sdpa.BACKEND),
-    Kind.DOT_PRODUCT: (reassociated.BACKEND,),
-    Kind.CONCATENATION: (),
-}
+# Those that fuse several slices, and one, the best first; a new backend is one more name in these
+# lists. On Zen 4, at 512x97x97, `sdpa` takes 0.6 of the time of `chunked` for one slice of
+# positions; for columns and rows the two take the same time, and `sdpa` half as much memory again
+# in training.
+FUSED_SLICES: tuple[Backend, ...] = (
+    linear.BACKEND,
+    native.BACKEND,
+    chunked.BACKEND,
+    triton.BACKEND,
+    sdpa.BACKEND,
+)
+FUSED_SLICE: tuple[Backend, ...] = (linear.BACKEND, sdpa.BACKEND, chunked.BACKEND)
 _BY_NAME = {entry.name: entry for entry in BACKENDS}
 
 _ENVIRONMENT = "FULLATTN_BACKEND"
@@ -59,7 +67,7 @@ _from_environment: str | None = os.environ.get(_ENVIRONMENT) or None
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run the problem; the message holds all reasons."""
+    """A backend was asked for by name and cannot run the inputs; the message holds all reasons."""
 
 
 def backend_names() -> tuple[str, ...]:
@@ -98,7 +106,7 @@ def backend(name: str | None) -> Iterator[None]:
     `backend=` and over FULLATTN_BACKEND. Backward passes run on the backend of their forward.
 
     Args:
-        name: "triton", "native", "chunked", "sdpa", "reassociated" or "reference"; None for the
+        name: "triton", "native", "chunked", "sdpa", "linear" or "reference"; None for the
             automatic choice.
 
     Yields:
@@ -121,11 +129,14 @@ def backend(name: str | None) -> Iterator[None]:
         _override = previous
 
 
-def _worth_building(problem: Problem) -> bool:
-    if problem.kind is Kind.COLUMNS_AND_ROWS:
-        return False
-    # Where it is not known for every size of a traced program, fuse.
-    return known(problem.map_numbers < problem.tensor_numbers)
+def fused(inputs: AttentionInputs) -> tuple[Backend, ...]:
+    """The backends that fuse, the best first, among them some that cannot run these inputs."""
+    return FUSED_SLICES if inputs.sliced else FUSED_SLICE
+
+
+def worth_building(inputs: AttentionInputs) -> bool:
+    """Whether the similarity map is worth building; False where it depends on symbolic sizes."""
+    return not inputs.sliced and statically_true(inputs.map_numel < inputs.token_numel)
 
 
 def _forced(requested: str | None) -> Backend | None:
@@ -135,61 +146,65 @@ def _forced(requested: str | None) -> Backend | None:
     return None if name is None else _BY_NAME[name]
 
 
-def choose(problem: Problem, requested: str | None = None) -> Backend:
-    """The backend that runs a problem.
+def choose(inputs: AttentionInputs, requested: str | None = None) -> Backend:
+    """The backend that runs inputs.
 
     Args:
-        problem: what is asked.
+        inputs: what is asked.
         requested: the layer's own `backend=`; None for the automatic choice.
 
     Returns:
         The backend.
 
     Raises:
-        BackendError: the backend asked for cannot run the problem.
+        BackendError: the backend asked for cannot run the inputs.
         ValueError: FULLATTN_BACKEND does not name a backend.
     """
     forced = _forced(requested)
     if forced is not None:
-        reasons = forced.reasons_against(problem)
-        if reasons:
-            others = "; ".join(
-                f"{other.name}: {', '.join(other.reasons_against(problem)) or 'can run it'}"
-                for other in BACKENDS
-                if other is not forced
-            )
-            raise BackendError(
-                f"backend {forced.name!r} cannot run {problem.kind.value} on {problem.device} in "
-                f"{str(problem.dtype).removeprefix('torch.')}: {', '.join(reasons)} ({others})"
-            )
+        if not forced.can_run(inputs):
+            raise _refused(forced, inputs)
         return forced
-    if not _worth_building(problem):
-        for candidate in FUSED[problem.kind]:
+    if not worth_building(inputs):
+        for candidate in fused(inputs):
             if candidate.own_operators and torch.compiler.is_exporting():
                 continue
-            if not candidate.reasons_against(problem):
+            if candidate.can_run(inputs):
                 return candidate
     return reference.BACKEND
 
 
-def explain(problem: Problem, requested: str | None = None) -> list[tuple[Backend, str]]:
-    """Say of every backend whether it runs a problem, and why or why not.
+def _refused(forced: Backend, inputs: AttentionInputs) -> BackendError:
+    others = "; ".join(
+        f"{other.name}: {', '.join(other.reasons_against(inputs)) or 'can run it'}"
+        for other in BACKENDS
+        if other is not forced
+    )
+    return BackendError(
+        f"backend {forced.name!r} cannot run {asked(inputs)} on {inputs.device} in "
+        f"{str(inputs.dtype).removeprefix('torch.')}: "
+        f"{', '.join(forced.reasons_against(inputs))} ({others})"
+    )
+
+
+def explain(inputs: AttentionInputs, requested: str | None = None) -> list[tuple[Backend, str]]:
+    """Say of every backend whether it runs inputs, and why or why not.
 
     Args:
-        problem: what is asked.
+        inputs: what is asked.
         requested: the layer's own `backend=`.
 
     Returns:
-        (backend, sentence) for every backend; exactly one sentence starts
-        with "runs:" unless a backend that cannot run is forced.
+        (backend, sentence) for every backend; exactly one sentence starts with "runs:" unless a
+        backend that cannot run is forced.
     """
     forced = _forced(requested)
-    small = _worth_building(problem)
-    chosen = forced or choose(problem, requested)
-    sizes = f"map {problem.map_numbers:,} numbers, tensors {problem.tensor_numbers:,}"
-    rows = []
+    small = worth_building(inputs)
+    chosen = forced or choose(inputs, requested)
+    sizes = f"map {inputs.map_numel:,} elements, tensors {inputs.token_numel:,}"
+    sentences = []
     for entry in BACKENDS:
-        reasons = entry.reasons_against(problem)
+        reasons = entry.reasons_against(inputs)
         if reasons:
             sentence = "cannot run: " + ", ".join(reasons)
         elif entry is chosen and forced is not None:
@@ -208,5 +223,5 @@ def explain(problem: Problem, requested: str | None = None) -> list[tuple[Backen
             sentence = f"can run, but the map is not worth building ({sizes})"
         else:
             sentence = f"can run, but {chosen.name} comes first"
-        rows.append((entry, sentence))
-    return rows
+        sentences.append((entry, sentence))
+    return sentences

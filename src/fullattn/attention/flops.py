@@ -17,15 +17,15 @@ from typing import Any
 __all__ = [
     "attend",
     "attend_backward",
-    "columns_and_rows",
-    "columns_and_rows_backward",
+    "axial_channel_attention",
+    "axial_channel_attention_backward",
     "register",
 ]
 
-Shape = Sequence[int]
+Shape = Sequence[Any]
 
 
-def attend(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+def attend(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> Any:
     """Scores and attended values: 2 · B·S·N·M · (D + E).
 
     Args:
@@ -44,7 +44,7 @@ def attend(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
     return 2 * prod(slices) * tokens * key[-2] * (features + value[-1])
 
 
-def attend_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+def attend_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> Any:
     """Scores again, then the gradients of weights, query, key and value: 2 · B·S·N·M · (3D + 2E).
 
     Args:
@@ -65,7 +65,7 @@ def attend_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any
     return 2 * prod(slices) * tokens * key[-2] * (3 * features + 2 * value[-1])
 
 
-def columns_and_rows(x: Shape, *_: Any, **__: Any) -> int:
+def axial_channel_attention(x: Shape, *_: Any, **__: Any) -> Any:
     """Two products in each of two branches: 8 · B·C·C·H·W.
 
     Args:
@@ -75,13 +75,13 @@ def columns_and_rows(x: Shape, *_: Any, **__: Any) -> int:
         FLOPs of the forward pass over all columns and all rows.
 
     Example:
-        >>> columns_and_rows((1, 512, 97, 97))
+        >>> axial_channel_attention((1, 512, 97, 97))
         19732103168
     """
     return 8 * prod(x) * x[1]
 
 
-def columns_and_rows_backward(grad: Shape, x: Shape, *_: Any, **__: Any) -> int:
+def axial_channel_attention_backward(grad: Shape, x: Shape, *_: Any, **__: Any) -> Any:
     """Five products in each of two branches, the scores among them: 20 · B·C·C·H·W.
 
     Args:
@@ -92,7 +92,7 @@ def columns_and_rows_backward(grad: Shape, x: Shape, *_: Any, **__: Any) -> int:
         FLOPs of the backward pass over all columns and all rows.
 
     Example:
-        >>> columns_and_rows_backward((1, 512, 97, 97), (1, 512, 97, 97))
+        >>> axial_channel_attention_backward((1, 512, 97, 97), (1, 512, 97, 97))
         49330257920
     """
     return 20 * prod(x) * x[1]

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ import torch
 from torch import Tensor
 
 from fullattn.attention import flops, operators
-from fullattn.attention.backend import FLOATING, Backend, Kind
+from fullattn.attention.backend import FLOATING, Backend, Setting, Workspace
+from fullattn.attention.sizes import Size, ceil_div, maximum, minimum
 
-__all__ = ["BACKEND", "attend_columns_and_rows"]
+__all__ = ["BACKEND", "axial_channel_attention"]
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC")
@@ -119,12 +121,16 @@ def _unavailable() -> str | None:
 _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _integers(values: Any) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * 4)(*values)
+_Integers = ctypes.c_int64 * 4  # sizes or strides of a feature map
 
 
-def _pointer(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
+def _mapped(x: Tensor) -> tuple[Any, Any]:
+    """A feature map in the kernel's words: where it lies, and its strides."""
+    return ctypes.c_void_p(x.data_ptr()), _Integers(*x.stride())
+
+
+def _keys(column_key: Tensor, row_key: Tensor) -> tuple[Tensor, Tensor]:
+    return column_key.float().contiguous(), row_key.float().contiguous()
 
 
 def _call(name: str, x: Tensor, *arguments: Any) -> None:
@@ -136,22 +142,22 @@ def _call(name: str, x: Tensor, *arguments: Any) -> None:
         return
     products = batch * channels * channels * height * width
     threads = torch.get_num_threads() if products > _WORTH_THREADS else 1
-    passed = (_integers(x.shape), _pointer(x), _integers(x.stride()), *arguments, threads)
+    passed = (_Integers(*x.shape), *_mapped(x), *arguments, threads)
     if getattr(kernel, name)(*passed):
         raise MemoryError(f"fullattn's native kernel ran out of memory at shape {tuple(x.shape)}")
 
 
 def _forward(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
-    keys = [key.float().contiguous() for key in (column_key, row_key)]
+    columns, rows = _keys(column_key, row_key)
     source = x.float()
     out = torch.empty_like(source)
     _call(
         "fullattn_forward",
         source,
-        *map(_pointer, keys),
+        ctypes.c_void_p(columns.data_ptr()),
+        ctypes.c_void_p(rows.data_ptr()),
         ctypes.c_float(scale),
-        _pointer(out),
-        _integers(out.stride()),
+        *_mapped(out),
     )
     return out.to(x.dtype)
 
@@ -159,20 +165,18 @@ def _forward(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Te
 def _backward(
     grad: Tensor, x: Tensor, column_key: Tensor, row_key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys = [key.float().contiguous() for key in (column_key, row_key)]
+    keys = _keys(column_key, row_key)
     source, upper = x.float(), grad.float()
     grad_x = torch.empty_like(source)
     grad_keys = [torch.empty_like(key) for key in keys]
     _call(
         "fullattn_backward",
         source,
-        *map(_pointer, keys),
+        *(ctypes.c_void_p(key.data_ptr()) for key in keys),
         ctypes.c_float(scale),
-        _pointer(upper),
-        _integers(upper.stride()),
-        _pointer(grad_x),
-        _integers(grad_x.stride()),
-        *map(_pointer, grad_keys),
+        *_mapped(upper),
+        *_mapped(grad_x),
+        *(ctypes.c_void_p(key.data_ptr()) for key in grad_keys),
     )
     grad_column_key = torch.empty_like(column_key).copy_(grad_keys[0])
     grad_row_key = torch.empty_like(row_key).copy_(grad_keys[1])
@@ -183,39 +187,62 @@ def _empty_result(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) 
     return torch.empty_like(x)
 
 
-_operator = operators.register(
+def _workspace(shape: tuple[Size, ...], setting: Setting) -> Workspace:
+    x = prod(shape) * setting.size
+    casts = setting.half * prod(shape) * 4
+    forward, backward = kernel_workspace(shape, setting.threads)
+    return Workspace(
+        flops=flops.axial_channel_attention(shape),
+        backward_flops=flops.axial_channel_attention_backward(shape, shape),
+        output=x,
+        inference=x + 2 * casts + forward,
+        saved=0,
+        forward=x + 2 * casts + forward,
+        backward=2 * x + 3 * casts + backward,
+        backward_shared=x + 3 * casts + backward,
+    )
+
+
+def kernel_workspace(shape: tuple[Size, ...], threads: Size) -> tuple[Size, Size]:
+    """What `native.c` allocates for itself.
+
+    The keys; in each thread 16 columns at a time with their result and a block of the map; backward
+    also the columns' gradient, three more blocks, and a share of the keys' gradients for each image
+    and thread.
+
+    Args:
+        shape: (B, C, H, W).
+        threads: PyTorch's.
+
+    Returns:
+        Bytes in forward and in backward.
+    """
+    batch, channels, height, width = shape
+    row = ceil_div(channels, 32) * 32 + 16
+    columns = minimum(16, width, ceil_div(batch * width, threads))
+    keys = row * (height + width)
+    block = maximum(columns * height, width)
+    return (
+        4 * (batch * keys + threads * row * (2 * block + 32)),
+        4 * ((2 * batch + threads) * keys + threads * row * (3 * block + 2 * (32 + 64))),
+    )
+
+
+axial_channel_attention = operators.register(
     "attend_native",
     _forward,
     _backward,
     _empty_result,
     ("x", "column_key", "row_key"),
-    flops.columns_and_rows,
-    flops.columns_and_rows_backward,
+    flops.axial_channel_attention,
+    flops.axial_channel_attention_backward,
 )
-
-
-def attend_columns_and_rows(
-    x: Tensor, column_key: Tensor, row_key: Tensor, scale: float = 1.0
-) -> Tensor:
-    """Attention over the columns of x plus attention over its rows, in one pass.
-
-    Args:
-        x: feature map, (B, C, H, W), of any strides.
-        column_key: (B, C, H).
-        row_key: (B, C, W).
-        scale: factor on the scores, of either sign.
-
-    Returns:
-        (B, C, H, W) in x's dtype and memory layout.
-    """
-    result: Tensor = _operator(x, column_key, row_key, scale)
-    return result
-
 
 BACKEND = Backend(
     name="native",
     summary="C kernel, compiled on first use: both branches of FullyAttentional, by x's strides",
-    run={Kind.COLUMNS_AND_ROWS: attend_columns_and_rows},
+    operations={"axial channel attention": axial_channel_attention},
+    operation_workspaces={"axial channel attention": _workspace},
     own_operators=True,
     devices=frozenset({"cpu"}),
     dtypes={"*": FLOATING - {torch.float64}},

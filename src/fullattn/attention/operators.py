@@ -1,7 +1,7 @@
 """Makes a forward and a backward function into PyTorch operators.
 
-As operators they are one call each to `torch.compile`, `torch.export` and PyTorch's FLOP counter,
-with known shapes, gradient and cost, and whatever they do inside is their own business.
+Registered as custom operators, they are opaque to `torch.compile` and `torch.export`, which see one
+call with known shapes and gradient, and PyTorch's FLOP counter has a formula for them.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def register(
         devices: dispatch keys of the devices that both run on.
 
     Returns:
-        The operator; called like `forward`. It can be differentiated once. Under autocast it casts
-        its arguments, but for float64, to the autocast dtype.
+        The operator; called like `forward`. It can be differentiated once.
     """
     backward_name = f"{name}_backward"
     tensors = ", ".join(f"Tensor{'?' * (each in optional)} {each}" for each in arguments)
@@ -69,8 +68,6 @@ def register(
     for device in devices:
         _library.impl(name, forward, device)  # type: ignore[no-untyped-call]
         _library.impl(backward_name, backward, device)  # type: ignore[no-untyped-call]
-        cast = _casting(operator, device.lower())
-        _library.impl(name, cast, f"Autocast{device}")  # type: ignore[no-untyped-call]
 
     def empty_grads(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         given = inputs[: len(arguments)]
@@ -101,18 +98,4 @@ def register(
     torch.library.register_autograd(f"fullattn::{backward_name}", refuse, lib=_library)
     flops.register(operator, forward_flops)
     flops.register(backward_operator, backward_flops)
-    return operator  # type: ignore[no-any-return]
-
-
-def _casting(operator: Callable[..., Any], device: str) -> Callable[..., Any]:
-    def cast(*arguments: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            return operator(*(_as(x, dtype) for x in arguments))
-
-    return cast
-
-
-def _as(x: Any, dtype: torch.dtype) -> Any:
-    castable = isinstance(x, Tensor) and x.dtype.is_floating_point and x.dtype != torch.float64
-    return x.to(dtype) if castable else x
+    return operator.default  # type: ignore[no-any-return]

@@ -1,44 +1,83 @@
-"""The definition: attention that builds its similarity map.
+"""The backend that builds the similarity map, by the definitions themselves.
 
-Every other backend is tested against this one, and this one against a NumPy float64 oracle. It is
-also the backend that runs where the map is smaller than the tensors that it relates (see
-`fullattn.attention.dispatch`), and the only one that can hand the map out.
+A layer's operation brings its definition with it (`fullattn.functional` opens with them); this
+backend runs that. For slices of tokens the definition stands here. Every other backend is tested
+against this one, and this one against a NumPy float64 oracle. It is also the backend that runs
+where the map is smaller than the tensors that it relates (see `fullattn.attention.dispatch`), and
+the only one that can hand the map out.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from math import prod
+
 import torch
-from torch import Tensor
+from torch import Tensor, einsum
 
-from fullattn.attention.backend import Backend, Kind
+from fullattn.attention import flops
+from fullattn.attention.backend import (
+    AttentionCall,
+    Backend,
+    BranchSizes,
+    ScoreFunction,
+    Setting,
+    Workspace,
+)
+from fullattn.attention.sizes import less, maximum
 
-__all__ = ["BACKEND", "attend", "concatenation", "dot_product", "similarity"]
+__all__ = ["BACKEND", "attend", "attended", "maps", "similarity", "weights"]
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    # A float16 score overflows at 65504 before any softmax sees it, so scores are float32 at least.
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+def weights(scores: Tensor, scale: float, score: ScoreFunction = ScoreFunction.SOFTMAX) -> Tensor:
+    """What a query gives to each of its keys.
+
+    Args:
+        scores: (..., M), for each of M keys query · key; for the concatenation form the sum of a
+            number for the query and a number for the key.
+        scale: factor on the scores, of either sign; not used by the concatenation form.
+        score: softmax over the keys, or Wang et al.'s forms without: scale · scores / M (dot
+            product), or ReLU(scores) / M (concatenation).
+
+    Returns:
+        (..., M).
+    """
+    if score is ScoreFunction.CONCATENATION:
+        return torch.relu(scores) / scores.shape[-1]
+    if score is ScoreFunction.DOT_PRODUCT:
+        return scores * (scale / scores.shape[-1])
+    return torch.softmax(scores if scale == 1.0 else scale * scores, dim=-1)
 
 
-def similarity(query: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
-    """The similarity map: softmax over the key tokens of scale · query · keyᵀ.
+def similarity(
+    query: Tensor,
+    key: Tensor,
+    scale: float = 1.0,
+    score: ScoreFunction = ScoreFunction.SOFTMAX,
+) -> Tensor:
+    """The similarity maps of slices of tokens.
 
     Args:
         query: (B, S, N, D).
         key: (B, S or 1, M, D); a slice axis of 1 is shared by all slices.
         scale: factor on the scores, of either sign.
+        score: how scores become weights; for the concatenation form D is 1.
 
     Returns:
-        (B, S, N, M), in float32 for float16 and bfloat16 inputs, otherwise in the input's dtype.
+        (B, S, N, M).
     """
-    dtype = _accumulation_dtype(query.dtype)
-    query, key = query.to(dtype), key.to(dtype)
-    if scale != 1.0:
-        query = query * scale
-    return torch.softmax(query @ key.mT, dim=-1)
+    if score is ScoreFunction.CONCATENATION:
+        return weights(query + key.transpose(-2, -1), scale, score)
+    return weights(einsum("bsnd, bsmd -> bsnm", query, key), scale, score)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    score: ScoreFunction = ScoreFunction.SOFTMAX,
+) -> Tensor:
     """similarity(query, key) · value.
 
     Args:
@@ -46,64 +85,101 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
         key: (B, S or 1, M, D).
         value: (B, S or 1, M, E).
         scale: factor on the scores.
+        score: how scores become weights.
 
     Returns:
         (B, S, N, E) in the query's dtype.
     """
-    weights = similarity(query, key, scale)
-    return (weights @ value.to(weights.dtype)).to(query.dtype)
+    given = query.dtype
+    query, key, value = _accumulated(query, key, value)
+    maps = similarity(query, key, scale, score)
+    return einsum("bsnm, bsme -> bsne", maps, value).to(given)
 
 
-def dot_product(query: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
-    """The similarity map of Wang et al.'s dot-product form: scale · query · keyᵀ / M, no softmax.
-
-    Args:
-        query: (B, S, N, D).
-        key: (B, S or 1, M, D).
-        scale: factor on the scores.
-
-    Returns:
-        (B, S, N, M), in float32 for float16 and bfloat16 inputs.
-    """
-    dtype = _accumulation_dtype(query.dtype)
-    return query.to(dtype) @ key.to(dtype).mT * (scale / key.shape[-2])
-
-
-def concatenation(query_score: Tensor, key_score: Tensor) -> Tensor:
-    """The similarity map of Wang et al.'s concatenation form: ReLU(a_i + b_j) / M.
-
-    The form weighs the concatenation of a query and a key by one vector; that is the sum of a
-    number for the query and a number for the key, so the concatenation itself is never built.
+def attended(call: AttentionCall) -> Tensor:
+    """An operation's result, by its definition.
 
     Args:
-        query_score: a, (B, S, N, 1).
-        key_score: b, (B, S or 1, M, 1).
+        call: the operation and its tensors.
 
     Returns:
-        (B, S, N, M), in float32 for float16 and bfloat16 inputs.
+        A feature map in the dtype of the tensors; scores and weights are float32 at least.
     """
-    dtype = _accumulation_dtype(query_score.dtype)
-    scores = query_score.to(dtype) + key_score.to(dtype).mT
-    return torch.relu(scores) / key_score.shape[-2]
+    operation, tensors, scale, score = call
+    result = operation.attended(*_accumulated(*tensors), scale=scale, score=score)
+    return result.to(tensors[0].dtype)
 
 
-def _attend_dot_product(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    weights = dot_product(query, key, scale)
-    return (weights @ value.to(weights.dtype)).to(query.dtype)
+def maps(call: AttentionCall) -> Tensor | tuple[Tensor, ...]:
+    """An operation's similarity maps, by its definition.
+
+    Args:
+        call: the operation and its tensors.
+
+    Returns:
+        A tensor, or a named tuple of tensors; in float32 for tensors in half precision.
+    """
+    operation, tensors, scale, score = call
+    result: Tensor | tuple[Tensor, ...] = operation.similarity(
+        *_accumulated(*tensors), scale=scale, score=score
+    )
+    return result
 
 
-def _attend_concatenation(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    weights = concatenation(query, key)
-    return (weights @ value.to(weights.dtype)).to(query.dtype)
+def _accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
+    # A float16 score overflows at 65504 before any softmax sees it, so scores are float32 at least.
+    if tensors[0].dtype not in (torch.float16, torch.bfloat16):
+        return tensors
+    return tuple(x.float() for x in tensors)
+
+
+def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
+    half, work = setting.half, setting.work_size
+    numel = a.map_numel * work
+    query, key, value, out = (prod(x) * work for x in (a.query, a.key, a.value, a.out))
+    casts = half * (query + (0 if a.value_is_query else value) + key)
+    # einsum merges slices and tokens into one axis, and images and slices, which copies them.
+    sliced = less(1, a.query[1])
+    query_copy, value_copy = sliced * query, sliced * less(1, a.query[0]) * value
+    value_read = sliced * value  # what the batched product cannot read in place it copies
+    output = prod(a.out) * setting.size
+    output_cast = half * output
+    # Maps alive while one is built, kept for backward, and made in backward after the first.
+    built, kept, made = {
+        ScoreFunction.SOFTMAX: (2, 1, 2),
+        ScoreFunction.DOT_PRODUCT: (2, 1, 1),
+        ScoreFunction.CONCATENATION: (3, 2, 1),
+    }[a.score]
+    saved = kept * numel + query_copy + value_copy + casts
+    building = casts + maximum(query_copy + numel, built * numel)
+    multiplying = casts + numel + out + value_read
+    grad_value = saved + numel + value + sliced * out
+    grad_others = saved + value + maximum(made * numel, numel + query + query_copy)
+    if a.score is ScoreFunction.CONCATENATION:  # its scores are sums
+        products = 2 * a.map_numel * a.value[3]
+    else:
+        products = flops.attend(a.query, a.key, a.value)
+    return Workspace(
+        flops=products,
+        backward_flops=2 * products,
+        output=output,
+        inference=maximum(building, multiplying, numel + out + output_cast),
+        saved=saved,
+        forward=maximum(query_copy + building, saved + out + maximum(value_read, output_cast)),
+        backward=maximum(grad_value + output, grad_others),
+        backward_shared=maximum(grad_value, grad_others),
+        keeps_inputs=1 - half,  # their casts are saved
+    )
 
 
 BACKEND = Backend(
     name="reference",
-    summary="builds the similarity map; the definition the others are tested against",
-    run={
-        Kind.SOFTMAX: attend,
-        Kind.DOT_PRODUCT: _attend_dot_product,
-        Kind.CONCATENATION: _attend_concatenation,
+    summary="builds the similarity map, by the definition that the others are tested against",
+    attend={
+        ScoreFunction.SOFTMAX: attend,
+        ScoreFunction.DOT_PRODUCT: partial(attend, score=ScoreFunction.DOT_PRODUCT),
+        ScoreFunction.CONCATENATION: partial(attend, score=ScoreFunction.CONCATENATION),
     },
+    workspace=_workspace,
     builds_map=True,
 )

@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_to"]
+__all__ = ["scaled_residual"]
 
 
-def add_to(x: Tensor, gamma: Tensor | None, attended: Tensor) -> Tensor:
+def scaled_residual(x: Tensor | None, gamma: Tensor | None, attended: Tensor) -> Tensor:
     """Return gamma · attended + x, or attended alone without gamma.
 
     Args:
-        x: (B, C, H, W).
+        x: (B, C, H, W); None without gamma.
         gamma: one number, or None.
         attended: (B, C, H, W), held by nobody but the caller.
 
     Returns:
         (B, C, H, W).
     """
-    if gamma is None:
+    if gamma is None or x is None:
         return attended
     reuse = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     fits = attended.dtype == torch.promote_types(x.dtype, gamma.dtype)

@@ -9,12 +9,23 @@ slices below the 65,536 at which the CUDA grid overflows (pytorch issues 142228 
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fullattn.attention import flops
-from fullattn.attention.backend import FLOATING, Backend, Kind, known
+from fullattn.attention.backend import (
+    FLOATING,
+    Backend,
+    BranchSizes,
+    ScoreFunction,
+    Setting,
+    Workspace,
+    statically_true,
+)
+from fullattn.attention.sizes import Size, at_least, ceil_div, equal, less, maximum, minimum, where
 
 __all__ = ["BACKEND", "attend"]
 
@@ -26,7 +37,7 @@ def padded_features(device: str, features: int, value_features: int) -> tuple[in
     if device == "cuda":
         return -(-features // 8) * 8, -(-value_features // 8) * 8
     # A contiguous axis of length 1 may have any stride, and the fused kernel asks for 1.
-    if known(features == value_features) and known(features > 1):
+    if statically_true(features == value_features) and statically_true(features > 1):
         return features, features
     longest = max(features, value_features, 2)
     return longest, longest
@@ -35,7 +46,7 @@ def padded_features(device: str, features: int, value_features: int) -> tuple[in
 def _pad_features(x: Tensor, features: int) -> Tensor:
     missing = features - x.shape[-1]
     # Padding keeps the order of the strides, and the columns of an image have channels_last's.
-    return x.contiguous() if known(missing == 0) else F.pad(x, (0, missing)).contiguous()
+    return x.contiguous() if statically_true(missing == 0) else F.pad(x, (0, missing)).contiguous()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
@@ -59,11 +70,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     query, key = _pad_features(query, features), _pad_features(key, features)
     value = _pad_features(value, value_padded)
     key, value = _of_every_slice(key, slices), _of_every_slice(value, slices)
-    if query.device.type == "cuda" and known(query.shape[0] * slices > _CUDA_GRID):
+    if query.device.type == "cuda" and statically_true(query.shape[0] * slices > _CUDA_GRID):
         out = _in_parts(query, key, value, scale)
     else:
         out = F.scaled_dot_product_attention(query, key, value, scale=scale)
-    return out if known(value_padded == value_features) else out[..., :value_features]
+    return out if statically_true(value_padded == value_features) else out[..., :value_features]
 
 
 def _writes_onnx() -> bool:
@@ -75,7 +86,7 @@ def _writes_onnx() -> bool:
 def _of_every_slice(x: Tensor, slices: int) -> Tensor:
     # Inductor cannot order the strides of a view of free sizes that is saved for backward, and an
     # expansion is one even where it changes nothing.
-    return x if known(x.shape[1] == slices) else x.expand(-1, slices, -1, -1)
+    return x if statically_true(x.shape[1] == slices) else x.expand(-1, slices, -1, -1)
 
 
 def _in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -97,10 +108,63 @@ for _name, _formula in (
         flops.register(getattr(torch.ops.aten, _name), _formula)
 
 
+def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
+    size = setting.size
+    # As `padded_features`: on a CPU the longer of the two and 2, which equal lengths are already.
+    if setting.device == "cuda":
+        features, value_features = (8 * ceil_div(x[3], 8) for x in (a.query, a.value))
+    else:
+        features = value_features = maximum(a.query[3], a.value[3], 2)
+    query, key = (*a.query[:3], features), (*a.key[:3], features)
+    value, out = (*a.value[:3], value_features), (*a.query[:3], value_features)
+    copies: Size = 0
+    for given, taken, negated in (
+        (a.query, query, a.scale < 0),
+        (a.key, key, False),
+        (a.value, value, False),
+    ):
+        copied = 1 - equal(given[3], taken[3]) if a.contiguous and not negated else 1
+        copies += copied * prod(taken) * size
+    output = prod(out) * size
+    log_sum = prod(out[:3]) * 4
+    saved = copies + log_sum
+    forward_block, backward_block = _blocks(a, setting, value_features)
+    # The fused kernel takes the key's copy as if it had all slices, and so comes its gradient.
+    grads = (prod(query) + prod(a.query[:2]) * a.key[2] * (features + value_features)) * size
+    same = equal(value_features, a.value[3])  # or the gradient of the output is padded again
+    backward = saved + grads + backward_block
+    return Workspace(
+        flops=flops.attend(query, key, value),
+        backward_flops=flops.attend_backward(out, query, key, value),
+        output=output,
+        inference=saved + output + forward_block,
+        saved=saved,
+        forward=saved + output + forward_block,
+        backward=backward + output,
+        backward_shared=backward + (1 - same) * output,
+        contiguous_grad=0 if a.contiguous else same * output,
+        keeps_inputs=equal(copies, 0),
+        keeps_output=True,
+    )
+
+
+def _blocks(a: BranchSizes, setting: Setting, value_features: Size) -> tuple[Size, Size]:
+    """Buffers of the CPU kernel, forward and backward: blocks of the map, one set a thread."""
+    if setting.device != "cpu":
+        return 0, 0
+    tokens, memory, work = a.query[2], a.key[2], setting.work_size
+    block_rows = where(at_least(tokens, 768), 256, where(at_least(tokens, 192), 64, 32))
+    rows = minimum(tokens, block_rows)
+    block = rows * minimum(memory, 512) * (work + less(setting.size, work) * setting.size)
+    rest = rows * (2 + value_features) * work
+    return setting.threads * (block + rest), setting.threads * 2 * block
+
+
 BACKEND = Backend(
     name="sdpa",
     summary="torch.nn.functional.scaled_dot_product_attention on copied slices",
-    run={Kind.SOFTMAX: attend},
+    attend={ScoreFunction.SOFTMAX: attend},
+    workspace=_workspace,
     # CUDA's fused kernels do not take float64.
     dtypes={"*": FLOATING, "cuda": FLOATING - {torch.float64}},
 )

@@ -1,46 +1,44 @@
-"""What is compared: our layers on each backend, the copied public form, and users' own modules."""
+"""What is compared: layers on each backend, the official implementation, and users' own modules."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from fullattn.attention import Backend, Kind, Problem, choose
-from fullattn.attention.dispatch import BACKENDS, FUSED, backend_names
+from fullattn import costs
+from fullattn.attention import AttentionInputs, Backend, choose
+from fullattn.attention.dispatch import BACKENDS, backend_names, fused
 from fullattn.bench.conditions import Conditions
-from fullattn.bench.copied_public_form import CopiedPublicForm
 from fullattn.bench.errors import UsageError, describe
+from fullattn.bench.official import OfficialFLANetBlock
 from fullattn.bench.shapes import Shape
 from fullattn.integrations.torchvision import ensure_importable
-from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
-from fullattn.reshape import to_channels, to_positions
+from fullattn.layers import LAYERS, register
 
 __all__ = [
     "BACKEND_CHOICES",
-    "LAYERS",
-    "PUBLIC",
+    "OFFICIAL",
     "Contender",
     "build",
     "contenders_at",
+    "inputs_of",
+    "layer_named",
+    "layer_sources",
     "load_class",
-    "problem_of",
 ]
 
-PUBLIC = "public"
-LAYERS = {
-    "fully": "FullyAttentional",
-    "channel": "ChannelNonLocal",
-    "spatial": "SpatialNonLocal",
-}
+OFFICIAL = "official"
 # Beside names of backends: what "default" and "auto" stand for is said in `_backends_at`.
 BACKEND_CHOICES = ("default", "auto", "all")
 
@@ -50,7 +48,7 @@ class Contender:
     """One row of the table; plain data, so that it can go to a process.
 
     Attributes:
-        layer: a key of `LAYERS`, `PUBLIC`, or where to find a user's class: "FILE.py:CLASS" or
+        layer: a name of a registered layer, `OFFICIAL`, or where to find a user's class: "FILE.py:CLASS" or
             "package.module:CLASS".
         backend: the backend that runs it; None for modules that do not have the choice.
         automatic: whether that is the backend that runs when the user does not choose.
@@ -65,8 +63,8 @@ class Contender:
         """What the command line and the JSON call it."""
         if self.layer in LAYERS:
             return f"{self.layer}:{self.backend}"
-        if self.layer == PUBLIC:
-            return PUBLIC
+        if self.layer == OFFICIAL:
+            return OFFICIAL
         place, _, class_name = self.layer.rpartition(":")
         stem = Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
         return f"{stem}:{class_name}"
@@ -74,29 +72,22 @@ class Contender:
     @property
     def title(self) -> str:
         """What the table calls it, without its backend."""
-        if self.layer == PUBLIC:
-            return "copied public form"
-        return LAYERS.get(self.layer, self.name)
+        if self.layer == OFFICIAL:
+            return "official implementation"
+        return LAYERS[self.layer].__name__ if self.layer in LAYERS else self.name
 
     def answers_to(self, name: str) -> bool:
         """Whether `--baseline name` means this one; a layer's key means its automatic backend."""
         return name == self.name or (self.automatic and name == self.layer)
 
 
-def problem_of(layer: str, shape: Shape, dtype: torch.dtype, device: str) -> Problem:
-    """What the layer called `layer` in `LAYERS`, built with its defaults, asks of a backend."""
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    if layer == "fully":
-        problem = Problem.of_columns_and_rows(x)
-    elif layer == "channel":
-        problem = Problem.of(Kind.SOFTMAX, to_channels(x), to_channels(x))
-    else:
-        query = to_positions(x[:, : max(1, shape.channels // 2)])
-        problem = Problem.of(Kind.SOFTMAX, query, query)
-    return replace(problem, device=device)
+def inputs_of(layer: str, shape: Shape, dtype: torch.dtype, device: str) -> AttentionInputs:
+    """What a layer, built with its defaults, asks of a backend."""
+    module = LAYERS[layer](shape.channels, device="meta")  # type: ignore[call-arg]
+    return costs.inputs_of(module, tuple(shape), dtype, device)
 
 
-def _backends_at(problem: Problem, layer: str, choice: Sequence[str]) -> list[tuple[str, bool]]:
+def _backends_at(inputs: AttentionInputs, choice: Sequence[str]) -> list[tuple[str, bool]]:
     """Backends of one layer at one shape: (name, whether it is the automatic one).
 
     "auto" is the automatic choice, "all" is every backend that can run, and "default" the automatic
@@ -104,18 +95,18 @@ def _backends_at(problem: Problem, layer: str, choice: Sequence[str]) -> list[tu
     fused and built with "auto" as well: a baseline in its slower form would flatter the others.
     """
     try:
-        automatic = choose(problem).name
+        automatic = choose(inputs).name
     except (RuntimeError, ValueError) as error:  # FULLATTN_BACKEND names one that cannot run
         raise UsageError(str(error)) from error
 
     def able(backends: Iterable[Backend]) -> list[str]:
-        return [backend.name for backend in backends if not backend.reasons_against(problem)]
+        return [backend.name for backend in backends if backend.can_run(inputs)]
 
     names = [automatic] if {"auto", "all", "default"} & set(choice) else []
     if "all" in choice:
         names += able(BACKENDS)
-    if "default" in choice or ("auto" in choice and layer != "fully"):
-        names += able(FUSED[problem.kind])[:1]
+    if "default" in choice or ("auto" in choice and not inputs.sliced):
+        names += able(fused(inputs))[:1]
         names += able(backend for backend in BACKENDS if backend.builds_map)[:1]
     names += [name for name in choice if name not in BACKEND_CHOICES]
     return [(name, name == automatic) for name in dict.fromkeys(names)]
@@ -129,12 +120,12 @@ def contenders_at(
     backends: Sequence[str],
     users: Sequence[str] = (),
 ) -> list[Contender]:
-    """The contenders at one shape, the copied public form first.
+    """The contenders at one shape, the official implementation first.
 
     Args:
         shape: of the feature maps.
         conditions: for their device and dtype.
-        layers: keys of `LAYERS`.
+        layers: names of registered layers.
         backends: names of backends, or of `BACKEND_CHOICES`.
         users: where users' classes are.
 
@@ -145,19 +136,17 @@ def contenders_at(
         UsageError: a layer or backend has no such name, or two users' classes have one name.
     """
     for layer in layers:
-        if layer not in LAYERS:
-            raise UsageError(f"expected layers of {', '.join(LAYERS)}, got {layer!r}")
+        layer_named(layer)
     for backend in backends:
         if backend not in (*BACKEND_CHOICES, *backend_names()):
             allowed = ", ".join((*BACKEND_CHOICES, *backend_names()))
             raise UsageError(f"expected backends of {allowed}, got {backend!r}")
     dtype, device = getattr(torch, conditions.dtype), torch.device(conditions.device).type
-    found = [Contender(PUBLIC)]
+    found = [Contender(OFFICIAL)]
     for layer in dict.fromkeys(layers):
-        problem = problem_of(layer, shape, dtype, device)
+        inputs = inputs_of(layer, shape, dtype, device)
         found += [
-            Contender(layer, name, automatic)
-            for name, automatic in _backends_at(problem, layer, backends)
+            Contender(layer, name, automatic) for name, automatic in _backends_at(inputs, backends)
         ]
     found += [Contender(target) for target in users]
     names = [contender.name for contender in found]
@@ -165,6 +154,39 @@ def contenders_at(
         if names.count(name) > 1:
             raise UsageError(f"expected contenders with distinct names, got {name!r} twice")
     return found
+
+
+def layer_named(text: str) -> str:
+    """The name of a registered layer.
+
+    Args:
+        text: its name, or where to find a layer that is registered when it is imported:
+            "FILE.py:CLASS" or "package.module:CLASS".
+
+    Returns:
+        The name.
+
+    Raises:
+        UsageError: there is no such layer, or it lacks a part of the protocol.
+    """
+    if text in LAYERS:
+        return text
+    if ":" not in text:
+        raise UsageError(f"expected layers of {', '.join(LAYERS)}, or FILE.py:CLASS, got {text!r}")
+    try:
+        return register(load_class(text, "layer")).layer_name  # type: ignore[type-var]
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def layer_sources() -> list[str]:
+    """Where other processes find the layers that users have registered, as "FILE.py:CLASS"."""
+    sources = []
+    for layer in LAYERS.values():
+        with suppress(OSError, TypeError):  # one of a notebook has no file
+            if not layer.__module__.startswith("fullattn."):
+                sources.append(f"{inspect.getfile(layer)}:{layer.__name__}")
+    return sources
 
 
 def load_class(target: str, what: str = "contender") -> Callable[..., nn.Module]:
@@ -256,17 +278,12 @@ def build(contender: Contender, channels: int, conditions: Conditions) -> nn.Mod
 
 
 def _construct(contender: Contender, channels: int, conditions: Conditions) -> nn.Module:
-    backend = contender.backend
-    match contender.layer:
-        case "fully":
-            return FullyAttentional(channels, project=conditions.project, backend=backend)
-        case "channel":
-            return ChannelNonLocal(channels, backend=backend)
-        case "spatial":
-            # Its output starts at 0 by default, and a benchmark of zeros shows little.
-            return SpatialNonLocal(channels, zero_init=False, backend=backend)
-        case "public":
-            return CopiedPublicForm(channels, project=conditions.project)
+    if contender.layer == OFFICIAL:
+        return OfficialFLANetBlock(channels, project=conditions.project)
+    if contender.layer in LAYERS:
+        layer = LAYERS[contender.layer]
+        options = {} if conditions.project else layer.head_options
+        return layer(channels, **{**options, **layer.bench_options}, backend=contender.backend)
     factory = load_class(contender.layer)
     try:
         module = factory(channels)

@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fullattn import BackendError, FullyAttentional, costs
 from fullattn.bench.conditions import MEMORY_FORMATS, Conditions
-from fullattn.bench.contenders import LAYERS, PUBLIC, Contender
+from fullattn.bench.contenders import OFFICIAL, Contender
 from fullattn.bench.report import Formula
 from fullattn.bench.shapes import Shape
+from fullattn.layers import LAYERS
 
 __all__ = ["formula"]
 
@@ -32,10 +33,10 @@ def formula(
     """
     parameters = sum(parameter.numel() for parameter in module.parameters())
     counted = _count_flops(module, shape, conditions)
-    if contender.layer not in LAYERS and contender.layer != PUBLIC:
+    if contender.layer not in LAYERS and contender.layer != OFFICIAL:
         return Formula(parameters, counted_flops=counted)
     backend = contender.backend
-    if contender.layer == PUBLIC:
+    if contender.layer == OFFICIAL:
         # The same sums as the layer whose form it is; what it keeps in memory has no formula.
         module, backend = FullyAttentional(shape.channels, project=conditions.project), "reference"
     dtype = getattr(torch, conditions.dtype)
@@ -44,12 +45,12 @@ def formula(
         cost = costs.cost(module, shape, dtype=dtype, backend=backend, device=device)
     except BackendError:
         return Formula(parameters, counted_flops=counted)
-    ours = contender.layer != PUBLIC
+    ours = contender.layer != OFFICIAL
     return Formula(
         parameters=parameters,
         flops=cost.flops,
         counted_flops=counted,
-        map_numbers=cost.map_numbers,
+        map_numel=cost.map_numel,
         map_bytes=cost.map_bytes,
         inference_bytes=cost.inference_bytes if ours else None,
         training_bytes=cost.training_bytes if ours else None,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fullattn.bench.conditions import Conditions
-from fullattn.bench.contenders import Contender
+from fullattn.bench.contenders import Contender, layer_sources
 from fullattn.bench.failures import Failure
 from fullattn.bench.network import Network
 from fullattn.bench.shapes import Shape
@@ -89,6 +89,7 @@ class CpuMemory:
             What was measured, or why nothing was.
         """
         job = {
+            "layers": layer_sources(),
             "contender": dataclasses.asdict(contender),
             "shape": shape,
             "conditions": dataclasses.asdict(conditions),
@@ -99,7 +100,8 @@ class CpuMemory:
 
     def probe_network(self, network: Network, mode: Mode, limit: float) -> Probe | Failure:
         """Measure one call of a whole network; arguments and result as of `probe`."""
-        return self._ask({"network": dataclasses.asdict(network), "mode": mode, "limit": limit})
+        job = {"layers": layer_sources(), "network": dataclasses.asdict(network)}
+        return self._ask({**job, "mode": mode, "limit": limit})
 
     def _ask(self, job: dict[str, Any]) -> Probe | Failure:
         assert self._process.stdin is not None

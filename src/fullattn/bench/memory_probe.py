@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from fullattn.bench.conditions import Conditions, available_bytes
-from fullattn.bench.contenders import Contender
+from fullattn.bench.contenders import Contender, load_class
 from fullattn.bench.failures import Failure
 from fullattn.bench.network import Network
 from fullattn.bench.shapes import Shape
@@ -96,6 +96,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _workload(job: dict[str, Any], mode: Mode) -> Workload:
+    for source in job["layers"]:
+        load_class(source, "layer")  # which registers it
     if "network" in job:
         network = Network.of(job["network"])
         conditions = network.conditions

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fullattn.bench.conditions import MEMORY_FORMATS, Conditions
-from fullattn.bench.contenders import LAYERS, load_class
+from fullattn.bench.contenders import load_class
 from fullattn.bench.errors import UsageError, describe
 from fullattn.bench.inputs import noise, photograph
 from fullattn.bench.shapes import Shape
 from fullattn.bench.workload import Mode, Workload
+from fullattn.layers import LAYERS
 from fullattn.surgery import Report, insert, swap
 
 __all__ = ["Network", "NetworkWorkload"]
@@ -30,7 +31,7 @@ class Network:
         shape: of the images, (B, C, H, W).
         conditions: device, dtype, memory format, threads, seed and image.
         target: what `swap` or `insert` is to change; None to leave the network as it is.
-        layer: a key of `LAYERS`.
+        layer: name of a registered layer.
         layer_options: of the layer.
         behind: whether the layer is inserted behind the target, not in its place.
     """
@@ -79,9 +80,7 @@ class Network:
         return model, report
 
     def _change(self, model: nn.Module, target: str) -> Report:
-        import fullattn
-
-        layer: type[nn.Module] = getattr(fullattn, LAYERS[self.layer])
+        layer = LAYERS[self.layer]
         sample = torch.zeros(self.shape)
         try:
             if self.behind:

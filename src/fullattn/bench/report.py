@@ -30,7 +30,7 @@ class Formula:
         parameters: numbers in the module's parameters.
         flops: 2 × multiply-accumulate of one forward, by `fullattn.costs`.
         counted_flops: the same by PyTorch's FlopCounterMode; 0 where it knows no operator.
-        map_numbers: numbers in all similarity maps of the batch.
+        map_numel: elements in all similarity maps of the batch.
         map_bytes: their size, whether or not the backend builds them.
         inference_bytes: peak over the inputs of a forward, by formula.
         training_bytes: the same of forward and backward.
@@ -39,7 +39,7 @@ class Formula:
     parameters: int | None = None
     flops: int | None = None
     counted_flops: int | None = None
-    map_numbers: int | None = None
+    map_numel: int | None = None
     map_bytes: int | None = None
     inference_bytes: int | None = None
     training_bytes: int | None = None
@@ -149,7 +149,7 @@ class Report:
             f"{device}, {how.dtype}, {how.memory_format}, {here.platform}, {here.date}{load}",
             f"fullattn {here.fullattn}, torch {here.torch}, einops {here.einops}, "
             f"Python {here.python}",
-            f"inputs: {how.input_kind}; FullyAttentional and the public form {projection} their "
+            f"inputs: {how.input_kind}; FullyAttentional and the official implementation {projection} their "
             f"3x3 projection; gamma {how.gamma:g}",
         ]
 

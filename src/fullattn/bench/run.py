@@ -18,12 +18,11 @@ from fullattn.attention.dispatch import BACKENDS
 from fullattn.bench import compare, plot
 from fullattn.bench.conditions import Conditions, available_bytes, environment
 from fullattn.bench.contenders import (
-    LAYERS,
-    PUBLIC,
+    OFFICIAL,
     Contender,
     build,
     contenders_at,
-    problem_of,
+    inputs_of,
 )
 from fullattn.bench.errors import UsageError
 from fullattn.bench.failures import Failure
@@ -36,6 +35,7 @@ from fullattn.bench.report import Formula, Measurement, Report, Row
 from fullattn.bench.shapes import Shape
 from fullattn.bench.table import print_report
 from fullattn.bench.workload import Mode, ShapeError, Workload
+from fullattn.layers import LAYERS
 
 __all__ = ["Options", "bench", "measure_all"]
 
@@ -47,7 +47,7 @@ class Options:
     Attributes:
         shapes: each with the modes to measure at it.
         conditions: what all contenders have in common.
-        layers: keys of `LAYERS`.
+        layers: names of registered layers; all of them if there are none.
         backends: names of backends, or "default", "auto", "all".
         users: where users' classes are.
         baseline: the contender that ratios refer to.
@@ -58,10 +58,10 @@ class Options:
 
     shapes: Sequence[tuple[Shape, tuple[Mode, ...]]]
     conditions: Conditions
-    layers: Sequence[str] = tuple(LAYERS)
+    layers: Sequence[str] = ()
     backends: Sequence[str] = ("default",)
     users: Sequence[str] = ()
-    baseline: str = PUBLIC
+    baseline: str = OFFICIAL
     sweep: str | None = None
     plan: Plan = field(default_factory=Plan)
     memory: bool = True
@@ -123,7 +123,7 @@ def measure_all(options: Options) -> Report:
         shape: contenders_at(
             shape,
             conditions,
-            layers=options.layers,
+            layers=options.layers or tuple(LAYERS),
             backends=options.backends,
             users=options.users,
         )
@@ -264,7 +264,7 @@ class _Runner:
             self.bar.add(0, label)
             try:
                 workload = Workload(build(contender, shape.channels, conditions), x, grad)
-                # The public form, the first layer and the baseline are what a run is made for.
+                # The official implementation, the first layer and the baseline are what a run is made for.
                 needed = number < 2 or contender.answers_to(self.options.baseline)
                 seconds, peak = self._first_calls(contender, shape, mode, workload, needed)
             except _LeftOutError as left:
@@ -327,9 +327,9 @@ class _Runner:
         """Seconds of a call where they can be foretold; _LeftOutError where it cannot run."""
         if contender.layer in LAYERS:
             dtype = getattr(torch, self.options.conditions.dtype)
-            problem = problem_of(contender.layer, shape, dtype, self.device.type)
+            inputs = inputs_of(contender.layer, shape, dtype, self.device.type)
             backend = next(entry for entry in BACKENDS if entry.name == contender.backend)
-            if reasons := backend.reasons_against(problem):
+            if reasons := backend.reasons_against(inputs):
                 raise _LeftOutError(Failure("cannot run", f"{backend.name} {', '.join(reasons)}"))
         rate = self.rates.get((contender.name, mode))
         if rate is None or flops is None:

@@ -128,7 +128,7 @@ def _formula(formula: Formula) -> list[str]:
         si(formula.parameters),
         si(formula.flops),
         si(formula.counted_flops),
-        si(formula.map_numbers),
+        si(formula.map_numel),
         mebibytes(formula.map_bytes),
         mebibytes(formula.inference_bytes),
         mebibytes(formula.training_bytes),

@@ -1,16 +1,15 @@
 """What layers attend to in a photograph: what they are given for it, and the pictures of it.
 
-The layers are those of a trained network, or untrained ones that compare the features as they are:
-the spatial layer in its Gaussian form, the channel layer, which has no weights, and the fully
-attentional layer with Linears that change nothing. Features then come from a backbone of timm, or
-from a small random convolutional stem.
+The layers are those of a trained network, or untrained ones that compare the features as they are
+(`AttentionLayer.untrained`). Features then come from a backbone of timm, or from a small random
+convolutional stem.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +21,11 @@ from fullattn.bench.inputs import through_stem
 from fullattn.data.decode import read_scaled
 from fullattn.data.errors import DataError
 from fullattn.evaluation.loop import evaluating, normalised
-from fullattn.evaluation.options import MAP_LAYERS
-from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+from fullattn.layers import LAYERS, AttentionLayer, ChannelNonLocal
 from fullattn.plot import figures, inputs_of, layers_with_maps, page, similarity
+from fullattn.plot.tokens import has_channel_maps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fullattn.models.files import Trained
 
 __all__ = ["Photograph", "Seen", "of_backbone", "of_network", "of_stem", "read", "write"]
@@ -83,8 +80,8 @@ class Seen:
     Attributes:
         layers: by name, each with its feature map, (1, C, h, w).
         note: a sentence on where they and the features come from.
-        beside: the channel layer that the fully attentional one is compared with; None for one of
-            the same scale.
+        beside: the channel layer that one of columns or rows is compared with; None for one of the
+            same scale.
     """
 
     layers: Mapping[str, tuple[nn.Module, Tensor]]
@@ -150,12 +147,12 @@ def of_network(trained: Trained, photograph: Photograph) -> Seen:
 def _heading(key: str, layer: nn.Module) -> str:
     """A layer's type, and its name in the network where that says more."""
     kind = type(layer).__name__
-    return kind if key in MAP_LAYERS else f"{kind} {key}"
+    return kind if key in LAYERS else f"{kind} {key}"
 
 
 def _name_of(layer: nn.Module) -> str:
-    kinds = (SpatialNonLocal, ChannelNonLocal, FullyAttentional)
-    return dict(zip(kinds, MAP_LAYERS, strict=True))[type(layer)]
+    assert isinstance(layer, AttentionLayer)
+    return layer.layer_name
 
 
 def of_stem(
@@ -165,7 +162,7 @@ def of_stem(
 
     Args:
         photograph: what is looked at.
-        layers: names out of `MAP_LAYERS`.
+        layers: names of registered layers.
         channels: C of the stem's features.
         scale: the layers' factor on their scores; None for 4/d, with d the features compared.
         seed: of the stem's weights.
@@ -191,7 +188,7 @@ def of_backbone(
 
     Args:
         photograph: what is looked at.
-        layers: names out of `MAP_LAYERS`.
+        layers: names of registered layers.
         name: timm's name.
         weights: a file of the backbone's weights; None for those that timm downloads.
         scale: the layers' factor on their scores; None for 4/d, with d the features compared.
@@ -241,31 +238,20 @@ def of_backbone(
 def _untrained(features: Tensor, layers: Sequence[str], scale: float | None, note: str) -> Seen:
     # Each channel of mean 0 and deviation 1, as behind a normalisation: a loud one drowns no other.
     features = F.batch_norm(features, None, None, training=True)
-    channels, height, width = features.shape[1:]
-    compared = {  # numbers in a query; a column has H and a row W
-        "spatial": channels,
-        "channel": height * width,
-        "fully": (height * width) ** 0.5,
-    }
-    scales = {name: _SHARPNESS / n if scale is None else scale for name, n in compared.items()}
-    made: dict[str, Callable[[], nn.Module]] = {
-        "spatial": partial(SpatialNonLocal, channels, mode="gaussian", scale=scales["spatial"]),
-        "channel": partial(ChannelNonLocal, channels, scale=scales["channel"]),
-        "fully": partial(_fully_without_weights, channels, scales["fully"]),
-    }
+    channels = features.shape[1]
+
+    def untrained(layer: type[AttentionLayer]) -> AttentionLayer:
+        if scale is not None:
+            return layer.untrained(channels, scale)
+        # Of several branches the geometric mean of their lengths.
+        lengths = [cut.sizes(features.shape)[2] for cut in layer.operation.cuts]
+        return layer.untrained(channels, _SHARPNESS / math.prod(lengths) ** (1 / len(lengths)))
+
     note += " Layers without trained weights, which compare the features as they are; scale "
     note += f"{_SHARPNESS:g}/d." if scale is None else f"{scale:g}."
-    beside = ChannelNonLocal(channels, scale=scales["channel"])
-    return Seen({name: (made[name](), features) for name in layers}, note, beside)
-
-
-def _fully_without_weights(channels: int, scale: float) -> FullyAttentional:
-    """A fully attentional layer whose keys are the context itself."""
-    layer = FullyAttentional(channels, scale=scale, project=False)
-    for linear in (layer.column_key, layer.row_key):
-        nn.init.eye_(linear.weight)
-        nn.init.zeros_(linear.bias)
-    return layer
+    beside = untrained(ChannelNonLocal)
+    assert isinstance(beside, ChannelNonLocal)
+    return Seen({name: (untrained(LAYERS[name]), features) for name in layers}, note, beside)
 
 
 def write(
@@ -315,10 +301,12 @@ def write(
         of_channels = {
             key: (layer, x)
             for key, (layer, x) in seen.layers.items()
-            if not isinstance(layer, SpatialNonLocal)
+            if isinstance(layer, AttentionLayer) and has_channel_maps(layer)
         }
         if not of_channels:
-            raise ValueError("expected a layer with a map of channels, got spatial ones alone")
+            raise ValueError(
+                f"expected a layer with a map of channels, got {', '.join(seen.layers)} alone"
+            )
         made |= {
             f"{stem}_{key}_channel_{channel}.png": similarity(
                 layer,

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from fullattn.arguments import Parser, count, seed, words
+from fullattn.bench.contenders import layer_named
 from fullattn.bench.errors import UsageError
 from fullattn.evaluation.options import (
-    MAP_LAYERS,
     index,
     number,
     point,
@@ -16,6 +16,7 @@ from fullattn.evaluation.options import (
     sentences,
     written_together,
 )
+from fullattn.layers import LAYERS
 
 __all__ = ["add_maps"]
 
@@ -83,7 +84,7 @@ def add_maps(commands: argparse._SubParsersAction[Parser]) -> None:
         "--weights", type=Path, metavar="FILE", help="the backbone's weights, instead of a download"
     )
     untrained.add_argument(
-        "--layers", nargs="+", metavar="LAYER", help=f"{', '.join(MAP_LAYERS)} (all three)"
+        "--layers", nargs="+", metavar="LAYER", help=f"{', '.join(LAYERS)} (all)"
     )
     untrained.add_argument(
         "--scale", type=number, help="factor on the scores; published is 1 (4/d, softer)"
@@ -107,10 +108,7 @@ def _check(args: argparse.Namespace) -> list[str]:
                 raise UsageError(f"expected no --{name} with --backbone, which has its own")
     elif args.weights is not None:
         raise UsageError("expected --backbone NAME with --weights")
-    layers = words(args.layers or MAP_LAYERS)
-    for layer in layers:
-        if layer not in MAP_LAYERS:
-            raise UsageError(f"expected layers of {', '.join(MAP_LAYERS)}, got {layer!r}")
+    layers = [layer_named(layer) for layer in words(args.layers or list(LAYERS))]
     return list(dict.fromkeys(layers))
 
 

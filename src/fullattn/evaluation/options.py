@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fullattn.models.files import Trained
 
 __all__ = [
-    "MAP_LAYERS",
     "add_device",
     "index",
     "number",
@@ -29,10 +28,6 @@ __all__ = [
     "size",
     "written_together",
 ]
-
-
-# The layers whose maps are drawn, in this order.
-MAP_LAYERS = ("spatial", "channel", "fully")
 
 
 def add_device(parser: Adds) -> None:

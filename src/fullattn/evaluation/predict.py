@@ -13,9 +13,9 @@ from fullattn.data.decode import read_image
 from fullattn.evaluation.loop import evaluating, normalised
 from fullattn.evaluation.overlay import index_picture, overlay
 from fullattn.evaluation.passes import check_options, segment
-from fullattn.layers import SpatialNonLocal
 from fullattn.models.files import Trained
 from fullattn.plot import figures, inputs_of, layers_with_maps, similarity
+from fullattn.plot.tokens import has_channel_maps
 
 __all__ = ["predict"]
 
@@ -132,9 +132,7 @@ def _layers(trained: Trained, channel: int | None) -> dict[str, nn.Module]:
         )
     if channel is None:
         return layers
-    of_channels = {
-        n: layer for n, layer in layers.items() if not isinstance(layer, SpatialNonLocal)
-    }
+    of_channels = {n: layer for n, layer in layers.items() if has_channel_maps(layer)}
     if not of_channels:
         raise ValueError("the network's attention has a map of positions and none of channels")
     return of_channels

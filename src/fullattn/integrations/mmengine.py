@@ -7,36 +7,29 @@ as in the layers, and so are the weights.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+from fullattn.layers import LAYERS, AttentionLayer
 
 __all__ = ["register"]
 
-
-class _FullyAttentional(FullyAttentional):
-    _abbr_ = "fully_attentional"
-
-    def __init__(self, in_channels: int, **options: Any) -> None:
-        super().__init__(in_channels, **options)
+_registered: dict[type[AttentionLayer], type[AttentionLayer]] = {}
 
 
-class _ChannelNonLocal(ChannelNonLocal):
-    _abbr_ = "channel_non_local"
+def _with_in_channels(layer: type[AttentionLayer]) -> type[AttentionLayer]:
+    """The layer with its channel count called `in_channels`, and a name for mmcv's plugins."""
 
-    def __init__(self, in_channels: int, **options: Any) -> None:
-        super().__init__(in_channels, **options)
+    def __init__(self: Any, in_channels: int, **options: Any) -> None:  # noqa: N807
+        layer.__init__(self, in_channels, **options)  # type: ignore[call-arg]
 
-
-class _SpatialNonLocal(SpatialNonLocal):
-    _abbr_ = "spatial_non_local"
-
-    def __init__(self, in_channels: int, **options: Any) -> None:
-        super().__init__(in_channels, **options)
+    abbreviation = re.sub(r"(?<!^)(?=[A-Z])", "_", layer.__name__).lower()
+    names = {"__init__": __init__, "_abbr_": abbreviation, "__module__": __name__}
+    return type(layer.__name__, (layer,), names)
 
 
 def register() -> None:
-    """Register the three layers in `mmengine.registry.MODELS`; nothing happens a second time.
+    """Register the layers in `mmengine.registry.MODELS`; nothing happens a second time.
 
     Raises:
         ImportError: mmengine is not installed.
@@ -49,7 +42,8 @@ def register() -> None:
     """
     from mmengine.registry import MODELS
 
-    for layer in (_FullyAttentional, _ChannelNonLocal, _SpatialNonLocal):
-        name = layer.__name__.removeprefix("_")
-        if MODELS.get(name) is not layer:
-            MODELS.register_module(name=name, module=layer)
+    for layer in LAYERS.values():
+        if layer not in _registered:
+            made = _with_in_channels(layer)
+            MODELS.register_module(name=layer.__name__, module=made)
+            _registered[layer] = made

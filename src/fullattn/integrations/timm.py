@@ -8,13 +8,13 @@ that its tracer is not to look into when it extracts features by name, and there
 from __future__ import annotations
 
 from fullattn.integrations.torchvision import ensure_importable
-from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+from fullattn.layers import LAYERS
 
 __all__ = ["register"]
 
 
 def register() -> None:
-    """Make the three layers leaves of timm's feature extraction by tracing (`feature_cls="fx"`).
+    """Make the layers leaves of timm's feature extraction by tracing (`feature_cls="fx"`).
 
     Raises:
         ImportError: timm is not installed.
@@ -29,5 +29,5 @@ def register() -> None:
     ensure_importable()
     from timm.layers import register_notrace_module
 
-    for layer in (ChannelNonLocal, FullyAttentional, SpatialNonLocal):
+    for layer in LAYERS.values():
         register_notrace_module(layer)

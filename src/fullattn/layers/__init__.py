@@ -1,7 +1,19 @@
-"""The layers that go into a network."""
+"""The layers that go into a network, and the registry of all that are known by a name."""
 
 from fullattn.layers.channel_non_local import ChannelNonLocal
 from fullattn.layers.fully_attentional import FullyAttentional
+from fullattn.layers.protocol import LAYERS, AttentionLayer, register, unregister
 from fullattn.layers.spatial_non_local import SpatialNonLocal
 
-__all__ = ["ChannelNonLocal", "FullyAttentional", "SpatialNonLocal"]
+for _layer in (FullyAttentional, ChannelNonLocal, SpatialNonLocal):
+    register(_layer)
+
+__all__ = [
+    "LAYERS",
+    "AttentionLayer",
+    "ChannelNonLocal",
+    "FullyAttentional",
+    "SpatialNonLocal",
+    "register",
+    "unregister",
+]

@@ -19,12 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from fullattn import functional
+from fullattn.attention import AttentionCall, BranchSizes
+from fullattn.attention.sizes import Size
 from fullattn.layers import _checks
+from fullattn.layers.protocol import AttentionLayer, Work
+from fullattn.reshape import CHANNELS
 
 __all__ = ["ChannelNonLocal"]
 
 
-class ChannelNonLocal(nn.Module):
+class ChannelNonLocal(AttentionLayer):
     """Attention between channels with one C×C map for the whole image.
 
     y = gamma · attended + x, where, with p over the H·W positions,
@@ -63,6 +67,10 @@ class ChannelNonLocal(nn.Module):
         True
     """
 
+    layer_name = "channel"
+    paper = "Fu et al., CVPR 2019 (arXiv 1809.02983)"
+    operation = functional.CHANNEL_ATTENTION
+
     def __init__(
         self,
         channels: int,
@@ -88,47 +96,21 @@ class ChannelNonLocal(nn.Module):
         """Initialise all parameters again."""
         nn.init.constant_(self.gamma, self.gamma_init)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer.
+    def attention(self, x: Tensor) -> AttentionCall:
+        """Compare the channels of x with each other."""
+        return functional.channel_call(x, scale=self.scale, least_similar=self.least_similar)
 
-        Args:
-            x: feature map, (B, C, H, W) or (C, H, W).
-
-        Returns:
-            A tensor of x's shape and memory format.
-        """
-        x, unbatched = _checks.feature_map(x, self.channels, self.gamma)
-        y = functional.channel_non_local(
-            x,
-            self.gamma,
-            scale=self.scale,
-            least_similar=self.least_similar,
-            backend=self.backend,
+    def work(self, shape: tuple[Size, Size, Size, Size], size: Size) -> Work:
+        """Attention alone."""
+        batch, channels, height, width = shape
+        scale = 0.5 if self.scale is None else self.scale
+        branch = BranchSizes.of(CHANNELS, shape, scale=-scale if self.least_similar else scale)
+        return Work(
+            branches=(branch,),
+            flops=0,
+            parameters=1,
+            inputs=0,
+            kept=0,
+            # Of query, key and value, and their sum.
+            gradients=4 * batch * channels * height * width * size,
         )
-        return _checks.as_given(y, x, unbatched)
-
-    def similarity(self, x: Tensor) -> Tensor:
-        """The similarity map that `forward` multiplies with x, built to be looked at.
-
-        Args:
-            x: feature map, (B, C, H, W) or (C, H, W).
-
-        Returns:
-            (B, C, C), without B for an unbatched input.
-        """
-        x, unbatched = _checks.feature_map(x, self.channels, self.gamma)
-        maps = functional.channel_similarity(x, scale=self.scale, least_similar=self.least_similar)
-        return maps.squeeze(0) if unbatched else maps
-
-    def extra_repr(self) -> str:
-        """The options that differ from the paper's."""
-        shown = [f"{self.channels}"]
-        if self.scale != 1.0:
-            shown.append(f"scale={self.scale}")
-        if self.least_similar:
-            shown.append("least_similar=True")
-        if self.gamma_init != 0.0:
-            shown.append(f"gamma_init={self.gamma_init}")
-        if self.backend is not None:
-            shown.append(f"backend={self.backend!r}")
-        return ", ".join(shown)

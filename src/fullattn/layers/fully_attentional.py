@@ -6,40 +6,33 @@ What to know before using it:
 - The paper's layer has no 1/√d on the scores. `scale=None` turns one on.
 - gamma starts at 0, so attention adds nothing until training moves it. With `project=False` the
   layer is then the identity; with the projection it is the projection alone.
-- Widely copied public code pairs, for batches larger than one, each image with the context of
-  another. This layer treats every image alone, and so differs from it except at batch size one.
-  `mix_images=True` does as that code does, to evaluate weights that were trained with it.
+- The official implementation (https://github.com/maggiesong7/FullyAttentional) is right at batch
+  size 1; in larger batches it pairs each image with the context of another. This layer treats every
+  image alone. `mix_images=True` does as that code does, to evaluate weights that were trained with
+  it; see `fullattn.layers.mixing`.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import cache
+from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fullattn import functional
-from fullattn.functional import FullyAttentionalSimilarity
-from fullattn.layers import _checks
+from fullattn.attention import AttentionCall, BranchSizes
+from fullattn.attention.sizes import Size, equal
+from fullattn.layers import _checks, mixing
+from fullattn.layers.protocol import AttentionLayer, Convolutions, Work
 
 __all__ = ["FullyAttentional"]
 
 
-@cache
-def _warn_of_mixing() -> None:
-    """Warn the first time in a process."""
-    warnings.warn(
-        "mix_images=True: images of a batch influence each other, as in the copied public code; "
-        "use it to evaluate weights that were trained with that code, and for nothing else",
-        stacklevel=3,
-    )
-
-
-class FullyAttentional(nn.Module):
+class FullyAttentional(AttentionLayer):
     """Attention between channels with a map of its own for every column and every row.
 
     y = project( gamma · (columns + rows) + x ), where for the columns
@@ -59,8 +52,8 @@ class FullyAttentional(nn.Module):
         project: whether to end with the 3x3 convolution, normalisation and activation. Without
             it the layer is the identity at initialisation: the form for a pretrained net.
         mix_images: compare column w of image b with the context of image (b·W + w) mod B, and row
-            h with that of (b·H + h) mod B, as the copied public code does; at B = 1 they are the
-            image's own. Only for evaluating weights that were trained with that code at larger
+            h with that of (b·H + h) mod B, as the official implementation does; at B = 1 they are
+            the image's own. Only for evaluating weights that were trained with that code at larger
             batches; the first such layer warns.
         norm_layer: class or callable of the channel count for the projection's normalisation;
             None for none (the convolution then has a bias).
@@ -88,6 +81,11 @@ class FullyAttentional(nn.Module):
         >>> torch.equal(layer(x), x)  # gamma starts at 0
         True
     """
+
+    layer_name = "fully"
+    paper = "Song et al., AAAI 2022 (arXiv 2112.04108)"
+    operation = functional.AXIAL_CHANNEL_ATTENTION
+    head_options = MappingProxyType({"project": False})
 
     def __init__(
         self,
@@ -129,7 +127,7 @@ class FullyAttentional(nn.Module):
             self.project = nn.Sequential(steps)
         nn.init.constant_(self.gamma, self.gamma_init)
         if self.mix_images:
-            _warn_of_mixing()
+            mixing.warn()
 
     def reset_parameters(self) -> None:
         """Initialise all parameters again."""
@@ -138,65 +136,62 @@ class FullyAttentional(nn.Module):
             if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer.
+    def attention(self, x: Tensor) -> AttentionCall:
+        """Compare every column with the mean column's keys, and every row with the mean row's."""
+        # x.mean, not a pooling layer: a deterministic CUDA backward, and exports with free sizes.
+        column_key = self.column_key(x.mean(dim=3).mT).mT  # (B, C, H)
+        row_key = self.row_key(x.mean(dim=2).mT).mT  # (B, C, W)
+        call = mixing.mixed_call if self.mix_images else functional.fully_attentional_call
+        return call(x, column_key, row_key, scale=self.scale)
 
-        Args:
-            x: feature map, (B, C, H, W) or (C, H, W).
+    @classmethod
+    def untrained(cls, channels: int, scale: float) -> FullyAttentional:
+        """With Linears that change nothing, so that the keys are the contexts themselves."""
+        layer = cls(channels, scale=scale, project=False)
+        for linear in (layer.column_key, layer.row_key):
+            nn.init.eye_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        return layer
 
-        Returns:
-            A tensor of x's shape and memory format.
-        """
-        x, unbatched = _checks.feature_map(x, self.channels, self.gamma)
-        y = functional.fully_attentional(
-            x,
-            self.column_key.weight,
-            self.row_key.weight,
-            self.column_key.bias,
-            self.row_key.bias,
-            self.gamma,
-            scale=self.scale,
-            mix_images=self.mix_images,
-            backend=self.backend,
-        )
-        if self.project is not None:
-            y = self.project(y)
-        return _checks.as_given(y, x, unbatched)
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """Project gamma · (columns + rows) + x."""
+        return y if self.project is None else self.project(y)
 
-    def similarity(self, x: Tensor) -> FullyAttentionalSimilarity:
-        """The similarity maps that `forward` multiplies with x, built to be looked at.
-
-        Args:
-            x: feature map, (B, C, H, W) or (C, H, W).
-
-        Returns:
-            columns (B, W, C, C) and rows (B, H, C, C), without B for an unbatched input.
-        """
-        x, unbatched = _checks.feature_map(x, self.channels, self.gamma)
-        maps = functional.fully_attentional_similarity(
-            x,
-            self.column_key.weight,
-            self.row_key.weight,
-            self.column_key.bias,
-            self.row_key.bias,
-            scale=self.scale,
-            mix_images=self.mix_images,
-        )
-        if unbatched:
-            return FullyAttentionalSimilarity(maps.columns.squeeze(0), maps.rows.squeeze(0))
-        return maps
-
-    def extra_repr(self) -> str:
-        """The options that differ from the paper's."""
-        shown = [f"{self.channels}"]
-        if self.scale != 1.0:
-            shown.append(f"scale={self.scale}")
-        if self.gamma_init != 0.0:
-            shown.append(f"gamma_init={self.gamma_init}")
-        if self.project is None:
-            shown.append("project=False")
+    def work(self, shape: tuple[Size, Size, Size, Size], size: Size) -> Work:
+        """Two Linears, attention over columns and over rows, and the projection."""
         if self.mix_images:
-            shown.append("mix_images=True")
-        if self.backend is not None:
-            shown.append(f"backend={self.backend!r}")
-        return ", ".join(shown)
+            raise ValueError(
+                "expected a layer without mix_images=True, for which there is no formula"
+            )
+        batch, channels, height, width = shape
+        x = prod(shape) * size
+        scale = 1.0 if self.scale is None else self.scale
+        linear = channels * channels + channels
+        keys = batch * channels * (height + width) * size
+        projection = None
+        if self.project is not None:
+            normalised = hasattr(self.project, "norm")
+            weights = 9 * channels * channels + (2 * channels if normalised else channels)
+            # In float64 the neighbourhood of every position, otherwise copies in oneDNN's layout.
+            double = equal(size, 8)
+            projection = Convolutions(
+                flops=18 * channels * prod(shape),
+                weights=weights * size,
+                room=double * 9 * x + (1 - double) * (x + weights * size),
+                backward_room=2 * x + double * 7 * x,
+                later=len(self.project) - 1,
+                normalised=normalised,
+            )
+        return Work(
+            branches=tuple(
+                BranchSizes.of(cut, shape, shared_key=True, scale=scale)
+                for cut in self.operation.cuts
+            ),
+            flops=2 * batch * channels * channels * (height + width),
+            parameters=2 * linear + 1 + (0 if projection is None else projection.weights // size),
+            inputs=keys,
+            kept=keys * (2 if self.scale is None else 1),  # contexts, and keys before the scale
+            gradients=keys + 2 * linear * size + x,  # of the keys, and of x through a mean
+            branch_gradient=x,
+            projection=projection,
+        )

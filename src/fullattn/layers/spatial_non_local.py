@@ -12,28 +12,34 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from math import prod
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullattn import functional
-from fullattn.attention import Kind
+from fullattn.attention import AttentionCall, BranchSizes, ScoreFunction
+from fullattn.attention.sizes import Size, maximum
 from fullattn.layers import _checks
+from fullattn.layers.protocol import AttentionLayer, Convolutions, Work
+from fullattn.reshape import POSITIONS
 
 __all__ = ["SpatialNonLocal"]
 
 Mode = Literal["embedded_gaussian", "gaussian", "dot_product", "concatenation"]
 
-_KINDS: dict[Mode, Kind] = {
-    "embedded_gaussian": Kind.SOFTMAX,
-    "gaussian": Kind.SOFTMAX,
-    "dot_product": Kind.DOT_PRODUCT,
-    "concatenation": Kind.CONCATENATION,
+_SCORES: dict[Mode, ScoreFunction] = {
+    "embedded_gaussian": ScoreFunction.SOFTMAX,
+    "gaussian": ScoreFunction.SOFTMAX,
+    "dot_product": ScoreFunction.DOT_PRODUCT,
+    "concatenation": ScoreFunction.CONCATENATION,
 }
 
 
-class SpatialNonLocal(nn.Module):
+class SpatialNonLocal(AttentionLayer):
     """Attention between positions with one HW×HW map for each image.
 
     y = x + output( attended ), where query, key and value are 1x1 convolutions of x to
@@ -95,6 +101,11 @@ class SpatialNonLocal(nn.Module):
         torch.Size([2, 16, 9, 7])
     """
 
+    layer_name = "spatial"
+    paper = "Wang et al., CVPR 2018 (arXiv 1711.07971)"
+    operation = functional.POSITION_ATTENTION
+    bench_options = MappingProxyType({"zero_init": False})
+
     def __init__(
         self,
         channels: int,
@@ -113,14 +124,13 @@ class SpatialNonLocal(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = _checks.positive(channels, "channels")
-        default_inner = max(1, self.channels // 2)
         self.inner_channels = (
-            default_inner
+            max(1, self.channels // 2)
             if inner_channels is None
             else _checks.positive(inner_channels, "inner_channels")
         )
-        self.mode: Mode = _checks.option(mode, "mode", tuple(_KINDS))
-        self._kind = _KINDS[self.mode]
+        self.mode: Mode = _checks.option(mode, "mode", tuple(_SCORES))
+        self._score_function = _SCORES[self.mode]
         self.scale = _checks.scale(scale)
         self.subsample = _checks.positive(subsample, "subsample")
         project = _checks.option(project, "project", (False, True))
@@ -138,10 +148,10 @@ class SpatialNonLocal(nn.Module):
         self.key = nn.Conv2d(channels, inner, 1, **like) if embedded else None
         self.value = nn.Conv2d(channels, inner if project else channels, 1, **like)
         self.score: nn.Linear | None = None
-        if self._kind is Kind.CONCATENATION:
+        if self._score_function is ScoreFunction.CONCATENATION:
             self.score = nn.Linear(2 * inner, 1, bias=False, **like)
         self.output: nn.Sequential | None = None
-        self.gamma: nn.Parameter | None = None
+        self.gamma = None
         if project:
             steps: OrderedDict[str, nn.Module] = OrderedDict()
             steps["conv"] = nn.Conv2d(inner, channels, 1, **like)
@@ -163,90 +173,142 @@ class SpatialNonLocal(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise all parameters again."""
-        for module in self.modules():
-            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
+        super().reset_parameters()
         self._reset_end()
 
-    def _check(self, x: Tensor) -> tuple[Tensor, bool]:
-        x, unbatched = _checks.feature_map(x, self.channels, self.value.weight)
-        if x.shape[2] < self.subsample or x.shape[3] < self.subsample:
-            raise ValueError(
-                f"subsample={self.subsample} expects H and W of at least {self.subsample}, "
-                f"got shape {tuple(x.shape)}"
-            )
+    def check(self, x: Tensor) -> tuple[Tensor, bool]:
+        """Check an input, which has at least `subsample` rows and columns."""
+        # Not self.value.weight: of a quantised module that is a method, of an adapter nothing.
+        parameter = self.gamma if self.output is None else self.output[0]._parameters.get("bias")
+        x, unbatched = _checks.feature_map(x, self.channels, parameter)
+        self.check_size(tuple(x.shape))
         return x, unbatched
 
-    def _similarity_weights(self) -> dict[str, Tensor | None]:
-        return {
-            "query_weight": None if self.query is None else self.query.weight,
-            "query_bias": None if self.query is None else self.query.bias,
-            "key_weight": None if self.key is None else self.key.weight,
-            "key_bias": None if self.key is None else self.key.bias,
-            "score_weight": None if self.score is None else self.score.weight.squeeze(0),
-        }
+    def check_size(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError where H or W is less than `subsample`."""
+        if shape[2] < self.subsample or shape[3] < self.subsample:
+            raise ValueError(
+                f"subsample={self.subsample} expects H and W of at least {self.subsample}, "
+                f"got shape {shape}"
+            )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer.
+    def attention(self, x: Tensor) -> AttentionCall:
+        """Compare the positions of the query with those of the (subsampled) key."""
+        query = x if self.query is None else self.query(x)
+        key = self._pooled(x if self.key is None else self.key(x))
+        if self.score is not None:
+            query, key = self._scores(self.score, query, key)
+        value = self._pooled(self.value(x))
+        score = self._score_function
+        return functional.spatial_call(query, key, value, score=score, scale=self.scale)
 
-        Args:
-            x: feature map, (B, C, H, W) or (C, H, W).
+    def _pooled(self, x: Tensor) -> Tensor:
+        return x if self.subsample == 1 else F.max_pool2d(x, self.subsample)
 
-        Returns:
-            A tensor of x's shape and memory format.
+    @staticmethod
+    def _scores(score: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """The two numbers, (B, 1, H, W) and (B, 1, H', W'), whose sum is score([query, key]).
+
+        The module is called once, on [query, 0] of all queries, [0, key] of all keys and [0, 0],
+        whose result would otherwise count twice where a module that took its place has a bias.
         """
-        x, unbatched = self._check(x)
-        y = functional.spatial_non_local(
-            x,
-            self.value.weight,
-            self.value.bias,
-            **self._similarity_weights(),
-            gamma=self.gamma,
-            kind=self._kind,
-            scale=self.scale,
-            subsample=self.subsample,
-            backend=self.backend,
+        queries, keys = query.flatten(2).mT, key.flatten(2).mT
+        pairs = torch.cat(
+            [F.pad(queries, (0, keys.shape[2])), F.pad(keys, (queries.shape[2], 0))], dim=1
         )
-        if self.output is not None:
-            y = x + self.output(y)
-        return _checks.as_given(y, x, unbatched)
-
-    def similarity(self, x: Tensor) -> Tensor:
-        """The similarity map that `forward` multiplies with the values, built to be looked at.
-
-        Args:
-            x: feature map, (B, C, H, W) or (C, H, W).
-
-        Returns:
-            (B, H·W, H'·W'), with H' and W' after subsampling; without B for an unbatched input.
-        """
-        x, unbatched = self._check(x)
-        maps = functional.spatial_similarity(
-            x,
-            **self._similarity_weights(),
-            kind=self._kind,
-            scale=self.scale,
-            subsample=self.subsample,
+        scores = score(F.pad(pairs, (0, 0, 0, 1))).mT
+        of_queries, of_keys, of_none = scores.split([queries.shape[1], keys.shape[1], 1], dim=2)
+        return (
+            (of_queries - of_none).unflatten(2, query.shape[2:]),
+            of_keys.unflatten(2, key.shape[2:]),
         )
-        return maps.squeeze(0) if unbatched else maps
 
-    def extra_repr(self) -> str:
-        """The options that differ from the paper's."""
-        shown = [f"{self.channels}"]
-        if self.inner_channels != max(1, self.channels // 2):
-            shown.append(f"inner_channels={self.inner_channels}")
-        if self.mode != "embedded_gaussian":
-            shown.append(f"mode={self.mode!r}")
-        if self.scale != 1.0:
-            shown.append(f"scale={self.scale}")
-        if self.subsample != 1:
-            shown.append(f"subsample={self.subsample}")
-        if self.output is None:
-            shown.append("project=False")
-        if self.gamma_init != 0.0:
-            shown.append(f"gamma_init={self.gamma_init}")
-        if not self.zero_init:
-            shown.append("zero_init=False")
-        if self.backend is not None:
-            shown.append(f"backend={self.backend!r}")
-        return ", ".join(shown)
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the output to x, where there is one."""
+        return y if self.output is None else x + self.output(y)
+
+    @classmethod
+    def untrained(cls, channels: int, scale: float) -> SpatialNonLocal:
+        """The Gaussian form, whose queries and keys are x itself."""
+        return cls(channels, mode="gaussian", scale=scale)
+
+    def option(self, name: str) -> Any:
+        """None for inner channels that are the paper's."""
+        value = super().option(name)
+        default = name == "inner_channels" and value == max(1, self.channels // 2)
+        return None if default else value
+
+    @property
+    def project(self) -> nn.Sequential | None:
+        """The output, if there is one."""
+        return self.output
+
+    def work(self, shape: tuple[Size, Size, Size, Size], size: Size) -> Work:
+        """1x1 convolutions, subsampling, attention, and the output convolution."""
+        batch, channels, height, width = shape
+        default = self.option("inner_channels") is None
+        inner = maximum(1, channels // 2) if default else self.inner_channels
+        projected, embedded = self.output is not None, self.query is not None
+        scored, step = self.score is not None, self.subsample
+        value = inner if projected else channels
+        features = inner if embedded else channels
+        pooled_height, pooled_width = height // step, width // step
+        positions, memory = height * width, pooled_height * pooled_width
+        tokens = 1 if scored else features
+        branch = BranchSizes.of(
+            POSITIONS,
+            (batch, tokens, height, width),
+            (batch, tokens, pooled_height, pooled_width),
+            (batch, value, pooled_height, pooled_width),
+            score=self._score_function,
+            scale=0.5 if self.scale is None else self.scale,
+        )
+        x = prod(shape) * size
+        full, pooled = batch * positions * size, batch * memory * size
+        queries = inner * full if embedded else 0
+        keys = inner * full if embedded else 0
+        values, kept, making = value * full, 0, 0
+        if step > 1:
+            indices = batch * memory * 8
+            # Pooling keeps its input and where the largest numbers were.
+            kept = keys + features * indices + value * (full + indices)
+            keys, values = features * pooled, value * pooled
+            making = queries + keys + values + value * (full + indices)
+        scores: Size = 0
+        if scored:
+            pairs = positions + memory + 1
+            scores = 4 * batch * inner * pairs
+            kept = kept + queries + keys + 2 * batch * inner * pairs * size
+            queries, keys = full, pooled
+            making = maximum(making, kept + 2 * batch * inner * pairs * size)
+        convolved = (2 * inner if embedded else 0) + value
+        weights = channels * inner * size
+        grads = (features * full if embedded else 0) + (features + value) * pooled
+        output = None
+        if projected:
+            normalised = hasattr(self.output, "norm")
+            output = Convolutions(
+                flops=2 * batch * channels * positions * inner,
+                weights=weights,
+                normalised=normalised,
+            )
+            grads = grads + 2 * x + 3 * weights
+        else:
+            grads = grads + 2 * x + 2 * weights + channels * channels * size
+        parameters = convolved * (channels + 1) + (2 * inner if scored else 0)
+        if output is not None:
+            parameters = parameters + (inner + 1) * channels
+            parameters = parameters + (2 * channels if output.normalised else 0)
+        else:
+            parameters = parameters + 1
+        return Work(
+            branches=(branch,),
+            flops=2 * batch * channels * positions * convolved + scores,
+            parameters=parameters,
+            inputs=queries + keys + values,
+            kept=kept,
+            making=making,
+            gradients=grads,
+            output=output,
+            output_inputs=inner * full,
+        )

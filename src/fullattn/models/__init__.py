@@ -1,7 +1,7 @@
 """Segmentation networks around the attention layers."""
 
-from fullattn.models.attention import ATTENTIONS, Dual
+from fullattn.models.attention import Dual, attentions
 from fullattn.models.flanet import FLANet
 from fullattn.models.head import SegmentationHead
 
-__all__ = ["ATTENTIONS", "Dual", "FLANet", "SegmentationHead"]
+__all__ = ["Dual", "FLANet", "SegmentationHead", "attentions"]

@@ -9,15 +9,14 @@ from __future__ import annotations
 import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+from fullattn.layers import LAYERS, ChannelNonLocal, SpatialNonLocal
 
-__all__ = ["ATTENTIONS", "Attention", "Convolution", "Dual", "build"]
+__all__ = ["Attention", "Convolution", "Dual", "attentions", "build"]
 
 Attention: TypeAlias = str | Callable[[int], nn.Module]
 
@@ -98,27 +97,34 @@ def _none(channels: int) -> nn.Module:
     return nn.Identity()
 
 
-# A head ends with a projection of its own, the same for all, so that of FullyAttentional is left
-# out here.
-ATTENTIONS: Mapping[str, Callable[..., nn.Module]] = {
-    "fully": partial(FullyAttentional, project=False),
-    "channel": ChannelNonLocal,
-    "spatial": SpatialNonLocal,
+_OTHERS: Mapping[str, Callable[[int], nn.Module]] = {
     "dual": Dual,
     "channel_spatial": _channel_then_spatial,
     "none": _none,
     "convolution": Convolution,
 }
-_WITH_OPTIONS = ("fully", "channel", "spatial")
+
+
+def attentions() -> tuple[str, ...]:
+    """The names that `build` knows: of the registered layers, and of what they are compared with.
+
+    Returns:
+        The names.
+
+    Example:
+        >>> attentions()
+        ('fully', 'channel', 'spatial', 'dual', 'channel_spatial', 'none', 'convolution')
+    """
+    return (*LAYERS, *_OTHERS)
 
 
 def build(attention: Attention, channels: int, options: Mapping[str, Any]) -> nn.Module:
-    """The module for a name of `ATTENTIONS`, or what a callable of the channel count gives.
+    """The module for a name of `attentions`, or what a callable of the channel count gives.
 
     Args:
         attention: the name or the callable.
         channels: C.
-        options: keywords for the layer of "fully", "channel" and "spatial".
+        options: keywords for a registered layer, over those with which it goes into a head.
 
     Returns:
         The module.
@@ -129,19 +135,23 @@ def build(attention: Attention, channels: int, options: Mapping[str, Any]) -> nn
             callable that gives something other than a module.
     """
     if isinstance(attention, str):
-        if attention not in ATTENTIONS:
-            near = difflib.get_close_matches(attention, ATTENTIONS, n=1)
+        if attention in LAYERS:
+            # A head ends with a projection of its own, the same for all.
+            layer = LAYERS[attention]
+            return layer(channels, **{**layer.head_options, **options})  # type: ignore[call-arg]
+        if attention not in _OTHERS:
+            near = difflib.get_close_matches(attention, attentions(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            allowed = ", ".join(map(repr, ATTENTIONS))
+            allowed = ", ".join(map(repr, attentions()))
             raise ValueError(
                 f"attention must be one of {allowed} or a callable, got {attention!r}{hint}"
             )
-        if options and attention not in _WITH_OPTIONS:
+        if options:
             raise ValueError(
-                f"attention_options are for {', '.join(map(repr, _WITH_OPTIONS))}, "
+                f"attention_options are for {', '.join(map(repr, LAYERS))}, "
                 f"got attention={attention!r}"
             )
-        return ATTENTIONS[attention](channels, **options)
+        return _OTHERS[attention](channels)
     if isinstance(attention, nn.Module) or not callable(attention):
         raise TypeError(
             f"attention must be a name or a callable of the channel count, got {attention!r}"

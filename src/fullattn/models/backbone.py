@@ -69,7 +69,7 @@ def build(
         name: timm's name, with or without the tag of its weights.
         output_stride: of the last map: 8, 16 or 32, or what the network has where it cannot change.
         uniform_dilation: whether the first block of a ResNet's dilated stage is dilated like the
-            others, as in the public FLANet; timm's keeps the dilation of the stage before.
+            others, as in the official FLANet; timm's keeps the dilation of the stage before.
         pretrained: whether timm loads the weights that it has for this name.
         options: further keywords for `timm.create_model`.
 

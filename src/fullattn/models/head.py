@@ -82,13 +82,12 @@ class SegmentationHead(nn.Module):
     Args:
         in_channels: channels of x.
         num_classes: K.
-        attention: "fully" (the paper's), "channel", "spatial", "dual" (channel and spatial side by
-            side, summed), "channel_spatial" (one after the other), "none", "convolution" (a control
+        attention: a registered layer's name, which are "fully" (the paper's), "channel", "spatial"
+            and users' own; "dual" (channel and spatial side by side, summed), "channel_spatial" (one after the other), "none", "convolution" (a control
             with the parameters of "fully" and no attention), or a callable that gives for the
             channel count a module from (B, C, H, W) to the same. The convolution behind it is the
             projection of the paper's layer and is there for all of them.
-        attention_options: keywords for the layer of "fully", "channel" or "spatial", such as
-            {"scale": None}.
+        attention_options: keywords for a registered layer, such as {"scale": None}.
         channels: width of the attention and the convolutions around it.
         out_channels: width of the output's convolution.
         dropout: probability that a channel is dropped before the classifier.

@@ -8,11 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fullattn import functional
-from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+from fullattn import attention, functional
+from fullattn.layers import LAYERS, AttentionLayer, ChannelNonLocal
 from fullattn.plot import figures
 from fullattn.plot.network import layers_with_maps
-from fullattn.plot.tokens import position_tokens
+from fullattn.plot.tokens import (
+    branches_of,
+    has_channel_maps,
+    slices_of,
+    weights_at,
+    whole_maps,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,20 +40,22 @@ def similarity(
 ) -> Figure:
     """Draw what a layer's similarity maps hold, at a point of the image or at a channel.
 
-    At a point: of a `SpatialNonLocal`, where that point looks; of a `FullyAttentional`, the maps of
-    the point's column and row, and how they differ from the one map of a channel layer; of a
-    `ChannelNonLocal`, its only map, and the pairs of channels that call each other loudest. At a
-    channel: which channels it attends to, of a `FullyAttentional` in each column and row.
+    At a point: of a layer that compares positions (`SpatialNonLocal`), where that point looks; of
+    one that compares the channels of columns or rows (`FullyAttentional`), the maps of the point's
+    column and row, and how they differ from the one map of a channel layer; of one that compares
+    the channels of the image (`ChannelNonLocal`), its only map, and the pairs of channels that call
+    each other loudest. At a channel: which channels it attends to, of a `FullyAttentional` in each
+    column and row.
 
     Args:
-        layer: one of the three layers.
+        layer: a registered layer.
         x: what the layer is given, (C, h, w) or (1, C, h, w).
         photograph: that x was made from, of any size: uint8, a tensor (3, H, W), an array (H, W, 3)
             or a Pillow image; None to show how strong x is at each position instead.
         point: column and row, in pixels of the photograph from its top left corner, or in
             positions of x where there is none; None, with no channel either, for the middle.
         channel: index of a channel of x, in place of a point.
-        beside: the channel layer that a `FullyAttentional` is compared with; None for one of the
+        beside: the channel layer that one of columns or rows is compared with; None for one of the
             same scale.
         title: of the figure; the layer's name where it is empty.
 
@@ -55,7 +63,7 @@ def similarity(
         A matplotlib figure, which pyplot does not know; `figure.savefig(path)` writes it.
 
     Raises:
-        TypeError: not one of the three layers, or not a photograph.
+        TypeError: not a layer with maps, or not a photograph.
         ValueError: both a point and a channel, one out of range, more than one feature map, or a
             layer without a map of channels where a channel is given.
 
@@ -65,7 +73,7 @@ def similarity(
         >>> [panel.get_title(loc="left") for panel in figure.axes[1:3]]
         ['map of column 3', 'map of row 2']
     """
-    check_layer(layer)
+    layer = check_layer(layer)
     if point is not None and channel is not None:
         raise ValueError("expected a point or a channel, got both")
     features = one_feature_map(x)
@@ -78,25 +86,29 @@ def similarity(
         return _at_point(layer, features, shown, point, beside, title)
 
 
-def check_layer(layer: nn.Module) -> None:
+def check_layer(layer: nn.Module) -> AttentionLayer:
     """Raise TypeError unless a layer has maps that can be drawn.
 
     Args:
         layer: any module.
 
+    Returns:
+        The layer.
+
     Raises:
-        TypeError: it is none of the three layers; the message names those that are inside it.
+        TypeError: it is no layer of this package; the message names those that are inside it.
     """
-    if isinstance(layer, ChannelNonLocal | FullyAttentional | SpatialNonLocal):
-        return
+    if isinstance(layer, AttentionLayer):
+        return layer
     inside = layers_with_maps(layer) if isinstance(layer, nn.Module) else {}
     hint = ""
     if inside:
         names = ", ".join(map(repr, list(inside)[:3]))
         hint = f"; the layers inside it that have are {names}: draw one with what it is given"
+    *names, last = (each.__name__ for each in LAYERS.values())
     raise TypeError(
-        f"{type(layer).__name__} has no similarity maps; expected a FullyAttentional, "
-        f"ChannelNonLocal or SpatialNonLocal{hint}"
+        f"{type(layer).__name__} has no similarity maps; expected a {', '.join(names)} or "
+        f"{last}{hint}"
     )
 
 
@@ -157,7 +169,7 @@ def _strength(features: Tensor) -> Tensor:
 
 
 def channel_map_beside(
-    layer: FullyAttentional, features: Tensor, beside: ChannelNonLocal | None
+    layer: AttentionLayer, features: Tensor, beside: ChannelNonLocal | None
 ) -> Tensor:
     """The one map of a channel layer, to compare with.
 
@@ -170,43 +182,45 @@ def channel_map_beside(
         (C, C).
     """
     if beside is not None:
-        return beside.similarity(features)[0]
-    return functional.channel_similarity(features, scale=layer.scale)[0]
+        map_beside: Tensor = beside.similarity(features)[0]
+        return map_beside
+    single: Tensor = attention.maps(functional.channel_call(features, scale=layer.scale))[0]
+    return single
 
 
 def _at_point(
-    layer: nn.Module,
+    layer: AttentionLayer,
     features: Tensor,
     photograph: Tensor,
     point: tuple[int, int],
     beside: ChannelNonLocal | None,
     title: str,
 ) -> Figure:
-    x, y = figures.cell_of(point, photograph, features)
-    if isinstance(layer, FullyAttentional):
-        maps = layer.similarity(features)
-        single = channel_map_beside(layer, features, beside)
-        columns, rows, single = (
-            each.float().cpu() for each in (maps.columns[0], maps.rows[0], single)
-        )
-        return figures.draw_column_and_row(photograph, columns, rows, single, point, title=title)
-    if isinstance(layer, ChannelNonLocal):
-        return figures.draw_channels(layer.similarity(features)[0], features[0], title=title)
-    assert isinstance(layer, SpatialNonLocal)
-    weights = position_tokens(layer, features).weights_of(y * features.shape[3] + x)
-    return figures.draw_positions(photograph, weights, point, title=title)
+    column, row = figures.cell_of(point, photograph, features)
+    call, branches = branches_of(layer, features)
+    if not has_channel_maps(layer):
+        weights = sum(weights_at(call, branch, column, row) for branch in branches)
+        assert isinstance(weights, Tensor)
+        return figures.draw_positions(photograph, weights, point, title=title)
+    maps = {slices_of(branch): whole_maps(call, branch).cpu() for branch in branches}
+    if None in maps:
+        return figures.draw_channels(maps[None][0], features[0], title=title)
+    single = channel_map_beside(layer, features, beside).float().cpu()
+    of_slices = {slices: each for slices, each in maps.items() if slices is not None}
+    size = (features.shape[2], features.shape[3])
+    return figures.draw_slices(photograph, of_slices, single, point, size, title=title)
 
 
 def _of_channel(
-    layer: nn.Module, features: Tensor, photograph: Tensor, channel: int, title: str
+    layer: AttentionLayer, features: Tensor, photograph: Tensor, channel: int, title: str
 ) -> Figure:
-    if isinstance(layer, SpatialNonLocal):
-        raise ValueError("SpatialNonLocal has a map of positions and none of channels")
+    if not has_channel_maps(layer):
+        raise ValueError(f"{type(layer).__name__} has a map of positions and none of channels")
     if not 0 <= channel < features.shape[1]:
         raise ValueError(f"expected a channel from 0 to {features.shape[1] - 1}, got {channel}")
-    if isinstance(layer, FullyAttentional):
-        maps = layer.similarity(features)
-        columns, rows = (each[0, :, channel].float().cpu() for each in maps)
-        return figures.draw_profiles(photograph, columns, rows, channel, title=title)
-    assert isinstance(layer, ChannelNonLocal)
-    return figures.draw_channel(layer.similarity(features)[0, channel], channel, title=title)
+    call, branches = branches_of(layer, features)
+    weights = {slices_of(each): whole_maps(call, each)[:, channel].cpu() for each in branches}
+    if None in weights:
+        return figures.draw_channel(weights[None][0], channel, title=title)
+    of_slices = {slices: each for slices, each in weights.items() if slices is not None}
+    return figures.draw_profiles(photograph, of_slices, channel, title=title)

@@ -6,8 +6,8 @@ one of at most four decades: without a scale in the softmax one weight often has
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from matplotlib.colors import CenteredNorm, LogNorm, Normalize
@@ -27,11 +27,13 @@ __all__ = [
     "distances",
     "draw_channel",
     "draw_channels",
-    "draw_column_and_row",
     "draw_positions",
     "draw_profiles",
+    "draw_slices",
     "weight_norm",
 ]
+
+Slices: TypeAlias = Literal["column", "row"]  # what a map of its own is of
 
 # Perceptually uniform; the second for numbers of both signs.
 _COLOURS, _SIGNED_COLOURS = "viridis", "berlin"
@@ -118,85 +120,102 @@ def draw_positions(
 
 
 @styled
-def draw_column_and_row(
+def draw_slices(
     photograph: Tensor,
-    columns: Tensor,
-    rows: Tensor,
+    maps: Mapping[Slices, Tensor],
     single: Tensor,
     point: tuple[int, int],
+    size: tuple[int, int],
     *,
     title: str = "",
 ) -> Figure:
-    """The two channel maps of a fully attentional layer at a point, and the channel layer's one.
+    """The channel maps of a layer of columns or rows at a point, and the channel layer's one.
 
     Args:
         photograph: uint8, (3, H, W).
-        columns: maps of all columns, (w, C, C).
-        rows: maps of all rows, (h, C, C).
+        maps: of all columns, (w, C, C), of all rows, (h, C, C), or both.
         single: the channel layer's map, (C, C).
         point: x and y in pixels.
+        size: of the feature map, (h, w).
         title: of the figure.
 
     Returns:
         Above, the photograph with the point's column and row, and the map of each; along its edges
         how far each column's and row's map is from the single one, as `distances` says. Below, the
-        single map, and each of the two less the single one.
+        single map, and each of the others less the single one.
     """
-    height, width = photograph.shape[1:]
-    wide, high = width / len(columns), height / len(rows)
-    x, y = cell_of(point, photograph, torch.empty(len(rows), len(columns)))
-    figure = _figure(title, 3.6 * _PANEL, 2 * _PANEL)
-    (plain, column, row), (one, less_column, less_row) = figure.subplots(2, 3)
+    x, y = cell_of(point, photograph, torch.empty(size))
+    at: dict[Slices, int] = {"column": x, "row": y}
+    names = {slices: f"{slices} {at[slices]}" for slices in maps}
+    own = [maps[slices][at[slices]] for slices in maps]
+    figure = _figure(title, 1.2 * (1 + len(maps)) * _PANEL, 2 * _PANEL)
+    (plain, *upper), (one, *lower) = figure.subplots(2, 1 + len(maps))
     _show_photograph(plain, photograph, point)
-    plain.set_title("the point, its column and its row")
-    for corner, size in (((x * wide, 0), (wide, height)), ((0, y * high), (width, high))):
-        plain.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_MARK))
-    _show_distances(plain, photograph, distances(columns, single), distances(rows, single), (x, y))
+    plain.set_title(f"the point, {' and '.join(f'its {slices}' for slices in maps)}")
+    _frame_slices(plain, photograph, {slices: at[slices] for slices in maps}, size)
+    away = {slices: distances(each, single) for slices, each in maps.items()}
+    _show_distances(plain, photograph, away, at)
 
-    norm = weight_norm(torch.stack([columns[x], rows[y], single]))
-    for panel, weights, name in (
-        (column, columns[x], f"map of column {x}"),
-        (row, rows[y], f"map of row {y}"),
-        (one, single, "the channel layer's only map"),
+    norm = weight_norm(torch.stack([*own, single]))
+    for panel, weights, name in zip(
+        (*upper, one),
+        (*own, single),
+        (*(f"map of {name}" for name in names.values()), "the channel layer's only map"),
+        strict=True,
     ):
         shown = _show_weights(panel, weights, norm)
         panel.set_title(name)
         _label_channels(panel)
-    _explain(figure, shown, [column, row], single.shape[1])
-    differences = torch.stack([columns[x] - single, rows[y] - single])
+    _explain(figure, shown, upper, single.shape[1])
+    differences = torch.stack(own) - single
     norm, cut = difference_norm(differences)
-    for panel, difference, name in (
-        (less_column, differences[0], f"column {x} less that map"),
-        (less_row, differences[1], f"row {y} less that map"),
-    ):
+    for panel, difference, name in zip(lower, differences, names.values(), strict=True):
         shown = _show_weights(panel, difference, norm)
-        panel.set_title(name)
+        panel.set_title(f"{name} less that map")
         _label_channels(panel)
-    bar = figure.colorbar(shown, ax=[less_column, less_row], extend="both" if cut else "neither")
+    bar = figure.colorbar(shown, ax=lower, extend="both" if cut else "neither")
     bar.set_label("difference of weights")
     bar.outline.set_edgecolor(QUIET)
     return figure
 
 
+def _frame_slices(
+    panel: Axes, photograph: Tensor, at: Mapping[Slices, int], size: tuple[int, int]
+) -> None:
+    """A frame around one column or row of the feature map, or both, in the photograph."""
+    height, width = photograph.shape[1:]
+    high, wide = height / size[0], width / size[1]
+    for slices, index in at.items():
+        corner = (index * wide, 0) if slices == "column" else (0, index * high)
+        extent = (wide, height) if slices == "column" else (width, high)
+        panel.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=_MARK))
+
+
 def _show_distances(
-    panel: Axes, photograph: Tensor, columns: Tensor, rows: Tensor, at: tuple[int, int]
+    panel: Axes,
+    photograph: Tensor,
+    distances: Mapping[Slices, Tensor],
+    at: Mapping[Slices, int],
 ) -> None:
     """Along the photograph's edges, how far each column's and row's map is from the single one."""
-    most = max(float(columns.max()), float(rows.max()), 1e-3)
-    across, down = columns.tolist(), rows.tolist()
+    most = max(*(float(each.max()) for each in distances.values()), 1e-3)
     # As thick beside a long photograph as beside a square one.
     high, wide = (side / max(photograph.shape[1:]) for side in photograph.shape[1:])
-    below = panel.inset_axes((0, -0.24 / high, 1, 0.2 / high))
-    right = panel.inset_axes((1 + 0.03 / wide, 0, 0.2 / wide, 1))
-    below.bar(range(len(across)), across, width=1, color=BLUE)
-    below.bar(at[0], across[at[0]], width=1, color=_MARK)
-    below.set(xlim=(-0.5, len(columns) - 0.5), ylim=(0, most), xticks=[])
-    below.set_xlabel("distance of each column's map\nfrom the channel layer's only one")
-    right.barh(range(len(down)), down, height=1, color=BLUE)
-    right.barh(at[1], down[at[1]], height=1, color=_MARK)
-    right.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, most), yticks=[])
-    right.set_xlabel("of each\nrow's")
-    for edge in (below, right):
+    for slices, values in distances.items():
+        lengths, index = values.tolist(), at[slices]
+        label = f"distance of each {slices}'s map\nfrom the channel layer's only one"
+        if slices == "column":
+            edge = panel.inset_axes((0, -0.24 / high, 1, 0.2 / high))
+            edge.bar(range(len(lengths)), lengths, width=1, color=BLUE)
+            edge.bar(index, lengths[index], width=1, color=_MARK)
+            edge.set(xlim=(-0.5, len(lengths) - 0.5), ylim=(0, most), xticks=[])
+        else:
+            edge = panel.inset_axes((1 + 0.03 / wide, 0, 0.2 / wide, 1))
+            edge.barh(range(len(lengths)), lengths, height=1, color=BLUE)
+            edge.barh(index, lengths[index], height=1, color=_MARK)
+            edge.set(ylim=(len(lengths) - 0.5, -0.5), xlim=(0, most), yticks=[])
+            label = "of each\nrow's" if "column" in distances else label
+        edge.set_xlabel(label)
         edge.spines[["top", "right"]].set_visible(False)
         edge.tick_params(labelsize=7)
 
@@ -298,14 +317,13 @@ def draw_channel(weights: Tensor, channel: int, *, title: str = "") -> Figure:
 
 @styled
 def draw_profiles(
-    photograph: Tensor, columns: Tensor, rows: Tensor, channel: int, *, title: str = ""
+    photograph: Tensor, weights: Mapping[Slices, Tensor], channel: int, *, title: str = ""
 ) -> Figure:
-    """Which channels one channel of a fully attentional layer attends to, column by column.
+    """Which channels one channel of a layer attends to, column by column or row by row.
 
     Args:
         photograph: uint8, (3, H, W).
-        columns: the channel's weights in every column, (w, C).
-        rows: the channel's weights in every row, (h, C).
+        weights: the channel's in every column, (w, C), in every row, (h, C), or both.
         channel: the one that attends.
         title: of the figure.
 
@@ -321,14 +339,18 @@ def draw_profiles(
     corner.set_axis_off()
     _show_photograph(plain, photograph)
     plain.set_aspect("auto")  # so that it lies exactly over its columns and beside its rows
-    number = columns.shape[1]
-    norm = weight_norm(torch.cat([columns, rows]))
-    _show_weights(below, columns.T, norm, aspect="auto")
-    shown = _show_weights(right, rows, norm, aspect="auto")
-    below.set(xlabel="column of the feature map", ylabel="channel attended to")
-    right.set(ylabel="row of the feature map", xlabel="channel attended to")
-    below.set_title(f"channel {channel} in each column")
-    right.set_title(f"channel {channel} in each row")
+    norm = weight_norm(torch.cat(list(weights.values())))
+    for slices, panel in (("column", below), ("row", right)):
+        if slices not in weights:
+            panel.set_axis_off()
+            continue
+        each = weights[slices]
+        shown = _show_weights(panel, each.T if slices == "column" else each, norm, aspect="auto")
+        place, channels = f"{slices} of the feature map", "channel attended to"
+        across, up = (place, channels) if slices == "column" else (channels, place)
+        panel.set(xlabel=across, ylabel=up)
+        panel.set_title(f"channel {channel} in each {slices}")
+    number = next(iter(weights.values())).shape[1]
     _explain(figure, shown, [corner], number, location="left")
     return figure
 

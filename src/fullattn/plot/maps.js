@@ -1,5 +1,5 @@
 "use strict";
-// Similarity maps out of queries and keys, as fullattn.functional computes them: nothing here knows
+// Similarity maps out of queries and keys, as fullattn.attention computes them: nothing here knows
 // of a page. The tests run this file in an engine of its own and compare with Python.
 
 const fullattnMaps = (() => {
@@ -12,34 +12,45 @@ const fullattnMaps = (() => {
     for (let i = from; i < from + count; i++) scores[i] /= sum;
   }
 
-  // What one position attends to. query (D, N), key (D, M), as feature maps lie; returns M weights.
-  function positionWeights({ query, key, features, factor, kind }, position) {
-    const count = query.length / features;
-    const weights = new Float64Array(key.length / features);
-    for (let d = 0; d < features; d++) {
-      const q = query[d * count + position];
-      for (let m = 0; m < weights.length; m++) {
-        const k = key[d * weights.length + m];
-        weights[m] += kind === "concatenation" ? q + k : q * k * factor;
-      }
+  // What one position attends to. query (D, h, w), key (D, h', w'); returns h'·w' weights, 0 outside
+  // of the row or column that the attention stays within.
+  function positionWeights({ query, key, features, factor, score, width, keyWidth, within }, at) {
+    const [column, row] = at;
+    const count = query.length / features, total = key.length / features;
+    const inside = [];
+    for (let m = 0; m < total; m++) {
+      if (within === "row" && Math.floor(m / keyWidth) !== row) continue;
+      if (within === "column" && m % keyWidth !== column) continue;
+      inside.push(m);
     }
-    if (kind === "concatenation") weights.forEach((score, m) => { weights[m] = Math.max(score, 0); });
-    if (kind === "softmax") softmax(weights, 0, weights.length);
-    else for (let m = 0; m < weights.length; m++) weights[m] /= weights.length;
+    const found = new Float64Array(inside.length);
+    for (let d = 0; d < features; d++) {
+      const q = query[d * count + row * width + column];
+      inside.forEach((m, i) => {
+        const k = key[d * total + m];
+        found[i] += score === "concatenation" ? q + k : q * k * factor;
+      });
+    }
+    if (score === "concatenation") found.forEach((each, i) => { found[i] = Math.max(each, 0); });
+    if (score === "softmax") softmax(found, 0, found.length);
+    else found.forEach((each, i) => { found[i] = each / found.length; });
+    const weights = new Float64Array(total);
+    inside.forEach((m, i) => { weights[m] = found[i]; });
     return weights;
   }
 
-  // The (C, C) map of one column or row of features (C, H, W); key is (C, H) or (C, W).
-  function sliceMap({ features, channels, height, width, factor }, key, axis, index) {
-    const length = axis === "column" ? height : width;
-    const start = axis === "column" ? index : index * width;
-    const step = axis === "column" ? width : 1;
+  // The (C, C) map of one column or row of a query (C, H, W); key is (1 or slices, C, H or W).
+  function sliceMap({ query, channels, height, width, factor }, key, slices, index) {
+    const length = slices === "column" ? height : width;
+    const start = slices === "column" ? index : index * width;
+    const step = slices === "column" ? width : 1;
+    const own = key.length > channels * length ? index * channels * length : 0;
     const map = new Float64Array(channels * channels);
     for (let i = 0; i < channels; i++) {
-      const query = i * height * width + start;
+      const from = i * height * width + start;
       for (let j = 0; j < channels; j++) {
         let score = 0;
-        for (let d = 0; d < length; d++) score += features[query + d * step] * key[j * length + d];
+        for (let d = 0; d < length; d++) score += query[from + d * step] * key[own + j * length + d];
         map[i * channels + j] = score * factor;
       }
       softmax(map, i * channels, channels);

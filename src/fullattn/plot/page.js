@@ -126,21 +126,24 @@
     const over = element("canvas", { className: "weights" });
     over.setAttribute("role", "img");
     const caption = element("figcaption");
-    section.append(element("p", { textContent: "Where the point looks: its row of the one H·W×H·W map, laid over the photograph." }));
+    section.append(element("p", { textContent: "Where the point looks: its row of the map between positions, laid over the photograph." }));
     section.append(element("figure", {},
       element("div", { className: "over" }, element("img", { src: data.photograph, alt: "" }), over), caption));
-    const tokens = {
-      query: tensors[layer.query], key: tensors[layer.key], features: layer.tokenFeatures,
-      factor: layer.factor, kind: layer.kind,
-    };
+    const { factor, score, width } = layer;
+    const branches = layer.branches.map(({ query, key, tokenFeatures, keyWidth, within }) => ({
+      query: tensors[query], key: tensors[key], features: tokenFeatures,
+      factor, score, width, keyWidth, within,
+    }));
+    const { keyWidth, keyHeight } = layer.branches[0];
     return (column, row) => {
-      const weights = positionWeights(tokens, row * layer.width + column);
+      const [weights, ...others] = branches.map((branch) => positionWeights(branch, [column, row]));
+      for (const other of others) other.forEach((weight, i) => { weights[i] += weight; });
       const norm = weightNorm(weights);
-      paint(over, weights, layer.keyWidth, norm);
+      paint(over, weights, keyWidth, norm);
       let most = 0;
       weights.forEach((weight, i) => { if (weight > weights[most]) most = i; });
-      const x = Math.floor((most % layer.keyWidth + 0.5) / layer.keyWidth * data.width);
-      const y = Math.floor((Math.floor(most / layer.keyWidth) + 0.5) / layer.keyHeight * data.height);
+      const x = Math.floor((most % keyWidth + 0.5) / keyWidth * data.width);
+      const y = Math.floor((Math.floor(most / keyWidth) + 0.5) / keyHeight * data.height);
       const text = `Looks most at (${x}, ${y}), with ${digits(weights[most])}; evenly it would be ${digits(1 / weights.length)}.`;
       over.setAttribute("aria-label", text);
       Object.assign(over.dataset, { position: most, value: weights[most] });
@@ -159,7 +162,7 @@
   }
 
   function slices(layer, section) {
-    section.append(element("p", { textContent: "A C×C map for every column and every row: here those of the point, and how they differ from the only map that a channel layer has." }));
+    section.append(element("p", { textContent: `A C×C map for every ${layer.branches.map((branch) => branch.slices).join(" and every ")}: here of the point, and how it differs from the only map that a channel layer has.` }));
     const choice = element("fieldset");
     const inputs = {};
     for (const [value, text] of [["weights", "the maps"], ["difference", "less the channel layer's map"]]) {
@@ -167,10 +170,10 @@
       choice.append(element("label", {}, inputs[value], ` ${text}`));
     }
     section.append(choice);
-    const names = { column: "", row: "" };
+    const names = {};
     const maps = {};
     const box = element("div", { className: "maps" });
-    for (const axis of ["column", "row"]) {
+    for (const { slices: axis } of layer.branches) {
       maps[axis] = channelMap(layer, () => names[axis], `Map of the point's ${axis}`);
       maps[axis].canvas.dataset.map = axis;
       const strip = element("canvas", { className: "strip" });
@@ -187,25 +190,25 @@
     only.update(Float64Array.from(single), weightNorm(single), "the channel layer's only map");
     box.append(only.box);
     section.append(box);
-    const tokens = { ...layer, features: tensors[layer.features] };
     let at = [0, 0];
     const update = (column, row) => {
       at = [column, row];
-      const found = {
-        column: sliceMap(tokens, tensors[layer.columnKey], "column", column),
-        row: sliceMap(tokens, tensors[layer.rowKey], "row", row),
-      };
-      names.column = `column ${column}`;
-      names.row = `row ${row}`;
+      const of = { column, row };
+      const found = {};
+      for (const { slices, query, key } of layer.branches) {
+        const tokens = { ...layer, query: tensors[query] };
+        found[slices] = sliceMap(tokens, tensors[key], slices, of[slices]);
+        names[slices] = `${slices} ${of[slices]}`;
+      }
       const less = inputs.difference.checked;
       if (less) for (const axis in found) found[axis] = found[axis].map((value, i) => value - single[i]);
-      // One scale for both, so that they can be compared.
-      const both = [...found.column, ...found.row];
+      // One scale for all, so that they can be compared.
+      const both = Object.values(found).flatMap((values) => [...values]);
       const norm = less ? differenceNorm(both, layer.channels) : weightNorm(both);
-      for (const [axis, index] of [["column", column], ["row", row]]) {
+      for (const { slices: axis, distances } of layer.branches) {
         const text = less ? `${names[axis]} less the channel layer's map` : names[axis];
         maps[axis].update(found[axis], norm, text, less ? "difference" : "weight");
-        const away = tensors[layer[`${axis}Distances`]];
+        const away = tensors[distances], index = of[axis];
         bars(maps[axis].strip, away, index);
         const said = `Distance of each ${axis}'s map from the channel layer's: ${digits(away[index])} here; 0 is the same, 1 nothing in common.`;
         maps[axis].words.textContent = said;
@@ -253,7 +256,9 @@
       const row = Math.floor(point[1] * layer.height / data.height);
       update(column, row);
       if (layer.form === "slices") {
-        for (const [id, at, count, from, size] of [["column", column, layer.width, "left", "width"], ["row", row, layer.height, "top", "height"]]) {
+        for (const { slices: id } of layer.branches) {
+          const [at, count, from, size] = id === "column"
+            ? [column, layer.width, "left", "width"] : [row, layer.height, "top", "height"];
           const bar = byId(id);
           bar.hidden = false;
           bar.style[from] = percent(at, count);

@@ -19,11 +19,11 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
-from fullattn.attention import Kind
-from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+from fullattn.attention import Branch
+from fullattn.layers import ChannelNonLocal
 from fullattn.plot import figures
 from fullattn.plot.draw import as_photograph, channel_map_beside, check_layer, one_feature_map
-from fullattn.plot.tokens import position_tokens, slice_tokens
+from fullattn.plot.tokens import branches_of, has_channel_maps, slices_of, whole_maps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,12 +31,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["page"]
-
-_KINDS = {
-    Kind.SOFTMAX: "softmax",
-    Kind.DOT_PRODUCT: "dot_product",
-    Kind.CONCATENATION: "concatenation",
-}
 
 
 class _Tensors:
@@ -128,37 +122,55 @@ def _describe(
     layer: nn.Module, x: Tensor, beside: ChannelNonLocal | None, tensors: _Tensors
 ) -> dict[str, Any]:
     """A layer with its tensors, in the script's words."""
-    check_layer(layer)
+    layer = check_layer(layer)
     features = one_feature_map(x)
     channels, height, width = features.shape[1:]
-    described: dict[str, Any] = {"channels": channels, "height": height, "width": width}
-    if isinstance(layer, SpatialNonLocal):
-        positions = position_tokens(layer, features)
+    call, branches = branches_of(layer, features)
+    described: dict[str, Any] = {
+        "channels": channels,
+        "height": height,
+        "width": width,
+        "factor": call.scale,
+    }
+    if not has_channel_maps(layer):
         return described | {
             "form": "positions",
-            "kind": _KINDS[positions.kind],
-            "factor": positions.factor,
-            "query": tensors.add(positions.query.T),
-            "key": tensors.add(positions.key.T),
-            "tokenFeatures": positions.query.shape[1],
-            "keyHeight": positions.size[0],
-            "keyWidth": positions.size[1],
+            "score": call.score.name.lower(),
+            "branches": [_positions(branch, tensors) for branch in branches],
         }
     described["features"] = tensors.add(features[0])
-    if isinstance(layer, ChannelNonLocal):
-        return described | {"form": "channels", "map": tensors.add(layer.similarity(features)[0])}
-    assert isinstance(layer, FullyAttentional)
-    maps = layer.similarity(features)
-    single = channel_map_beside(layer, features, beside)
-    slices = slice_tokens(layer, features)
+    if slices_of(branches[0]) is None:
+        maps = whole_maps(call, branches[0])
+        return described | {"form": "channels", "map": tensors.add(maps[0])}
+    single = channel_map_beside(layer, features, beside).float()
     return described | {
         "form": "slices",
-        "factor": slices.factor,
-        "columnKey": tensors.add(slices.column_key),
-        "rowKey": tensors.add(slices.row_key),
         "single": tensors.add(single),
-        "columnDistances": tensors.add(figures.distances(maps.columns[0], single)),
-        "rowDistances": tensors.add(figures.distances(maps.rows[0], single)),
+        "branches": [
+            {
+                "slices": slices_of(branch),
+                "query": tensors.add(branch.query[0]),
+                "key": tensors.add(branch.tokens()[1][0]),
+                "distances": tensors.add(figures.distances(whole_maps(call, branch), single)),
+            }
+            for branch in branches
+        ],
+    }
+
+
+def _positions(branch: Branch, tensors: _Tensors) -> dict[str, Any]:
+    """A branch of positions: queries and keys as feature maps, and what they stay within."""
+    key = branch.key
+    if key.dim() == 3:  # of all slices one
+        (count, _, _), size = branch.cut.sizes(branch.query.shape), branch.query.shape[2:]
+        key = branch.cut.inverse(key[:, None].expand(-1, count, -1, -1), *size)
+    return {
+        "query": tensors.add(branch.query[0].flatten(1)),
+        "key": tensors.add(key[0].flatten(1)),
+        "tokenFeatures": branch.query.shape[1],
+        "keyHeight": key.shape[2],
+        "keyWidth": key.shape[3],
+        "within": slices_of(branch),
     }
 
 

@@ -1,103 +1,102 @@
-"""What a layer compares with what, before any map is built: small where the map is large."""
+"""What a layer compares with what, and its maps at one place: small where a whole map is large."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
-from fullattn import functional
-from fullattn.attention import Kind
-from fullattn.layers import FullyAttentional, SpatialNonLocal
+from fullattn.attention import AttentionCall, Branch
+from fullattn.attention.reference import similarity
+from fullattn.layers import AttentionLayer
+from fullattn.plot.figures import Slices
 
-__all__ = ["PositionTokens", "SliceTokens", "position_tokens", "slice_tokens"]
+__all__ = ["branches_of", "has_channel_maps", "slices_of", "weights_at", "whole_maps"]
 
-
-class PositionTokens(NamedTuple):
-    """The positions of one feature map, for a spatial layer.
-
-    Attributes:
-        query: (h·w, D).
-        key: (h'·w', D), of the positions after subsampling.
-        factor: on the scores.
-        kind: how scores become weights.
-        size: (h', w').
-    """
-
-    query: Tensor
-    key: Tensor
-    factor: float
-    kind: Kind
-    size: tuple[int, int]
-
-    def weights_of(self, position: int) -> Tensor:
-        """What the position with this number attends to, (h', w').
-
-        Args:
-            position: counted row by row.
-
-        Returns:
-            A row of the layer's similarity map.
-        """
-        query, key = self.query[None, None, position : position + 1], self.key[None, None]
-        weights = functional.token_similarity(query, key, self.kind, self.factor)
-        return weights.reshape(self.size)
+_SLICES: dict[str, Slices] = {"w": "column", "h": "row"}
 
 
-class SliceTokens(NamedTuple):
-    """The columns and rows of one feature map, for a fully attentional layer.
-
-    Attributes:
-        features: the feature map, whose columns and rows are the queries, (C, h, w).
-        column_key: of all columns, (C, h).
-        row_key: of all rows, (C, w).
-        factor: on the scores.
-    """
-
-    features: Tensor
-    column_key: Tensor
-    row_key: Tensor
-    factor: float
-
-
-def position_tokens(layer: SpatialNonLocal, features: Tensor) -> PositionTokens:
-    """What a spatial layer compares.
+def branches_of(layer: AttentionLayer, features: Tensor) -> tuple[AttentionCall, list[Branch]]:
+    """What a layer compares, in float32.
 
     Args:
         layer: the layer.
         features: what it is given, (1, C, h, w).
 
     Returns:
-        Queries and keys in float32.
+        The call, for its scale and score function, and its branches.
+
+    Raises:
+        ValueError: its tokens are neither channels nor positions, or its slices neither columns
+            nor rows.
     """
-    features, _ = layer._check(features)
-    weights = layer._similarity_weights()
-    query = functional.embedded(features, weights["query_weight"], weights["query_bias"])
-    key = functional.embedded(features, weights["key_weight"], weights["key_bias"], layer.subsample)
-    queries, keys, factor = functional.position_tokens(
-        query, key, layer._kind, layer.scale, weights["score_weight"]
-    )
-    size = key.shape[2], key.shape[3]
-    return PositionTokens(queries[0, 0].float(), keys[0, 0].float(), factor, layer._kind, size)
+    features, _ = layer.check(features)
+    call = layer.attention(features)
+    found = []
+    for cut, query, key, value in call.branches:
+        of_channels = cut.tokens == "c"
+        if not (of_channels or "c" in cut.features) or cut.slices not in ("", *_SLICES):
+            raise ValueError(f"maps of {cut.name} are not of channels or positions: no drawing")
+        found.append(Branch(cut, query.float(), key.float(), value.float()))
+    return call, found
 
 
-def slice_tokens(layer: FullyAttentional, features: Tensor) -> SliceTokens:
-    """What a fully attentional layer compares.
+def has_channel_maps(layer: AttentionLayer) -> bool:
+    """Whether a layer compares channels; otherwise it compares positions."""
+    return all(cut.tokens == "c" for cut in layer.operation.cuts)
+
+
+def slices_of(branch: Branch) -> Slices | None:
+    """What a branch has a map of its own for; None where it has one for the whole image."""
+    return _SLICES.get(branch.cut.slices)
+
+
+def whole_maps(call: AttentionCall, branch: Branch) -> Tensor:
+    """All maps of a branch.
 
     Args:
-        layer: the layer.
-        features: what it is given, (1, C, h, w).
+        call: the branch's.
+        branch: of one image.
 
     Returns:
-        Features and keys in float32.
+        (S, N, M).
     """
-    column_key, row_key = functional.column_and_row_keys(
-        features,
-        layer.column_key.weight,
-        layer.row_key.weight,
-        layer.column_key.bias,
-        layer.row_key.bias,
-    )
-    column_key, factor = functional.scaled(column_key, layer.scale)
-    row_key, _ = functional.scaled(row_key, layer.scale)
-    return SliceTokens(features[0].float(), column_key[0].float(), row_key[0].float(), factor)
+    query, key, _ = branch.tokens()
+    return similarity(query, key, call.scale, call.score)[0]
+
+
+def weights_at(call: AttentionCall, branch: Branch, column: int, row: int) -> Tensor:
+    """What a position attends to, for a branch whose tokens are positions.
+
+    Args:
+        call: the branch's.
+        branch: of one image.
+        column: of the position.
+        row: of the position.
+
+    Returns:
+        The weight of every position of the key, (h', w'); 0 outside of the position's slice.
+    """
+    query, key, _ = branch.tokens()
+    height, width = branch.query.shape[2:]
+    sizes, at = {"h": height, "w": width}, {"h": row, "w": column}
+
+    def index(axes: str) -> int:
+        place = 0
+        for axis in axes:
+            place = place * sizes[axis] + at[axis]
+        return place
+
+    own, token = index(branch.cut.slices), index(branch.cut.tokens)
+    keys = key[:, min(own, key.shape[1] - 1)][:, None]
+    weights = similarity(
+        query[:, own, token][:, None, None], keys, call.scale, call.score
+    ).flatten()
+    if branch.key.dim() == 4:
+        height, width = branch.key.shape[2:]
+    if not branch.cut.slices:
+        return weights.reshape(height, width)
+    full = weights.new_zeros(height, width)
+    if branch.cut.slices == "h":
+        full[row] = weights
+    else:
+        full[:, column] = weights
+    return full

@@ -17,19 +17,28 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fullattn.attention import chunked, flops, operators
-from fullattn.attention.backend import FLOATING, Backend, Kind, Problem
-from fullattn.attention.residual import add_to
+from fullattn.attention.backend import (
+    FLOATING,
+    AttentionInputs,
+    Backend,
+    ScoreFunction,
+    Setting,
+    Workspace,
+)
+from fullattn.attention.residual import scaled_residual
+from fullattn.attention.sizes import Size
 from fullattn.attention.triton import launch
 from fullattn.attention.triton.configurations import MOST_FEATURES
-from fullattn.reshape import from_columns, from_rows, to_columns, to_rows
+from fullattn.reshape import COLUMNS, ROWS
 
-__all__ = ["BACKEND", "attend_columns_and_rows"]
+__all__ = ["BACKEND", "axial_channel_attention"]
 
 _OLDEST_TRITON = (3, 6)
 _OLDEST_CARD = (8, 0)
@@ -86,13 +95,22 @@ def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+@functools.cache
+def _reasons(device: str, dtype: torch.dtype, features: int) -> tuple[str, ...]:
+    """Why the kernels cannot run, if so."""
+    operation, score = next(iter(BACKEND.operations)), ScoreFunction.SOFTMAX
+    inputs = AttentionInputs(operation, score, device, dtype, True, 0, 0, features)
+    return tuple(BACKEND.reasons_against(inputs))
+
+
 def _or_plainly(x: Tensor, run: Callable[[], Any], plainly: Callable[[], Any]) -> Any:
     """run(), or plainly() where its kernels do not compile or do not fit, with one warning."""
     where = (x.device, x.dtype, x.shape[1:], x.stride()[1:])
     if where in _failed:
         return plainly()
-    # The dispatcher has asked; a program that has the operator in it and is run elsewhere has not.
-    reasons = BACKEND.reasons_against(Problem.of_columns_and_rows(x))
+    # Eager calls were already checked by the dispatcher. An exported program may run on another
+    # machine, so check again, once for each kind of input.
+    reasons = _reasons(x.device.type, x.dtype, max(x.shape[2:]))
     if not reasons:
         from triton.errors import TritonError
 
@@ -103,7 +121,7 @@ def _or_plainly(x: Tensor, run: Callable[[], Any], plainly: Callable[[], Any]) -
         # Triton raises RuntimeError where a pass or the search for a tool fails.
         except (TritonError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
             first_line = str(error).partition("\n")[0][:200]
-            reasons = [f"{type(error).__name__}: {first_line}"]
+            reasons = (f"{type(error).__name__}: {first_line}",)
     _failed[where] = reasons[0]
     warnings.warn(
         f"fullattn's Triton kernels cannot run at shape {tuple(x.shape)} in "
@@ -116,10 +134,13 @@ def _or_plainly(x: Tensor, run: Callable[[], Any], plainly: Callable[[], Any]) -
 
 
 def _attended(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
-    columns, rows = to_columns(x), to_rows(x)
+    height, width = x.shape[2:]
+    columns, rows = COLUMNS(x), ROWS(x)
     attended_columns = chunked.forward(columns, column_key.unsqueeze(1), columns, scale)
     attended_rows = chunked.forward(rows, row_key.unsqueeze(1), rows, scale)
-    return from_columns(attended_columns) + from_rows(attended_rows)
+    return COLUMNS.inverse(attended_columns, height, width) + ROWS.inverse(
+        attended_rows, height, width
+    )
 
 
 def _forward(
@@ -135,7 +156,7 @@ def _forward(
         attended = _attended(x, column_key, row_key, scale)
         out, column_lse, row_lse = launch.empty_result(x, gamma)
         # The backward of this shape does without the statistics, too.
-        return out.copy_(add_to(x, gamma, attended)), column_lse.zero_(), row_lse.zero_()
+        return out.copy_(scaled_residual(x, gamma, attended)), column_lse.zero_(), row_lse.zero_()
 
     if x.numel() == 0:
         return launch.empty_result(x, gamma)
@@ -167,15 +188,12 @@ def _backward(
         upper = (grad if gamma is None else grad * gamma).to(x.dtype)
         grad_x = torch.zeros_like(x) if gamma is None else torch.empty_like(x).copy_(grad)
         grad_keys = []
-        for cut, put_back, key in (
-            (to_columns, from_columns, column_key),
-            (to_rows, from_rows, row_key),
-        ):
+        for cut, key in ((COLUMNS, column_key), (ROWS, row_key)):
             slices = cut(x)
             queries, keys, values = chunked.backward(
                 cut(upper), slices, key.unsqueeze(1), slices, scale
             )
-            grad_x += put_back(queries + values)
+            grad_x += cut.inverse(queries + values, *x.shape[2:])
             grad_keys.append(torch.empty_like(key).copy_(keys.squeeze(1)))
         grad_gamma = grad.new_empty(0)
         if gamma is not None:
@@ -203,15 +221,15 @@ _operator = operators.register(
     _backward,
     _empty_result,
     ("x", "column_key", "row_key", "gamma"),
-    flops.columns_and_rows,
-    flops.columns_and_rows_backward,
+    flops.axial_channel_attention,
+    flops.axial_channel_attention_backward,
     optional=("gamma",),
     statistics=("column_lse", "row_lse"),
     devices=("CUDA", "CPU"),
 )
 
 
-def attend_columns_and_rows(
+def axial_channel_attention(
     x: Tensor,
     column_key: Tensor,
     row_key: Tensor,
@@ -235,11 +253,30 @@ def attend_columns_and_rows(
     return result
 
 
+def _workspace(shape: tuple[Size, ...], setting: Setting) -> Workspace:
+    batch, channels, height, width = shape
+    x = prod(shape) * setting.size
+    rows = 4 * batch * channels * (height + width)  # an element for each row of each map
+    forward, backward = launch.workspace(shape, setting.size)
+    grad_keys = batch * channels * (height + width) * (4 + setting.size)
+    return Workspace(
+        flops=flops.axial_channel_attention(shape),
+        backward_flops=flops.axial_channel_attention_backward(shape, shape),
+        output=x,
+        inference=x + rows + forward,
+        saved=rows,
+        forward=x + rows + forward,
+        backward=2 * x + 2 * rows + grad_keys + backward,
+        backward_shared=x + 2 * rows + grad_keys + backward,
+    )
+
+
 _HALF_AND_SINGLE = FLOATING - {torch.float64}
 BACKEND = Backend(
     name="triton",
     summary="GPU kernels: both branches, the shared key and the residual, without a map in memory",
-    run={Kind.COLUMNS_AND_ROWS: attend_columns_and_rows},
+    operations={"axial channel attention": axial_channel_attention},
+    operation_workspaces={"axial channel attention": _workspace},
     own_operators=True,
     adds_residual=True,
     most_features=MOST_FEATURES,

@@ -22,8 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fullattn.attention.sizes import Size, ceil_div, maximum, minimum, where
 from fullattn.attention.triton.configurations import features_class, power_of_two
-from fullattn.reshape import to_columns, to_rows
+from fullattn.reshape import COLUMNS, ROWS
 
 __all__ = [
     "KernelName",
@@ -35,6 +36,7 @@ __all__ = [
     "padded",
     "slices_each",
     "window",
+    "workspace",
 ]
 
 # Bytes of one tensor's window: small beside the tensors that need it, and large enough that a
@@ -76,9 +78,9 @@ class Launch:
 Run = Callable[[Launch], None]
 
 
-def padded(features: int) -> int:
+def padded(features: Any) -> Any:
     """The number of features in a window: the next multiple of 16."""
-    return -(-features // _ALIGNED) * _ALIGNED
+    return ceil_div(features, _ALIGNED) * _ALIGNED
 
 
 def _strides(slices: Tensor) -> list[int]:
@@ -173,23 +175,24 @@ def _copy(source: Tensor, target: Tensor, run: Run) -> None:
     run(Launch("copy", arguments, constants, lambda own: programs))
 
 
-def window(shape: Sequence[int], number_bytes: int) -> tuple[int, int]:
+def window(shape: Sequence[Any], element_size: Any) -> tuple[Any, Any]:
     """How many images and slices of them one window holds.
 
     Args:
         shape: of the slices, (B, S, C, D).
-        number_bytes: bytes of a number.
+        element_size: bytes of an element.
 
     Returns:
         Images, and slices of each; only where it is one image are they fewer than all.
     """
     batch, count, tokens, features = shape
-    at_once = max(1, WINDOW // (tokens * padded(features) * number_bytes))
+    at_once = maximum(1, WINDOW // (tokens * padded(features) * element_size))
     # As even as possible: a small last part would leave most of the card idle.
-    return _even(batch, max(1, at_once // count)), _even(count, min(at_once, count))
+    images = _even(batch, maximum(1, at_once // count))
+    return images, _even(count, minimum(at_once, count))
 
 
-def slices_each(slices: int, tokens: int) -> int:
+def slices_each(slices: Any, tokens: Any) -> Any:
     """How many slices one program of `backward_keys` goes through.
 
     Args:
@@ -199,12 +202,46 @@ def slices_each(slices: int, tokens: int) -> int:
     Returns:
         As many as leave `_PROGRAMS` programs, and 1 at least.
     """
-    return max(1, slices * -(-tokens // 64) // _PROGRAMS)
+    return maximum(1, slices * ceil_div(tokens, 64) // _PROGRAMS)
 
 
-def _even(total: int, most: int) -> int:
+def _even(total: Any, most: Any) -> Any:
     """The length of the longest part when `total` is cut into parts of at most `most`."""
-    return -(-total // -(-total // most))
+    return ceil_div(total, ceil_div(total, most))
+
+
+def workspace(shape: Sequence[Size], size: Size) -> tuple[Size, Size]:
+    """Bytes that both branches take besides inputs, result and statistics.
+
+    Args:
+        shape: of the feature map, (B, C, H, W), contiguous.
+        size: bytes of an element.
+
+    Returns:
+        Forward, and backward without the gradients of the keys.
+    """
+    batch, channels, height, width = shape
+    columns = _branch_workspace((batch, width, channels, height), size, in_place=0)
+    in_place = 1 - minimum(1, width - width // _ALIGNED * _ALIGNED)
+    rows = _branch_workspace((batch, height, channels, width), size, in_place=in_place)
+    return maximum(columns[0], rows[0]), maximum(columns[1], rows[1])
+
+
+def _branch_workspace(slices: Sequence[Size], size: Size, *, in_place: Size) -> tuple[Size, Size]:
+    """What one branch takes.
+
+    Windows of x and the result, backward of the gradient too, and a readable key, where slices are
+    not read in place; backward the sums for the key's gradient that the programs leave.
+    """
+    batch, count, channels, features = slices
+    images, width = window(slices, size)
+    images, width = where(in_place, batch, images), where(in_place, count, width)
+    features = where(in_place, features, padded(features))
+    windows = (1 - in_place) * images * width * channels * features * size
+    key = (1 - in_place) * batch * channels * features * size
+    parts = ceil_div(width, slices_each(images * width, channels))
+    sums = 4 * images * (parts + 1) * channels * features
+    return 2 * windows + key, 3 * windows + key + sums
 
 
 def _named_strides(name: str, x: Tensor, axes: str) -> dict[str, int]:
@@ -296,8 +333,8 @@ def forward(
             images, count, tokens, _ = branch.maps[0].shape
             run(Launch("forward", arguments, constants, _blocks(images * count, tokens)))
 
-    attend(to_columns, column_key, column_lse, False)
-    attend(to_rows, row_key, row_lse, True)
+    attend(COLUMNS, column_key, column_lse, False)
+    attend(ROWS, row_key, row_lse, True)
     return out, column_lse, row_lse
 
 
@@ -354,8 +391,8 @@ def backward(
         grad_gamma.add_(delta.sum())
         return torch.empty_like(key).copy_(grad_key if gamma is None else grad_key * gamma)
 
-    grad_column_key = differentiate(to_columns, column_key, column_lse, True)
-    grad_row_key = differentiate(to_rows, row_key, row_lse, False)
+    grad_column_key = differentiate(COLUMNS, column_key, column_lse, True)
+    grad_row_key = differentiate(ROWS, row_key, row_lse, False)
     if gamma is None:
         return grad_x, grad_column_key, grad_row_key, x.new_empty(0)
     return grad_x, grad_column_key, grad_row_key, grad_gamma.to(gamma.dtype).reshape(gamma.shape)

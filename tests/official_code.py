@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def fully_attentional(
     x: Tensor, column_linear: nn.Module, row_linear: nn.Module, gamma: Tensor
 ) -> Tensor:
-    """The attention of the copied FLANet code: features flattened (b w), contexts tiled (w b)."""
+    """The attention of the official implementation: features flattened (b w), contexts tiled (w b)."""
     batch, channels, height, width = x.shape
 
     def branch(features: Tensor, context: Tensor, linear: nn.Module, copies: int) -> Tensor:
@@ -28,7 +28,7 @@ def fully_attentional(
 
 
 class FullyAttentionalBlock(nn.Module):
-    """The block of the public FLANet code."""
+    """The block of the official FLANet."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -76,8 +76,8 @@ class ChannelAttention(nn.Module):
         return self.gamma * torch.bmm(attention, flat).view(x.shape) + x
 
 
-class PublicBottleneck(nn.Module):
-    """A residual block of the public FLANet's backbone."""
+class OfficialBottleneck(nn.Module):
+    """A residual block of the official FLANet's backbone."""
 
     def __init__(self, channels: int, inner: int, stride: int, dilation: int) -> None:
         super().__init__()
@@ -100,8 +100,8 @@ class PublicBottleneck(nn.Module):
         return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-class PublicBackbone(nn.Module):
-    """The public FLANet's dilated ResNet; gives its last three stages."""
+class OfficialBackbone(nn.Module):
+    """The official FLANet's dilated ResNet; gives its last three stages."""
 
     def __init__(self, blocks: tuple[int, int, int, int], deep_stem: bool) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class PublicBackbone(nn.Module):
             stage = []
             for index in range(count):
                 stage.append(
-                    PublicBottleneck(width, inner, 1 if index else stride, dilation=dilation)
+                    OfficialBottleneck(width, inner, 1 if index else stride, dilation=dilation)
                 )
                 width = 4 * inner
             setattr(self, f"layer{number}", nn.Sequential(*stage))
@@ -135,8 +135,8 @@ class PublicBackbone(nn.Module):
         return features[1:]
 
 
-class PublicOutput(nn.Module):
-    """An output of the public FLANet."""
+class OfficialOutput(nn.Module):
+    """An output of the official FLANet."""
 
     def __init__(self, channels: int, inner: int, classes: int) -> None:
         super().__init__()
@@ -154,8 +154,8 @@ class PublicOutput(nn.Module):
         return y
 
 
-class PublicFLANet(nn.Module):
-    """The public FLANet: logits of the head, of the 512- and of the 1024-channel stage."""
+class OfficialFLANet(nn.Module):
+    """The official FLANet: logits of the head, of the 512- and of the 1024-channel stage."""
 
     def __init__(
         self,
@@ -165,16 +165,16 @@ class PublicFLANet(nn.Module):
         channels: int = 512,
     ) -> None:
         super().__init__()
-        self.backbone = PublicBackbone(blocks, deep_stem)
+        self.backbone = OfficialBackbone(blocks, deep_stem)
         steps: list[nn.Module] = []
         for width in (2048, channels):
             convolution = nn.Conv2d(width, channels, 3, padding=1, bias=False)
             steps += [convolution, nn.BatchNorm2d(channels), nn.ReLU()]
         self.conv = nn.Sequential(*steps)
         self.fully = FullyAttentionalBlock(channels)
-        self.conv_out1 = PublicOutput(2048 + channels, channels, classes)
-        self.conv_out2 = PublicOutput(512, 64, classes)
-        self.conv_out3 = PublicOutput(1024, 64, classes)
+        self.conv_out1 = OfficialOutput(2048 + channels, channels, classes)
+        self.conv_out2 = OfficialOutput(512, 64, classes)
+        self.conv_out3 = OfficialOutput(1024, 64, classes)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         early, late, last = self.backbone(x)

@@ -1,13 +1,14 @@
-"""The fully attentional layer as the widely copied public code computes it, in our own words.
+"""The fully attentional layer as its authors' code computes it, in our own words, batches corrected.
 
-It flattens the features into one batch of columns and one of rows, pools the contexts, tiles every
-context once for each slice, and builds every similarity map. `fullattn bench` takes it as the
-baseline, because it is what most people run.
+The block of https://github.com/maggiesong7/FullyAttentional, the official implementation, flattens
+the features into one batch of columns and one of rows, pools the contexts, tiles every context once
+for each slice, and builds every similarity map. `fullattn bench` takes it as the baseline, because
+it is what most people run, often copied into a repository of their own.
 
-One thing is corrected. The copied code flattens the features as (b w) but tiles the context as
-(w b), so that for batches larger than one it compares images with each other's contexts. Here every
-slice meets the context of its own image, so that both sides of the comparison compute the same
-function. The amount of work is the same either way.
+One thing is corrected. The official code flattens the features as (b w) but tiles the context as
+(w b). At batch size 1 that is right; for larger batches it compares images with each other's
+contexts. Here every slice meets the context of its own image, so that both sides of the comparison
+compute the same function. The amount of work is the same either way.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["CopiedPublicForm"]
+__all__ = ["OfficialFLANetBlock"]
 
 
-class CopiedPublicForm(nn.Module):
-    """Equal to `fullattn.FullyAttentional` with the same state dict, computed the public way.
+class OfficialFLANetBlock(nn.Module):
+    """Equal to `fullattn.FullyAttentional` with the same state dict, computed the official way.
 
     Args:
         channels: C.
@@ -34,11 +35,12 @@ class CopiedPublicForm(nn.Module):
         output: as x.
 
     Source:
-        Song et al., AAAI 2022 (arXiv 2112.04108), section 3, and the code that circulates for it.
+        Song et al., AAAI 2022 (arXiv 2112.04108), section 3, and their code,
+        https://github.com/maggiesong7/FullyAttentional.
 
     Example:
         >>> import torch
-        >>> CopiedPublicForm(16)(torch.randn(2, 16, 9, 7)).shape
+        >>> OfficialFLANetBlock(16)(torch.randn(2, 16, 9, 7)).shape
         torch.Size([2, 16, 9, 7])
     """
 
@@ -57,7 +59,7 @@ class CopiedPublicForm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (B, C, H, W)."""
-        # As in the public code every intermediate has a name, so that the scores and maps of both
+        # As in the official code every intermediate has a name, so that the scores and maps of both
         # branches stay in memory until the function returns.
         batch, _, height, width = x.shape
         columns = rearrange(x, "b c h w -> (b w) c h").contiguous()

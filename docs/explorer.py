@@ -1,0 +1,103 @@
+"""What the cost explorer evaluates: the formulas of `fullattn.costs` with symbols for the sizes.
+
+    layers: for each layer its class and, with and without the options of a head, for each backend
+            either why it cannot run or where in `terms` its figures are; which backends the rule
+            tries, and where the figures are that decide
+    terms:  integers, symbols and operations on earlier terms, as `fullattn.attention.sizes.graph`
+            makes them; docs/javascripts/costs.js evaluates them
+
+Everything comes from the registry of layers and the declarations of backends: a new one of either
+needs nothing here and nothing in JavaScript.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from fullattn import costs
+from fullattn.attention import dispatch
+from fullattn.attention.backend import Setting
+from fullattn.attention.sizes import Expression, graph
+from fullattn.layers import LAYERS, AttentionLayer
+
+__all__ = ["DEVICES", "data", "script"]
+
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+SYMBOLS = ("batch", "channels", "height", "width", "size", "threads")
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def data() -> dict[str, Any]:
+    """The formulas of all registered layers in their default options, as plain data."""
+    sizes: list[Any] = []
+
+    def place(size: Any) -> int:
+        sizes.append(size)
+        return len(sizes) - 1
+
+    layers = {name: _layer(layer, place) for name, layer in LAYERS.items()}
+    terms, places = graph(sizes)
+    return {
+        "layers": layers,
+        "devices": DEVICES,
+        "dtypes": DTYPES,
+        "backends": {entry.name: entry.summary for entry in dispatch.BACKENDS},
+        "terms": terms,
+        "places": places,
+    }
+
+
+def _layer(layer: type[AttentionLayer], place: Any) -> dict[str, Any]:
+    forms = {"bare": layer.head_options, "whole": {}}
+    return {
+        "title": layer.__name__,
+        "projects": bool(layer.head_options),
+        "forms": {
+            name: {
+                device: _form(layer(8, device="meta", **options), device, place)
+                for device in DEVICES
+            }
+            for name, options in forms.items()
+        },
+    }
+
+
+def _form(layer: AttentionLayer, device: str, place: Any) -> dict[str, Any]:
+    """One layer on one device."""
+    batch, channels, height, width, size, threads = (Expression("symbol", name) for name in SYMBOLS)
+    shape, setting = (batch, channels, height, width), Setting(size, device, threads)
+    work = layer.work(shape, size)
+    # A shape that no limit excludes, for what does not depend on the shape.
+    inputs = costs.inputs_of(layer, (1, 8, 8, 8), torch.float32, device)
+    of_sizes = costs.inputs_of(layer, shape, torch.float32, device)
+    backends = {}
+    for entry in dispatch.BACKENDS:
+        there = replace(entry, unavailable=lambda: None)
+        if reasons := there.reasons_against(inputs):
+            backends[entry.name] = {"reason": f"{entry.name} {'; '.join(reasons)}"}
+            continue
+        figures = costs.figures(layer, shape, setting, entry)
+        backends[entry.name] = {
+            "figures": {
+                field.name: place(getattr(figures, field.name)) for field in fields(figures)
+            },
+            "most_features": entry.most_features,
+        }
+    return {
+        "parameters": place(work.parameters),
+        "backends": backends,
+        "features": place(of_sizes.features),
+        "map_numel": None if of_sizes.sliced else place(of_sizes.map_numel),
+        "token_numel": place(of_sizes.token_numel),
+        "fused": [entry.name for entry in dispatch.fused(of_sizes)],
+        "builds": next(entry.name for entry in dispatch.BACKENDS if entry.builds_map),
+    }
+
+
+def script() -> str:
+    """The data as a script that defines `fullattnCostData`."""
+    return f"const fullattnCostData = {json.dumps(data(), separators=(',', ':'))};\n"

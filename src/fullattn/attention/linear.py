@@ -1,0 +1,71 @@
+"""Linear attention, for the form without softmax: (query · keyᵀ) · value = query · (keyᵀ · value).
+
+Without a softmax between the two products they may be bracketed the other way, and the map of N·M
+elements becomes a context of D·E.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fullattn.attention.backend import Backend, BranchSizes, ScoreFunction, Setting, Workspace
+from fullattn.attention.sizes import maximum
+
+__all__ = ["BACKEND", "attend"]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
+    """Dot-product attention: scale · query · (keyᵀ · value) / M.
+
+    Args:
+        query: (B, S, N, D).
+        key: (B, S or 1, M, D).
+        value: (B, S or 1, M, E).
+        scale: factor on the scores.
+
+    Returns:
+        (B, S, N, E) in the query's dtype.
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    dtype = torch.float32 if half else query.dtype
+    context = key.to(dtype).mT @ value.to(dtype) * (scale / key.shape[-2])
+    return (query.to(dtype) @ context).to(query.dtype)
+
+
+def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
+    half, work = setting.half, setting.work_size
+    query, key, value = (prod(x) * work for x in (a.query, a.key, a.value))
+    query_cast, other_casts = half * query, half * (key + value)
+    casts = query_cast + other_casts
+    context = a.query[0] * a.query[1] * a.query[3] * a.value[3] * work
+    output = prod(a.out) * setting.size
+    output_work = prod(a.out) * work
+    output_cast = half * output
+    products = 2 * a.query[0] * a.query[1] * a.query[3] * a.value[3] * (a.query[2] + a.key[2])
+    backward = casts + 3 * context + query + key + value + half * output_work
+    return Workspace(
+        flops=products,
+        backward_flops=2 * products,
+        output=output,
+        inference=maximum(
+            other_casts + context,
+            2 * context,
+            context + output_work + maximum(query_cast, output_cast),
+        ),
+        saved=casts + context,
+        forward=casts + context + maximum(context, output_work + output_cast),
+        backward=backward + output,
+        backward_shared=backward,
+        keeps_inputs=1 - half,  # their casts are saved
+    )
+
+
+BACKEND = Backend(
+    name="linear",
+    summary="dot-product form only: multiplies key and value first, so there is no map",
+    attend={ScoreFunction.DOT_PRODUCT: attend},
+    workspace=_workspace,
+)

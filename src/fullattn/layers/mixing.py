@@ -1,0 +1,95 @@
+"""The mistake of the official implementation, on purpose: images of a batch meet each other's keys.
+
+The block in https://github.com/maggiesong7/FullyAttentional flattens the features to (b w) slices
+but tiles the context with `.repeat(width, 1, 1)`, which lies as (w b). At batch size 1 the two are
+the same, and the code is right. In a larger batch column w of image b is compared with the key of
+image (b·W + w) mod B, and row h with that of image (b·H + h) mod B, so that images influence each
+other, forward and backward.
+
+`FullyAttentional(mix_images=True)` does the same, for one purpose: to evaluate weights that were
+trained so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+from einops import rearrange, repeat
+from torch import Tensor, einsum
+
+from fullattn.attention import AttentionCall, Operation, ScoreFunction
+from fullattn.attention.reference import weights
+from fullattn.functional import SOFTMAX, FullyAttentionalSimilarity, fully_attentional_call
+from fullattn.reshape import COLUMNS, ROWS
+
+__all__ = ["MIXED_IMAGES", "mixed_call", "warn"]
+
+
+@cache
+def warn() -> None:
+    """Warn the first time in a process."""
+    warnings.warn(
+        "mix_images=True: images of a batch influence each other, as in the official "
+        "implementation; use it to evaluate weights that were trained with that code, and for "
+        "nothing else",
+        stacklevel=4,
+    )
+
+
+def _similarity(
+    x: Tensor, column_keys: Tensor, row_keys: Tensor, scale: float, score: ScoreFunction
+) -> FullyAttentionalSimilarity:
+    return FullyAttentionalSimilarity(
+        columns=weights(einsum("bihw, bjhw -> bwij", x, column_keys), scale, score),
+        rows=weights(einsum("bihw, bjhw -> bhij", x, row_keys), scale, score),
+    )
+
+
+def _attended(
+    x: Tensor,
+    column_keys: Tensor,
+    row_keys: Tensor,
+    scale: float = 1.0,
+    score: ScoreFunction = SOFTMAX,
+) -> Tensor:
+    similarity = _similarity(x, column_keys, row_keys, scale, score)
+    columns = einsum("bwij, bjhw -> bihw", similarity.columns, x)
+    return columns + einsum("bhij, bjhw -> bihw", similarity.rows, x)
+
+
+MIXED_IMAGES = Operation(
+    "axial channel attention with mixed images",
+    similarity=_similarity,
+    attended=_attended,
+    cuts=(COLUMNS, ROWS),
+    branches=lambda x, column_keys, row_keys: ((x, column_keys, x), (x, row_keys, x)),
+)
+
+
+def mixed_call(
+    x: Tensor, column_key: Tensor, row_key: Tensor, *, scale: float | None = 1.0
+) -> AttentionCall:
+    """What the official implementation compares.
+
+    Args:
+        x: feature map, (B, C, H, W).
+        column_key: (B, C, H).
+        row_key: (B, C, W).
+        scale: as in `fullattn.functional.fully_attentional`.
+
+    Returns:
+        The call, with a key for every column and every row, (B, C, H, W).
+    """
+    _, (x, column_key, row_key), factor, score = fully_attentional_call(
+        x, column_key, row_key, scale=scale
+    )
+    column_keys = rearrange(_tiled(column_key, x.shape[3]), "b w c h -> b c h w")
+    row_keys = rearrange(_tiled(row_key, x.shape[2]), "b h c w -> b c h w")
+    return AttentionCall(MIXED_IMAGES, (x, column_keys, row_keys), factor, score)
+
+
+def _tiled(key: Tensor, slices: int) -> Tensor:
+    """A key for every slice, (B, S, C, D): tiled slice by slice, read image by image."""
+    tiled = repeat(key, "b c d -> (slices b) c d", slices=slices)
+    return rearrange(tiled, "(b slices) c d -> b slices c d", slices=slices)

@@ -1,0 +1,294 @@
+"""What a layer says of itself, once, and the registry of those who do.
+
+`AttentionLayer` is a module that says what it compares (`operation`, `attention`), how the result
+goes back (`finish`), what that takes (`work`), and what it is called. Everything else of this package knows a
+layer by that alone: similarity maps, costs, pictures, benchmarks, FLANet's `attention=`,
+integrations and the documentation's cost explorer look it up in `LAYERS`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from fullattn import attention
+from fullattn.attention import AttentionCall, BranchSizes, Operation
+from fullattn.attention.sizes import Size
+from fullattn.layers import _checks
+
+__all__ = ["LAYERS", "AttentionLayer", "Convolutions", "Work", "register", "unregister"]
+
+
+@dataclass(frozen=True)
+class Convolutions:
+    """Modules that follow the attention, for the costs; bytes but for `flops`.
+
+    Attributes:
+        flops: of a forward pass.
+        weights: of their parameters.
+        room: what the first takes in forward besides its input and result.
+        backward_room: the same in backward.
+        later: how many steps of the result's size follow the first.
+        normalised: whether one of them keeps its input for backward.
+    """
+
+    flops: Size
+    weights: Size
+    room: Size = 0
+    backward_room: Size = 0
+    later: int = 0
+    normalised: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layer computes on a feature map, for its costs; sizes are integers or symbols.
+
+    Attributes:
+        branches: the sizes of each attention, in the order in which they run.
+        flops: of a forward pass of the modules before the attention.
+        parameters: elements in all parameters.
+        inputs: bytes of the queries, keys and values, besides x, that are made for the attention.
+        kept: bytes that making those keeps for backward, where the attention keeps no input.
+        making: peak of bytes while they are made.
+        gradients: bytes of gradients at the end of backward: of the inputs of the attention, of x
+            and of the parameters.
+        branch_gradient: bytes of the gradient that each run of a branch leaves until then.
+        output: the modules of a layer x + output(attended); None for gamma · attended + x.
+        output_inputs: bytes of the gradient of the attended values that `output` leaves.
+        projection: the modules behind the residual; None for none.
+    """
+
+    branches: tuple[BranchSizes, ...]
+    flops: Size
+    parameters: Size
+    inputs: Size
+    kept: Size
+    gradients: Size
+    making: Size = 0
+    branch_gradient: Size = 0
+    output: Convolutions | None = None
+    output_inputs: Size = 0
+    projection: Convolutions | None = None
+
+
+class AttentionLayer(nn.Module):
+    """A layer of this package, and the base of a user's own.
+
+    A subclass sets `layer_name`, `paper` and `operation`, takes `channels` and the keywords `scale` and
+    `backend`, and defines `attention` and `work`; `register` then makes it known.
+
+    Attributes:
+        layer_name: what the command line, `FLANet(attention=...)` and tables call it.
+        paper: where it comes from.
+        operation: what it computes of its tensors, with the cuts of its feature maps.
+        head_options: options of the form that goes into a network which has a projection of its
+            own: it leaves its input as it is, until training moves it.
+        bench_options: options for benchmarks, where a result of zeros would show little.
+        channels: C.
+        scale: factor on the scores; None for 1/√d.
+        backend: name of the attention backend; None for the automatic choice.
+        gamma: factor of the attention; None for a layer without.
+    """
+
+    layer_name: ClassVar[str]
+    paper: ClassVar[str]
+    operation: ClassVar[Operation]
+    head_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    bench_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    channels: int
+    scale: float | None = 1.0
+    backend: str | None = None
+    gamma: nn.Parameter | None
+
+    def attention(self, x: Tensor) -> AttentionCall:
+        """What the layer compares, with keys, queries and values by its own modules.
+
+        Args:
+            x: feature map, (B, C, H, W).
+
+        Returns:
+            The operation and its tensors.
+        """
+        raise NotImplementedError
+
+    def finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """What follows the attention.
+
+        Args:
+            x: feature map, (B, C, H, W).
+            y: gamma · attended + x, or what is attended where the layer has no gamma.
+
+        Returns:
+            The layer's result, (B, C, H, W).
+        """
+        return y
+
+    def work(self, shape: tuple[Size, Size, Size, Size], size: Size) -> Work:
+        """The sizes of what the layer computes, for its costs.
+
+        Args:
+            shape: (B, C, H, W), of integers or symbols; C may be another than the layer's own.
+            size: bytes of an element.
+
+        Returns:
+            The sizes.
+
+        Raises:
+            ValueError: this form of the layer has no formula.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def untrained(cls, channels: int, scale: float) -> AttentionLayer:
+        """A layer that compares the features as they are, to look at its maps without training.
+
+        Args:
+            channels: C.
+            scale: factor on the scores.
+
+        Returns:
+            The layer.
+        """
+        return cls(channels, scale=scale, **cls.head_options)  # type: ignore[call-arg]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: feature map, (B, C, H, W) or (C, H, W).
+
+        Returns:
+            A tensor of x's shape and memory format.
+        """
+        x, unbatched = self.check(x)
+        y = attention.run(self.attention(x), x, self.gamma, backend=self.backend)
+        return _checks.as_given(self.finish(x, y), x, unbatched)
+
+    def similarity(self, x: Tensor) -> Any:
+        """The similarity maps that `forward` multiplies with the values, built to be looked at.
+
+        Args:
+            x: feature map, (B, C, H, W) or (C, H, W).
+
+        Returns:
+            A tensor, or a named tuple with one for each branch; without B for an unbatched input.
+        """
+        x, unbatched = self.check(x)
+        maps = attention.maps(self.attention(x))
+        if not unbatched:
+            return maps
+        if isinstance(maps, Tensor):
+            return maps.squeeze(0)
+        return type(maps)(*(each.squeeze(0) for each in maps))
+
+    def check(self, x: Tensor) -> tuple[Tensor, bool]:
+        """Check an input and give it a batch axis.
+
+        Args:
+            x: what the layer was called with.
+
+        Returns:
+            (B, C, H, W), and whether the batch axis was added.
+
+        Raises:
+            TypeError: not a tensor, or a dtype other than the parameters'.
+            ValueError: a wrong rank, number of channels, size of 0 or device.
+        """
+        return _checks.feature_map(x, self.channels, self.gamma)
+
+    def check_size(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError where a feature map (B, C, H, W) is too small for the layer."""
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters again."""
+        for module in self.modules():
+            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+
+    def option(self, name: str) -> Any:
+        """The value of an option, for `extra_repr`: None where it is what None stands for."""
+        return getattr(self, name)
+
+    def extra_repr(self) -> str:
+        """The options that differ from the paper's."""
+        shown = [f"{self.channels}"]
+        for name, parameter in inspect.signature(type(self)).parameters.items():
+            if parameter.default is not parameter.empty and hasattr(self, name):
+                value = self.option(name)
+                if isinstance(parameter.default, bool) and not isinstance(value, bool):
+                    value = value is not None  # a module, there or not
+                if value != parameter.default:
+                    shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
+
+
+LAYERS: dict[str, type[AttentionLayer]] = {}
+_Layer = TypeVar("_Layer", bound=type[AttentionLayer])
+
+
+def register(layer: _Layer) -> _Layer:
+    """Make a layer known by its name to everything in this package.
+
+    Args:
+        layer: a subclass of `AttentionLayer`, whole.
+
+    Returns:
+        The layer, so that this is a decorator.
+
+    Raises:
+        TypeError: a part of the protocol is missing; the message names it.
+        ValueError: another layer has the name.
+    """
+    if not (isinstance(layer, type) and issubclass(layer, AttentionLayer)):
+        raise TypeError(f"expected a subclass of AttentionLayer, got {layer!r}")
+    missing = list(_missing(layer))
+    if missing:
+        raise TypeError(f"cannot register {layer.__name__}: it lacks {'; '.join(missing)}")
+    other = LAYERS.get(layer.layer_name, layer)
+    if other is not layer:
+        raise ValueError(
+            f"cannot register {layer.__name__}: {other.__name__} has the name {layer.layer_name!r}"
+        )
+    LAYERS[layer.layer_name] = layer
+    return layer
+
+
+def unregister(layer: type[AttentionLayer]) -> None:
+    """Forget a layer.
+
+    Args:
+        layer: that was registered.
+    """
+    del LAYERS[layer.layer_name]
+
+
+def _missing(layer: type[AttentionLayer]) -> Iterable[str]:
+    name = getattr(layer, "layer_name", None)
+    if not (isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name)):
+        yield f"a `layer_name` of lower-case letters, digits and underscores (got {name!r})"
+    if not (isinstance(getattr(layer, "paper", None), str) and layer.paper):
+        yield "a `paper`"
+    if not isinstance(getattr(layer, "operation", None), Operation):
+        yield "an `operation`"
+    for method in ("attention", "work"):
+        if getattr(layer, method) is getattr(AttentionLayer, method):
+            yield f"the method `{method}`"
+    parameters = inspect.signature(layer).parameters
+    if next(iter(parameters), None) != "channels":
+        yield "`channels` as first argument"
+    for option in ("scale", "backend"):
+        parameter = parameters.get(option)
+        if parameter is None or parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            yield f"the keyword `{option}`"
+    for options in ("head_options", "bench_options"):
+        unknown = set(getattr(layer, options)) - set(parameters)
+        if unknown:
+            yield f"the options {', '.join(map(repr, sorted(unknown)))} of `{options}`"
