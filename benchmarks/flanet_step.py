@@ -6,8 +6,8 @@
 Two networks with the same weights, from the backbone to the auxiliary heads, take turns with one
 batch in one process; a step is forward, backward and SGD with momentum. Peak memory is over what
 was there before the call, forward and backward without the optimizer, each network in a process of
-its own. The official implementation is the one of `fullattn bench`, with its batches corrected. Writes
-benchmarks/results/cpu/flanet_step_BACKBONE.json.
+its own. The official implementation is the one of `fullattn bench`, with its batches corrected.
+Writes benchmarks/results/cpu/flanet_step_BACKBONE.json.
 """
 
 from __future__ import annotations

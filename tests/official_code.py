@@ -9,7 +9,7 @@ from torch import Tensor, nn
 def fully_attentional(
     x: Tensor, column_linear: nn.Module, row_linear: nn.Module, gamma: Tensor
 ) -> Tensor:
-    """The attention of the official implementation: features flattened (b w), contexts tiled (w b)."""
+    """The attention of the official implementation: features (b w), contexts (w b)."""
     batch, channels, height, width = x.shape
 
     def branch(features: Tensor, context: Tensor, linear: nn.Module, copies: int) -> Tensor:

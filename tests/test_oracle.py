@@ -23,6 +23,7 @@ from cases import (
     feature_maps,
     runs,
 )
+from fullattn.attention import reference
 from fullattn.attention.reference import similarity
 
 

@@ -140,7 +140,8 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
         "bench",
         help="compare what layers and backends cost",
         description="Compare the layers, their backends, the official implementation and your "
-        "own modules: parameters, FLOPs, time, peak memory. Prints tables, writes JSON and a picture.",
+        "own modules: parameters, FLOPs, time, peak memory. Prints tables, writes JSON and a "
+        "picture.",
         epilog=_BENCH_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -111,7 +111,7 @@ def position_attention(
     """attended[b, e, h, w] for values (B, E, H', W'): the layer is x + output( that )."""
     similarity = position_similarity(query, key, scale, score)
     attended = einsum("bpq, beq -> bep", similarity, value.flatten(2))
-    return attended.unflatten(2, query.shape[2:])
+    return attended.reshape(*attended.shape[:2], *query.shape[2:])
 
 
 # The same, cut into slices of tokens for the backends that fuse.

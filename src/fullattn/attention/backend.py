@@ -80,10 +80,7 @@ class Branch(NamedTuple):
         """Query (B, S, N, D), key (B, S or 1, M, D) and value (B, S, M, E)."""
         cut, given, key, value = self
         query = cut(given)
-        if key.dim() == 3:
-            key = key.unsqueeze(1)
-        else:
-            key = query if key is given else cut(key)
+        key = key.unsqueeze(1) if key.dim() == 3 else query if key is given else cut(key)
         return query, key, query if value is given else cut(value)
 
     def put_back(self, attended: Tensor) -> Tensor:
@@ -271,10 +268,12 @@ class BranchSizes:
         Returns:
             The sizes.
         """
-        tokens = [(shape[0], *cut.sizes(shape)) for shape in (query, key or query, value or query)]
+        queries, keys, values = (
+            (shape[0], *cut.sizes(shape)) for shape in (query, key or query, value or query)
+        )
         if shared_key:
-            tokens[1] = (tokens[1][0], 1, *tokens[1][2:])
-        return cls(cut, *tokens, score, value is None, scale)
+            keys = (keys[0], 1, *keys[2:])
+        return cls(cut, queries, keys, values, score, value is None, scale)
 
     @property
     def contiguous(self) -> bool:

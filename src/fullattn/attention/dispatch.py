@@ -4,9 +4,9 @@ The rule, on every device: build the similarity map only where there is one slic
 fewer elements than the tensors that it relates; otherwise fuse. The maps of several slices, as of
 FullyAttentional's columns and rows, are never worth building: every slice has to be copied first,
 and that alone costs more than a small map saves. Among the backends that fuse, the first of
-`FUSED_SLICES` or `FUSED_SLICE` that can run the inputs does. In a program that `torch.export` writes
-it is the first that is made of PyTorch's own operators, so that the program can be loaded without
-this package.
+`FUSED_SLICES` or `FUSED_SLICE` that can run the inputs does. In a program that `torch.export`
+writes it is the first that is made of PyTorch's own operators, so that the program can be loaded
+without this package.
 
 An override is looked for in this order: the `backend` context manager, the layer's or function's
 own `backend=` argument, the environment variable FULLATTN_BACKEND, and then the rule.

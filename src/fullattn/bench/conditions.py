@@ -46,7 +46,7 @@ class Conditions:
         device: such as "cpu" or "cuda:0".
         dtype: a name of `DTYPES`.
         memory_format: a name of `MEMORY_FORMATS`.
-        project: whether FullyAttentional and the official implementation end with their 3x3 projection.
+        project: whether layers that have a projection and the official implementation end with it.
         threads: PyTorch's threads within an operator.
         seed: of the parameters and the inputs.
         image: path of the photograph that the inputs are made from; None for normal noise.

@@ -48,8 +48,8 @@ class Contender:
     """One row of the table; plain data, so that it can go to a process.
 
     Attributes:
-        layer: a name of a registered layer, `OFFICIAL`, or where to find a user's class: "FILE.py:CLASS" or
-            "package.module:CLASS".
+        layer: a name of a registered layer, `OFFICIAL`, or where to find a user's class:
+            "FILE.py:CLASS" or "package.module:CLASS".
         backend: the backend that runs it; None for modules that do not have the choice.
         automatic: whether that is the backend that runs when the user does not choose.
     """
@@ -83,8 +83,8 @@ class Contender:
 
 def inputs_of(layer: str, shape: Shape, dtype: torch.dtype, device: str) -> AttentionInputs:
     """What a layer, built with its defaults, asks of a backend."""
-    module = LAYERS[layer](shape.channels, device="meta")  # type: ignore[call-arg]
-    return costs.inputs_of(module, tuple(shape), dtype, device)
+    module = LAYERS[layer](shape.channels, device="meta")
+    return costs.inputs_of(module, (*shape,), dtype, device)
 
 
 def _backends_at(inputs: AttentionInputs, choice: Sequence[str]) -> list[tuple[str, bool]]:
@@ -173,8 +173,9 @@ def layer_named(text: str) -> str:
         return text
     if ":" not in text:
         raise UsageError(f"expected layers of {', '.join(LAYERS)}, or FILE.py:CLASS, got {text!r}")
+    layer: Any = load_class(text, "layer")
     try:
-        return register(load_class(text, "layer")).layer_name  # type: ignore[type-var]
+        return str(register(layer).layer_name)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
 

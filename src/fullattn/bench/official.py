@@ -1,9 +1,9 @@
-"""The fully attentional layer as its authors' code computes it, in our own words, batches corrected.
+"""The fully attentional layer as its authors' code computes it, with its batch handling corrected.
 
-The block of https://github.com/maggiesong7/FullyAttentional, the official implementation, flattens
-the features into one batch of columns and one of rows, pools the contexts, tiles every context once
-for each slice, and builds every similarity map. `fullattn bench` takes it as the baseline, because
-it is what most people run, often copied into a repository of their own.
+In our own words: the block of https://github.com/maggiesong7/FullyAttentional, the official
+implementation, flattens the features into one batch of columns and one of rows, pools the contexts,
+tiles every context once for each slice, and builds every similarity map. `fullattn bench` takes it
+as the baseline, because it is what most people run, often copied into a repository of their own.
 
 One thing is corrected. The official code flattens the features as (b w) but tiles the context as
 (w b). At batch size 1 that is right; for larger batches it compares images with each other's

@@ -149,8 +149,8 @@ class Report:
             f"{device}, {how.dtype}, {how.memory_format}, {here.platform}, {here.date}{load}",
             f"fullattn {here.fullattn}, torch {here.torch}, einops {here.einops}, "
             f"Python {here.python}",
-            f"inputs: {how.input_kind}; FullyAttentional and the official implementation {projection} their "
-            f"3x3 projection; gamma {how.gamma:g}",
+            f"inputs: {how.input_kind}; FullyAttentional and the official implementation "
+            f"{projection} their 3x3 projection; gamma {how.gamma:g}",
         ]
 
     def to_json(self) -> str:

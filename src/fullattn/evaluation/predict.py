@@ -124,7 +124,7 @@ def _check(
 
 def _layers(trained: Trained, channel: int | None) -> dict[str, nn.Module]:
     """The layers whose maps can be drawn."""
-    layers = layers_with_maps(trained.model.get_submodule("head.attention"))
+    layers: dict[str, Any] = layers_with_maps(trained.model.get_submodule("head.attention"))
     if not layers:
         raise ValueError(
             f"the network's attention, {trained.description.model.get('attention')!r}, has no "

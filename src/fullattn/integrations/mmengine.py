@@ -21,7 +21,7 @@ def _with_in_channels(layer: type[AttentionLayer]) -> type[AttentionLayer]:
     """The layer with its channel count called `in_channels`, and a name for mmcv's plugins."""
 
     def __init__(self: Any, in_channels: int, **options: Any) -> None:  # noqa: N807
-        layer.__init__(self, in_channels, **options)  # type: ignore[call-arg]
+        layer.__init__(self, in_channels, **options)
 
     abbreviation = re.sub(r"(?<!^)(?=[A-Z])", "_", layer.__name__).lower()
     names = {"__init__": __init__, "_abbr_": abbreviation, "__module__": __name__}

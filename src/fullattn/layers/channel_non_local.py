@@ -69,6 +69,7 @@ class ChannelNonLocal(AttentionLayer):
 
     layer_name = "channel"
     paper = "Fu et al., CVPR 2019 (arXiv 1809.02983)"
+    gamma: nn.Parameter
     operation = functional.CHANNEL_ATTENTION
 
     def __init__(

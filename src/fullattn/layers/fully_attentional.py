@@ -84,6 +84,7 @@ class FullyAttentional(AttentionLayer):
 
     layer_name = "fully"
     paper = "Song et al., AAAI 2022 (arXiv 2112.04108)"
+    gamma: nn.Parameter
     operation = functional.AXIAL_CHANNEL_ATTENTION
     head_options = MappingProxyType({"project": False})
 

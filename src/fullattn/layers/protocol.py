@@ -1,9 +1,9 @@
 """What a layer says of itself, once, and the registry of those who do.
 
 `AttentionLayer` is a module that says what it compares (`operation`, `attention`), how the result
-goes back (`finish`), what that takes (`work`), and what it is called. Everything else of this package knows a
-layer by that alone: similarity maps, costs, pictures, benchmarks, FLANet's `attention=`,
-integrations and the documentation's cost explorer look it up in `LAYERS`.
+goes back (`finish`), what that takes (`work`), and what it is called. Everything else of this
+package knows a layer by that alone: similarity maps, costs, pictures, benchmarks, FLANet's
+`attention=`, integrations and the documentation's cost explorer look it up in `LAYERS`.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Work:
 class AttentionLayer(nn.Module):
     """A layer of this package, and the base of a user's own.
 
-    A subclass sets `layer_name`, `paper` and `operation`, takes `channels` and the keywords `scale` and
-    `backend`, and defines `attention` and `work`; `register` then makes it known.
+    A subclass sets `layer_name`, `paper` and `operation`, takes `channels` and the keywords `scale`
+    and `backend`, and defines `attention` and `work`; `register` then makes it known.
 
     Attributes:
         layer_name: what the command line, `FLANet(attention=...)` and tables call it.
@@ -157,7 +157,7 @@ class AttentionLayer(nn.Module):
         Returns:
             The layer.
         """
-        return cls(channels, scale=scale, **cls.head_options)  # type: ignore[call-arg]
+        return cls(channels, scale=scale, **cls.head_options)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.

@@ -265,9 +265,11 @@ class SpatialNonLocal(AttentionLayer):
         )
         x = prod(shape) * size
         full, pooled = batch * positions * size, batch * memory * size
-        queries = inner * full if embedded else 0
-        keys = inner * full if embedded else 0
-        values, kept, making = value * full, 0, 0
+        queries: Size = inner * full if embedded else 0
+        keys: Size = inner * full if embedded else 0
+        values = value * full
+        kept: Size = 0
+        making: Size = 0
         if step > 1:
             indices = batch * memory * 8
             # Pooling keeps its input and where the largest numbers were.

@@ -89,7 +89,9 @@ class Convolution(nn.Module):
 
 
 def _channel_then_spatial(channels: int) -> nn.Module:
-    steps = OrderedDict(channel=ChannelNonLocal(channels), spatial=SpatialNonLocal(channels))
+    steps: OrderedDict[str, nn.Module] = OrderedDict(
+        channel=ChannelNonLocal(channels), spatial=SpatialNonLocal(channels)
+    )
     return nn.Sequential(steps)
 
 
@@ -138,7 +140,7 @@ def build(attention: Attention, channels: int, options: Mapping[str, Any]) -> nn
         if attention in LAYERS:
             # A head ends with a projection of its own, the same for all.
             layer = LAYERS[attention]
-            return layer(channels, **{**layer.head_options, **options})  # type: ignore[call-arg]
+            return layer(channels, **{**layer.head_options, **options})
         if attention not in _OTHERS:
             near = difflib.get_close_matches(attention, attentions(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -82,11 +82,12 @@ class SegmentationHead(nn.Module):
     Args:
         in_channels: channels of x.
         num_classes: K.
-        attention: a registered layer's name, which are "fully" (the paper's), "channel", "spatial"
-            and users' own; "dual" (channel and spatial side by side, summed), "channel_spatial" (one after the other), "none", "convolution" (a control
-            with the parameters of "fully" and no attention), or a callable that gives for the
-            channel count a module from (B, C, H, W) to the same. The convolution behind it is the
-            projection of the paper's layer and is there for all of them.
+        attention: name of a registered layer, such as "fully" (the paper's), "channel", "spatial";
+            "dual" (channel and spatial side by side, summed), "channel_spatial" (one after the
+            other), "none", "convolution" (a control with the parameters of "fully" and no
+            attention); or a callable that gives for the channel count a module from (B, C, H, W) to
+            the same. The convolution behind it is the projection of the paper's layer and is there
+            for all of them.
         attention_options: keywords for a registered layer, such as {"scale": None}.
         channels: width of the attention and the convolutions around it.
         out_channels: width of the output's convolution.

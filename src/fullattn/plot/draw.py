@@ -105,9 +105,9 @@ def check_layer(layer: nn.Module) -> AttentionLayer:
     if inside:
         names = ", ".join(map(repr, list(inside)[:3]))
         hint = f"; the layers inside it that have are {names}: draw one with what it is given"
-    *names, last = (each.__name__ for each in LAYERS.values())
+    *others, last = (each.__name__ for each in LAYERS.values())
     raise TypeError(
-        f"{type(layer).__name__} has no similarity maps; expected a {', '.join(names)} or "
+        f"{type(layer).__name__} has no similarity maps; expected a {', '.join(others)} or "
         f"{last}{hint}"
     )
 

@@ -340,7 +340,8 @@ def draw_profiles(
     _show_photograph(plain, photograph)
     plain.set_aspect("auto")  # so that it lies exactly over its columns and beside its rows
     norm = weight_norm(torch.cat(list(weights.values())))
-    for slices, panel in (("column", below), ("row", right)):
+    panels_of: dict[Slices, Axes] = {"column": below, "row": right}
+    for slices, panel in panels_of.items():
         if slices not in weights:
             panel.set_axis_off()
             continue
