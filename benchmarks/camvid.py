@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fullattn.data import open_dataset
 from fullattn.evaluation.scores import Scores, confusion_matrix
-from fullattn.models import ATTENTIONS, SegmentationHead, backbone, mobilenetv2
+from fullattn.models import SegmentationHead, attentions, backbone, mobilenetv2
 from fullattn.plot.style import BLUE, GRID, ORANGE, QUIET, styled
 
 RESULTS = Path(__file__).parent / "results" / "camvid"
@@ -528,7 +528,7 @@ def main() -> None:
     commands.add_parser("cost").add_argument("--repeats", type=int, default=15)
     commands.add_parser("report")
     args = parser.parse_args()
-    assert {attention for attention, _ in VARIANTS.values()} == set(ATTENTIONS)
+    assert {attention for attention, _ in VARIANTS.values()} == set(attentions())
     match args.command:
         case "features":
             features(args.data, args.weights)

@@ -124,7 +124,7 @@ def test_a_network_that_cannot_be_trained_is_measured_in_inference(
         (["net.py", "--target", "body"], "expected a model as FILE.py:NAME or"),
         (["net.py:torch", "--target", "body"], "expected 'net.py:torch' to be callable"),
         (["net.py:nothing", "--target", "body"], "to build a torch.nn.Module, got NoneType"),
-        (["net.py:Net", "--target", "body", "--layer", "self"], "expected a layer of fully"),
+        (["net.py:Net", "--target", "body", "--layer", "self"], "expected layers of fully"),
         (["net.py:Net", "--target", "body", "--model-options", "x=1"], "cannot be built with"),
         (["net.py:Net", "--target", "body", "--model-options", "x"], "expected NAME=VALUE"),
         (["net.py:Net", "--target", "body", "--layer-options", "x=1"], "argument 'x'"),

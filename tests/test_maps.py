@@ -77,12 +77,12 @@ def test_without_options_it_draws_all_three_layers_and_the_page(
     photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["maps", str(photo)]) == 0
-    names = [f"street_{name}" for name in ("spatial.png", "channel.png", "fully.png", "maps.html")]
+    names = [f"street_{name}" for name in ("fully.png", "channel.png", "spatial.png", "maps.html")]
     assert _written() == sorted(names)
     assert capsys.readouterr().out.split() == [f"out/maps/{name}" for name in names]
     data = _data(Path("out/maps/street_maps.html"))
     assert data["point"] == [40, 24]
-    assert [layer["form"] for layer in data["layers"]] == ["positions", "channels", "slices"]
+    assert [layer["form"] for layer in data["layers"]] == ["slices", "channels", "positions"]
     for name in names[:-1]:
         with Image.open(Path("out/maps") / name) as picture:
             assert min(picture.size) > 300
@@ -269,7 +269,7 @@ BAD: dict[str, tuple[Given, str]] = {
         lambda c, p: [p, "--layers", "spatial", "--channel", "1"],
         "a layer with a map of channels, got spatial",
     ),
-    "no such layer": (lambda c, p: [p, "--layers", "dual"], "layers of spatial, .* got 'dual'"),
+    "no such layer": (lambda c, p: [p, "--layers", "dual"], "layers of fully, .* got 'dual'"),
     "a network without maps": (
         lambda c, p: [p, "--checkpoint", c("none")],
         "the network's attention, 'none', has no similarity maps",

@@ -172,7 +172,7 @@ def test_without_projection_the_spatial_layer_has_all_channels_as_value_and_a_ga
 def test_backend_is_the_one_that_runs(layer_class: Any, ran: list[str]) -> None:
     layer_class(6, backend="sdpa")(image(dtype=torch.float32))
     layer_class(6, backend="reference")(image(dtype=torch.float32))
-    assert ran == ["sdpa", "reference"] or ran == ["sdpa", "sdpa", "reference", "reference"]
+    assert list(dict.fromkeys(ran)) == ["sdpa", "reference"]
 
 
 @each_layer

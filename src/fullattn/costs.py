@@ -302,5 +302,6 @@ def _training(work: Work, x: Size, runs: list[Workspace], adds_residual: bool) -
             peak = run.backward_shared + (0 if adds_residual else x)
         yield kept - run.saved + held + peak
         kept = kept - run.kept
-        held = held + work.branch_gradient
+        if work.projection is None:  # or it is added to the gradient of the sum, in place
+            held = held + work.branch_gradient
     yield always + held + work.gradients

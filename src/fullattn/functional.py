@@ -18,7 +18,7 @@ from torch import Tensor, einsum
 from fullattn import attention
 from fullattn.attention import AttentionCall, Operation, ScoreFunction
 from fullattn.attention.backend import is_symbolic
-from fullattn.attention.reference import weights
+from fullattn.attention.reference import scaled, weights
 from fullattn.reshape import CHANNELS, COLUMNS, POSITIONS, ROWS
 
 __all__ = [
@@ -52,14 +52,14 @@ def column_similarity(
     x: Tensor, key: Tensor, scale: float = 1.0, score: ScoreFunction = SOFTMAX
 ) -> Tensor:
     """S[b, w, i, j]: what channel i of column w gives to channel j, for a key (B, C, H)."""
-    return weights(einsum("bihw, bjh -> bwij", x, key), scale, score)
+    return weights(einsum("bihw, bjh -> bwij", x, scaled(key, scale)), score)
 
 
 def row_similarity(
     x: Tensor, key: Tensor, scale: float = 1.0, score: ScoreFunction = SOFTMAX
 ) -> Tensor:
     """S[b, h, i, j]: what channel i of row h gives to channel j, for a key (B, C, W)."""
-    return weights(einsum("bihw, bjw -> bhij", x, key), scale, score)
+    return weights(einsum("bihw, bjw -> bhij", x, scaled(key, scale)), score)
 
 
 def columns_and_rows(
@@ -82,7 +82,8 @@ def channel_similarity(
     x: Tensor, key: Tensor | None = None, scale: float = 1.0, score: ScoreFunction = SOFTMAX
 ) -> Tensor:
     """S[b, i, j]: what channel i gives to channel j; the key is x itself."""
-    return weights(einsum("bihw, bjhw -> bij", x, x if key is None else key), scale, score)
+    key = scaled(x if key is None else key, scale)
+    return weights(einsum("bihw, bjhw -> bij", x, key), score)
 
 
 def channel_attention(
@@ -101,8 +102,8 @@ def position_similarity(
     """S[b, p, q]: what position p gives to position q, of queries (B, D, H, W) and keys."""
     query, key = query.flatten(2), key.flatten(2)
     if score is ScoreFunction.CONCATENATION:  # a number for each query, and one for each key
-        return weights(query.transpose(1, 2) + key, scale, score)
-    return weights(einsum("bdp, bdq -> bpq", query, key), scale, score)
+        return weights(query.transpose(1, 2) + key, score)
+    return weights(einsum("bdp, bdq -> bpq", query, scaled(key, scale)), score)
 
 
 def position_attention(
@@ -110,7 +111,7 @@ def position_attention(
 ) -> Tensor:
     """attended[b, e, h, w] for values (B, E, H', W'): the layer is x + output( that )."""
     similarity = position_similarity(query, key, scale, score)
-    attended = einsum("bpq, beq -> bep", similarity, value.flatten(2))
+    attended = einsum("bpq, beq -> bpe", similarity, value.flatten(2)).transpose(1, 2)
     return attended.reshape(*attended.shape[:2], *query.shape[2:])
 
 

@@ -89,11 +89,12 @@ def run(
     device = call.tensors[0].device.type
     if is_autocast_enabled(device):
         # The casts are made here; inside, autocast would take the scores out of float32.
-        cast = call._replace(tensors=_cast(device, call.tensors))
+        call = call._replace(tensors=_cast(device, call.tensors))
         with torch.autocast(device, enabled=False):
-            attended, added = _run(cast, x, gamma, backend)
+            attended, added = _run(call, x, gamma, backend)
     else:
         attended, added = _run(call, x, gamma, backend)
+    del call  # queries, keys and values are free before the residual is added
     return attended if added else scaled_residual(x, gamma, attended)
 
 

@@ -230,6 +230,7 @@ class BranchSizes:
         key: (B, S or 1, M, D).
         value: (B, S or 1, M, E).
         score: how scores become weights.
+        key_is_query: whether the two are one tensor.
         value_is_query: whether the two are one tensor.
         scale: factor on the scores.
     """
@@ -239,6 +240,7 @@ class BranchSizes:
     key: tuple[Size, Size, Size, Size]
     value: tuple[Size, Size, Size, Size]
     score: ScoreFunction = ScoreFunction.SOFTMAX
+    key_is_query: bool = False
     value_is_query: bool = False
     scale: float = 1.0
 
@@ -259,7 +261,7 @@ class BranchSizes:
         Args:
             cut: how they are cut.
             query: shape of the query.
-            key: shape of the key; None for that of the query.
+            key: shape of the key; None where the key is the query itself, or shared and as long.
             value: shape of the value; None where the value is the query itself.
             shared_key: whether all slices share one key.
             score: how scores become weights.
@@ -273,7 +275,8 @@ class BranchSizes:
         )
         if shared_key:
             keys = (keys[0], 1, *keys[2:])
-        return cls(cut, queries, keys, values, score, value is None, scale)
+        key_is_query = key is None and not shared_key
+        return cls(cut, queries, keys, values, score, key_is_query, value is None, scale)
 
     @property
     def contiguous(self) -> bool:

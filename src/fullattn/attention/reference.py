@@ -26,27 +26,31 @@ from fullattn.attention.backend import (
 )
 from fullattn.attention.sizes import less, maximum
 
-__all__ = ["BACKEND", "attend", "attended", "maps", "similarity", "weights"]
+__all__ = ["BACKEND", "attend", "attended", "maps", "scaled", "similarity", "weights"]
 
 
-def weights(scores: Tensor, scale: float, score: ScoreFunction = ScoreFunction.SOFTMAX) -> Tensor:
+def scaled(key: Tensor, scale: float) -> Tensor:
+    """A key whose scores are multiplied by a number, of either sign."""
+    return key if scale == 1.0 else key * scale
+
+
+def weights(scores: Tensor, score: ScoreFunction = ScoreFunction.SOFTMAX) -> Tensor:
     """What a query gives to each of its keys.
 
     Args:
         scores: (..., M), for each of M keys query · key; for the concatenation form the sum of a
             number for the query and a number for the key.
-        scale: factor on the scores, of either sign; not used by the concatenation form.
-        score: softmax over the keys, or Wang et al.'s forms without: scale · scores / M (dot
-            product), or ReLU(scores) / M (concatenation).
+        score: softmax over the keys, or Wang et al.'s forms without: scores / M (dot product), or
+            ReLU(scores) / M (concatenation).
 
     Returns:
         (..., M).
     """
+    if score is ScoreFunction.SOFTMAX:
+        return torch.softmax(scores, dim=-1)
     if score is ScoreFunction.CONCATENATION:
-        return torch.relu(scores) / scores.shape[-1]
-    if score is ScoreFunction.DOT_PRODUCT:
-        return scores * (scale / scores.shape[-1])
-    return torch.softmax(scores if scale == 1.0 else scale * scores, dim=-1)
+        scores = torch.relu(scores)
+    return scores / scores.shape[-1]
 
 
 def similarity(
@@ -64,11 +68,12 @@ def similarity(
         score: how scores become weights; for the concatenation form D is 1.
 
     Returns:
-        (B, S, N, M).
+        (B, S, N, M); in float32 for float16 and bfloat16 inputs.
     """
+    query, key = _accumulated(query, key)
     if score is ScoreFunction.CONCATENATION:
-        return weights(query + key.transpose(-2, -1), scale, score)
-    return weights(einsum("bsnd, bsmd -> bsnm", query, key), scale, score)
+        return weights(query + key.transpose(-2, -1), score)
+    return weights(einsum("bsnd, bsmd -> bsnm", query, scaled(key, scale)), score)
 
 
 def attend(
@@ -90,10 +95,8 @@ def attend(
     Returns:
         (B, S, N, E) in the query's dtype.
     """
-    given = query.dtype
-    query, key, value = _accumulated(query, key, value)
     maps = similarity(query, key, scale, score)
-    return einsum("bsnm, bsme -> bsne", maps, value).to(given)
+    return einsum("bsnm, bsme -> bsne", maps, value.to(maps.dtype)).to(query.dtype)
 
 
 def attended(call: AttentionCall) -> Tensor:
@@ -137,24 +140,29 @@ def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
     half, work = setting.half, setting.work_size
     numel = a.map_numel * work
     query, key, value, out = (prod(x) * work for x in (a.query, a.key, a.value, a.out))
-    casts = half * (query + (0 if a.value_is_query else value) + key)
-    # einsum merges slices and tokens into one axis, and images and slices, which copies them.
-    sliced = less(1, a.query[1])
-    query_copy, value_copy = sliced * query, sliced * less(1, a.query[0]) * value
-    value_read = sliced * value  # what the batched product cannot read in place it copies
+    others = (0 if a.key_is_query else key) + (0 if a.value_is_query else value)
+    casts = half * (query + others)
+    saved_casts = casts - half * less(1, a.query[1]) * less(1, a.query[0]) * query
+    scaled_key = key if a.scale != 1.0 and a.score is not ScoreFunction.CONCATENATION else 0
+    # einsum merges slices and tokens into one axis, which copies the query, and images and slices,
+    # which copies the value; of one image the batched product copies what BLAS cannot read.
+    sliced, images = less(1, a.query[1]), less(1, a.query[0])
+    query_copy, value_copy = sliced * query, sliced * images * value
+    value_read = sliced * value * (images if a.in_place else 1)
     output = prod(a.out) * setting.size
     output_cast = half * output
     # Maps alive while one is built, kept for backward, and made in backward after the first.
     built, kept, made = {
         ScoreFunction.SOFTMAX: (2, 1, 2),
         ScoreFunction.DOT_PRODUCT: (2, 1, 1),
-        ScoreFunction.CONCATENATION: (3, 2, 1),
+        ScoreFunction.CONCATENATION: (2, 2, 1),
     }[a.score]
-    saved = kept * numel + query_copy + value_copy + casts
-    building = casts + maximum(query_copy + numel, built * numel)
-    multiplying = casts + numel + out + value_read
+    copies = casts + scaled_key + query_copy
+    saved = kept * numel + copies - casts + saved_casts + value_copy
+    building = casts + scaled_key + maximum(query_copy + numel, built * numel)
     grad_value = saved + numel + value + sliced * out
-    grad_others = saved + value + maximum(made * numel, numel + query + query_copy)
+    grad_key = half * key if a.key_is_query else 0  # which waits for the query's
+    grad_others = saved - value_copy + value + maximum(made * numel, numel + query + grad_key)
     if a.score is ScoreFunction.CONCATENATION:  # its scores are sums
         products = 2 * a.map_numel * a.value[3]
     else:
@@ -163,9 +171,9 @@ def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
         flops=products,
         backward_flops=2 * products,
         output=output,
-        inference=maximum(building, multiplying, numel + out + output_cast),
+        inference=maximum(building, casts + numel + out + value_read, numel + out + output_cast),
         saved=saved,
-        forward=maximum(query_copy + building, saved + out + maximum(value_read, output_cast)),
+        forward=maximum(copies + built * numel, saved + out + maximum(value_read, output_cast)),
         backward=maximum(grad_value + output, grad_others),
         backward_shared=maximum(grad_value, grad_others),
         keeps_inputs=1 - half,  # their casts are saved

@@ -112,6 +112,6 @@ class ChannelNonLocal(AttentionLayer):
             parameters=1,
             inputs=0,
             kept=0,
-            # Of query, key and value, and their sum.
-            gradients=4 * batch * channels * height * width * size,
+            # Of query, key and value.
+            gradients=3 * batch * channels * height * width * size,
         )

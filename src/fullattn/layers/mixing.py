@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, einsum
 
 from fullattn.attention import AttentionCall, Operation, ScoreFunction
-from fullattn.attention.reference import weights
+from fullattn.attention.reference import scaled, weights
 from fullattn.functional import SOFTMAX, FullyAttentionalSimilarity, fully_attentional_call
 from fullattn.reshape import COLUMNS, ROWS
 
@@ -33,7 +33,7 @@ def warn() -> None:
         "mix_images=True: images of a batch influence each other, as in the official "
         "implementation; use it to evaluate weights that were trained with that code, and for "
         "nothing else",
-        stacklevel=4,
+        stacklevel=3,
     )
 
 
@@ -41,8 +41,8 @@ def _similarity(
     x: Tensor, column_keys: Tensor, row_keys: Tensor, scale: float, score: ScoreFunction
 ) -> FullyAttentionalSimilarity:
     return FullyAttentionalSimilarity(
-        columns=weights(einsum("bihw, bjhw -> bwij", x, column_keys), scale, score),
-        rows=weights(einsum("bihw, bjhw -> bhij", x, row_keys), scale, score),
+        columns=weights(einsum("bihw, bjhw -> bwij", x, scaled(column_keys, scale)), score),
+        rows=weights(einsum("bihw, bjhw -> bhij", x, scaled(row_keys, scale)), score),
     )
 
 
