@@ -294,7 +294,7 @@ def test_a_network_depends_on_the_layer_in_it(network: Network, layer: Any) -> N
     # Otherwise the comparisons below would say nothing of the layer.
     model = swapped(network, layer)
     example, _ = photographs(network)
-    ours = tuple(getattr(fullattn, name) for name in fullattn.layers.__all__)
+    ours = tuple(fullattn.layers.LAYERS.values())
     (inside,) = (each for each in model.modules() if isinstance(each, ours))
     with torch.no_grad():
         y = model(example)

@@ -86,7 +86,8 @@ def test_an_empty_batch_gives_an_empty_result() -> None:
 def test_the_function_without_gamma_is_the_attention_alone() -> None:
     layer, x = build(5), image(2, 5, 4, 7)
     column_key, row_key = layer.column_key(x.mean(3).mT).mT, layer.row_key(x.mean(2).mT).mT
-    attended = attention.run(mixing.mixed_call(x, column_key, row_key))
+    attended, added = attention.run(mixing.mixed_call(x, column_key, row_key))
+    assert not added
     assert_near(x + layer.gamma * attended, layer(x), torch.float64)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor, einsum
+from torch import Tensor, einsum, softmax
 
 from fullattn import attention
 from fullattn.attention import AttentionCall, Operation, ScoreFunction
@@ -32,7 +32,6 @@ __all__ = [
     "channel_similarity",
     "column_similarity",
     "columns_and_rows",
-    "columns_and_rows_similarity",
     "fully_attentional",
     "fully_attentional_call",
     "position_attention",
@@ -42,64 +41,50 @@ __all__ = [
     "spatial_non_local",
 ]
 
-SOFTMAX = ScoreFunction.SOFTMAX
-
-
 # Fully attentional: a C×C map for every column and every row (Song et al., AAAI 2022, section 3).
 
 
-def column_similarity(
-    x: Tensor, key: Tensor, scale: float = 1.0, score: ScoreFunction = SOFTMAX
-) -> Tensor:
-    """S[b, w, i, j]: what channel i of column w gives to channel j, for a key (B, C, H)."""
-    return weights(einsum("bihw, bjh -> bwij", x, scaled(key, scale)), score)
+def column_similarity(x: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
+    """S[b, w, i, j]: what channel i of column w gives to channel j; the key is (B, C, H)."""
+    return softmax(einsum("bihw, bjh -> bwij", x, scaled(key, scale)), dim=-1)
 
 
-def row_similarity(
-    x: Tensor, key: Tensor, scale: float = 1.0, score: ScoreFunction = SOFTMAX
-) -> Tensor:
-    """S[b, h, i, j]: what channel i of row h gives to channel j, for a key (B, C, W)."""
-    return weights(einsum("bihw, bjw -> bhij", x, scaled(key, scale)), score)
+def row_similarity(x: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
+    """S[b, h, i, j]: what channel i of row h gives to channel j; the key is (B, C, W)."""
+    return softmax(einsum("bihw, bjw -> bhij", x, scaled(key, scale)), dim=-1)
 
 
-def columns_and_rows(
-    x: Tensor,
-    column_key: Tensor,
-    row_key: Tensor,
-    scale: float = 1.0,
-    score: ScoreFunction = SOFTMAX,
-) -> Tensor:
-    """Columns + rows, (B, C, H, W): the layer is project( gamma · that + x )."""
-    columns = einsum("bwij, bjhw -> bihw", column_similarity(x, column_key, scale, score), x)
-    rows = einsum("bhij, bjhw -> bihw", row_similarity(x, row_key, scale, score), x)
+def columns_and_rows(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float = 1.0) -> Tensor:
+    """Add columns and rows, (B, C, H, W); the layer is project( gamma · that + x )."""
+    columns = einsum("bwij, bjhw -> bihw", column_similarity(x, column_key, scale), x)
+    rows = einsum("bhij, bjhw -> bihw", row_similarity(x, row_key, scale), x)
     return columns + rows
 
 
 # Channel non-local: one C×C map for the image (Fu et al., CVPR 2019, section 3.3).
 
 
-def channel_similarity(
-    x: Tensor, key: Tensor | None = None, scale: float = 1.0, score: ScoreFunction = SOFTMAX
-) -> Tensor:
+def channel_similarity(x: Tensor, key: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """S[b, i, j]: what channel i gives to channel j; the key is x itself."""
     key = scaled(x if key is None else key, scale)
-    return weights(einsum("bihw, bjhw -> bij", x, key), score)
+    return softmax(einsum("bihw, bjhw -> bij", x, key), dim=-1)
 
 
-def channel_attention(
-    x: Tensor, key: Tensor | None = None, scale: float = 1.0, score: ScoreFunction = SOFTMAX
-) -> Tensor:
-    """attended[b, i, h, w]: the layer is gamma · that + x."""
-    return einsum("bij, bjhw -> bihw", channel_similarity(x, key, scale, score), x)
+def channel_attention(x: Tensor, key: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """attended[b, i, h, w]; the layer is gamma · that + x."""
+    return einsum("bij, bjhw -> bihw", channel_similarity(x, key, scale), x)
 
 
 # Spatial non-local: one HW×HW map for the image (Wang et al., CVPR 2018, section 3).
 
 
 def position_similarity(
-    query: Tensor, key: Tensor, scale: float = 1.0, score: ScoreFunction = SOFTMAX
+    query: Tensor,
+    key: Tensor,
+    scale: float = 1.0,
+    score: ScoreFunction = ScoreFunction.SOFTMAX,
 ) -> Tensor:
-    """S[b, p, q]: what position p gives to position q, of queries (B, D, H, W) and keys."""
+    """S[b, p, q]: what position p gives to position q; query (B, D, H, W), key (B, D, H', W')."""
     query, key = query.flatten(2), key.flatten(2)
     if score is ScoreFunction.CONCATENATION:  # a number for each query, and one for each key
         return weights(query.transpose(1, 2) + key, score)
@@ -107,41 +92,19 @@ def position_similarity(
 
 
 def position_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0, score: ScoreFunction = SOFTMAX
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float = 1.0,
+    score: ScoreFunction = ScoreFunction.SOFTMAX,
 ) -> Tensor:
-    """attended[b, e, h, w] for values (B, E, H', W'): the layer is x + output( that )."""
+    """attended[b, e, h, w] for values (B, E, H', W'); the layer is x + output( that )."""
     similarity = position_similarity(query, key, scale, score)
     attended = einsum("bpq, beq -> bpe", similarity, value.flatten(2)).transpose(1, 2)
     return attended.reshape(*attended.shape[:2], *query.shape[2:])
 
 
-# The same, cut into slices of tokens for the backends that fuse.
-
-AXIAL_CHANNEL_ATTENTION = Operation(
-    "axial channel attention",
-    similarity=lambda x, column_key, row_key, scale, score: columns_and_rows_similarity(
-        x, column_key, row_key, scale, score
-    ),
-    attended=columns_and_rows,
-    cuts=(COLUMNS, ROWS),
-    branches=lambda x, column_key, row_key: ((x, column_key, x), (x, row_key, x)),
-)
-CHANNEL_ATTENTION = Operation(
-    "channel attention",
-    similarity=channel_similarity,
-    attended=channel_attention,
-    cuts=(CHANNELS,),
-    branches=lambda x, key=None: ((x, x if key is None else key, x),),
-)
-POSITION_ATTENTION = Operation(
-    "position attention",
-    similarity=lambda query, key, value, scale, score: position_similarity(
-        query, key, scale, score
-    ),
-    attended=position_attention,
-    cuts=(POSITIONS,),
-    branches=lambda query, key, value: ((query, key, value),),
-)
+# What the three are to a backend: the definitions, and the same cut into slices of tokens.
 
 
 class FullyAttentionalSimilarity(NamedTuple):
@@ -156,18 +119,29 @@ class FullyAttentionalSimilarity(NamedTuple):
     rows: Tensor
 
 
-def columns_and_rows_similarity(
-    x: Tensor,
-    column_key: Tensor,
-    row_key: Tensor,
-    scale: float = 1.0,
-    score: ScoreFunction = SOFTMAX,
-) -> FullyAttentionalSimilarity:
-    """The maps of all columns and of all rows."""
-    return FullyAttentionalSimilarity(
-        columns=column_similarity(x, column_key, scale, score),
-        rows=row_similarity(x, row_key, scale, score),
-    )
+AXIAL_CHANNEL_ATTENTION = Operation(
+    "axial channel attention",
+    similarity=lambda x, column_key, row_key, scale: FullyAttentionalSimilarity(
+        column_similarity(x, column_key, scale), row_similarity(x, row_key, scale)
+    ),
+    attended=columns_and_rows,
+    cuts=(COLUMNS, ROWS),
+    branches=lambda x, column_key, row_key: ((x, column_key, x), (x, row_key, x)),
+)
+CHANNEL_ATTENTION = Operation(
+    "channel attention",
+    similarity=channel_similarity,
+    attended=channel_attention,
+    cuts=(CHANNELS,),
+    branches=lambda x, key=None: ((x, x if key is None else key, x),),
+)
+POSITION_ATTENTION = Operation(
+    "position attention",
+    similarity=lambda query, key, value, **options: position_similarity(query, key, **options),
+    attended=position_attention,
+    cuts=(POSITIONS,),
+    branches=lambda query, key, value: ((query, key, value),),
+)
 
 
 def fully_attentional_call(
@@ -225,7 +199,8 @@ def fully_attentional(
         torch.Size([2, 3, 4, 5])
     """
     call = fully_attentional_call(x, column_key, row_key, scale=scale)
-    return attention.run(call, x, gamma, backend=backend)
+    y, added = attention.run(call, x, gamma, backend=backend)
+    return y if added else attention.scaled_residual(x, gamma, y)
 
 
 def channel_call(
@@ -280,7 +255,8 @@ def channel_non_local(
         torch.Size([2, 3, 4, 5])
     """
     call = channel_call(x, scale=scale, least_similar=least_similar)
-    return attention.run(call, x, gamma, backend=backend)
+    y, added = attention.run(call, x, gamma, backend=backend)
+    return y if added else attention.scaled_residual(x, gamma, y)
 
 
 def spatial_call(
@@ -288,7 +264,7 @@ def spatial_call(
     key: Tensor,
     value: Tensor,
     *,
-    score: ScoreFunction = SOFTMAX,
+    score: ScoreFunction = ScoreFunction.SOFTMAX,
     scale: float | None = 1.0,
 ) -> AttentionCall:
     """What `spatial_non_local` compares."""
@@ -303,7 +279,7 @@ def spatial_non_local(
     x: Tensor | None = None,
     gamma: Tensor | None = None,
     *,
-    score: ScoreFunction = SOFTMAX,
+    score: ScoreFunction = ScoreFunction.SOFTMAX,
     scale: float | None = 1.0,
     backend: str | None = None,
 ) -> Tensor:
@@ -344,8 +320,15 @@ def spatial_non_local(
         torch.Size([2, 7, 4, 5])
     """
     call = spatial_call(query, key, value, score=score, scale=scale)
-    attended = attention.run(call, x, gamma, backend=backend)
-    # Inductor cannot order the strides of a view whose symbolic H and W are one axis underneath,
-    # which it does for the convolution that follows.
-    symbolic = is_symbolic(query.shape[2]) or is_symbolic(query.shape[3])
-    return attended.contiguous() if symbolic else attended
+    y, added = attention.run(call, x, gamma, backend=backend)
+    return ordered(y if added else attention.scaled_residual(x, gamma, y))
+
+
+def ordered(x: Tensor) -> Tensor:
+    """A feature map for a convolution, contiguous where its H or W is symbolic.
+
+    Inductor cannot order the strides of a view whose symbolic H and W are one axis underneath,
+    which it does for the convolution that follows.
+    """
+    symbolic = is_symbolic(x.shape[2]) or is_symbolic(x.shape[3])
+    return x.contiguous() if symbolic else x

@@ -7,12 +7,12 @@ directions are views where the strides allow it; nothing is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor
 
 __all__ = ["CHANNELS", "COLUMNS", "POSITIONS", "ROWS", "Cut"]
@@ -66,7 +66,8 @@ torch.Size([2, 1, 20, 3]))
         Returns:
             (B, S, N, D).
         """
-        return rearrange(x, self._there)
+        cut = x.permute(self._order)
+        return cut if self._single else cut.reshape(x.shape[0], *self.sizes(x.shape))
 
     def inverse(self, slices: Tensor, height: int, width: int) -> Tensor:
         """Put slices back into a feature map.
@@ -79,13 +80,19 @@ torch.Size([2, 1, 20, 3]))
         Returns:
             (B, C, H, W).
         """
+        if self._single:
+            return slices.permute(self._inverse_order)
+        at, others = self._channels
+        lengths = (0, slices.shape[at], height, width)
+        if others:
+            merged = math.prod(lengths[axis] for axis in others)
+            lengths = (0, slices.shape[at] // merged, height, width)
         if not self.slices:
             # In two steps: 1 and H side by side leave a guard 1 % H behind, which a strict export
             # with symbolic sizes cannot prove where H is a quotient of the height of an image.
             slices = slices.squeeze(1)
-        if "(" in self._back:
-            return rearrange(slices, self._back, h=height, w=width)
-        return rearrange(slices, self._back)
+        axes = [lengths[axis] for axis in self._order[1:]]
+        return slices.reshape(slices.shape[0], *axes).permute(self._inverse_order)
 
     def sizes(self, shape: Sequence[Any]) -> tuple[Any, Any, Any]:
         """How many slices, tokens and features a feature map has.
@@ -96,6 +103,9 @@ torch.Size([2, 1, 20, 3]))
         Returns:
             S, N and D.
         """
+        if self._single:
+            slice_axis, token_axis, feature_axis = self._single
+            return shape[slice_axis], shape[token_axis], shape[feature_axis]
         slices, tokens, features = self._axes
         count = length = depth = 1
         for axis in slices:
@@ -112,18 +122,23 @@ torch.Size([2, 1, 20, 3]))
         return tuple(tuple(1 + _AXES.index(axis) for axis in group) for group in groups)
 
     @cached_property
-    def _there(self) -> str:
-        return f"b c h w -> b {_group(self.slices)} {_group(self.tokens)} {_group(self.features)}"
+    def _channels(self) -> tuple[int, tuple[int, ...]]:
+        """In which axis of (B, S, N, D) the channels are, and what is merged with them there."""
+        ((at, group),) = ((at, axes) for at, axes in enumerate(self._axes, start=1) if 1 in axes)
+        return at, tuple(axis for axis in group if axis != 1)
 
     @cached_property
-    def _back(self) -> str:
-        slices = _group(self.slices) if self.slices else ""
-        return f"b {slices} {_group(self.tokens)} {_group(self.features)} -> b c h w"
+    def _single(self) -> tuple[int, ...]:
+        """Its three axes, where each group has one."""
+        return tuple(axis for (axis,) in self._axes) if all(map(len, self._axes)) else ()
 
+    @cached_property
+    def _order(self) -> tuple[int, ...]:
+        return (0, *(axis for axes in self._axes for axis in axes))
 
-def _group(axes: str) -> str:
-    """Axes that become one, in the words of einops."""
-    return f"({' '.join(axes)})" if len(axes) > 1 else axes or "1"
+    @cached_property
+    def _inverse_order(self) -> tuple[int, ...]:
+        return tuple(self._order.index(axis) for axis in range(4))
 
 
 COLUMNS = Cut("columns", slices="w", tokens="c", features="h")

@@ -71,46 +71,36 @@ def run(
     gamma: Tensor | None = None,
     *,
     backend: str | None = None,
-) -> Tensor:
-    """What a call attends to, or gamma times that plus x.
+) -> tuple[Tensor, bool]:
+    """What a call attends to, by the backend that is chosen for it.
+
+    A backend may add a residual in the pass that attends. Where it does not, the caller does
+    (`scaled_residual`), when the queries, keys and values of the call are free again.
 
     Args:
         call: the operation and its tensors.
-        x: what is added, (B, C, H, W); None without gamma.
-        gamma: factor of the attention, one number; None for no factor and nothing added.
+        x: what is to be added, (B, C, H, W); None without gamma.
+        gamma: factor of the attention, one number; None for no factor and nothing to add.
         backend: name of the backend; None for the automatic choice.
 
     Returns:
-        A feature map.
+        A feature map, and whether it is gamma · attended + x already.
 
     Raises:
         BackendError: the backend asked for cannot run this.
     """
-    device = call.tensors[0].device.type
+    operation, tensors, scale, score = call
+    device = tensors[0].device.type
     if is_autocast_enabled(device):
         # The casts are made here; inside, autocast would take the scores out of float32.
-        call = call._replace(tensors=_cast(device, call.tensors))
         with torch.autocast(device, enabled=False):
-            attended, added = _run(call, x, gamma, backend)
-    else:
-        attended, added = _run(call, x, gamma, backend)
-    del call  # queries, keys and values are free before the residual is added
-    return attended if added else scaled_residual(x, gamma, attended)
-
-
-def _run(
-    call: AttentionCall, x: Tensor | None, gamma: Tensor | None, requested: str | None
-) -> tuple[Tensor, bool]:
-    """What a call attends to, and whether the residual is in it."""
-    operation, tensors, scale, score = call
-    chosen = choose(AttentionInputs.of(call), requested)
+            return run(call._replace(tensors=_cast(device, tensors)), x, gamma, backend=backend)
+    chosen = choose(AttentionInputs.of(call), backend)
     if chosen.builds_map:
         return reference.attended(call), False
     if score is ScoreFunction.SOFTMAX and operation.name in chosen.operations:
         whole = chosen.operations[operation.name]
-        if not chosen.adds_residual:
-            return whole(*tensors, scale), False
-        if _is_addable(tensors[0], x, gamma):
+        if chosen.adds_residual and gamma is not None and _is_addable(tensors[0], x, gamma):
             return whole(*tensors, scale, gamma), True
         return whole(*tensors, scale), False
     attend = chosen.attend[score]
@@ -121,9 +111,9 @@ def _run(
     return attended, False
 
 
-def _is_addable(query: Tensor, x: Tensor | None, gamma: Tensor | None) -> bool:
+def _is_addable(query: Tensor, x: Tensor | None, gamma: Tensor) -> bool:
     """Whether a backend can add the residual: the query as it was given, before autocast's cast."""
-    return gamma is None or (x is query and gamma.numel() == 1 and gamma.device == query.device)
+    return x is query and gamma.numel() == 1 and gamma.device == query.device
 
 
 def maps(call: AttentionCall) -> Any:

@@ -94,9 +94,10 @@ class Operation:
 
     Attributes:
         name: by which a backend says that it runs the whole operation in one pass.
-        similarity: the definition of the maps: from (*tensors, scale, score) a tensor, or a named
-            tuple with one for each branch.
-        attended: the definition of the result: from (*tensors, scale, score) a feature map.
+        similarity: the definition of the maps: from (*tensors, scale) a tensor, or a named tuple
+            with one for each branch; where a call has a score function other than the softmax, also
+            from `score`.
+        attended: the definition of the result, a feature map; called as `similarity` is.
         cuts: of each branch, how its feature maps are cut.
         branches: what the definition compares, for backends that fuse: from (*tensors) query, key
             and value of each branch, as in `Branch`; the results add up to `attended`.
@@ -402,7 +403,7 @@ class Backend:
         dtypes = self.dtypes
         return (
             (self.devices is None or device in self.devices)
-            and self.runs(operation, score)
+            and (score in self.attend or self.runs(operation, score))
             and dtype in (dtypes[device] if device in dtypes else dtypes.get("*", ()))
             and (self.most_features is None or not _exceeds(features, self.most_features))
             and self.unavailable() is None

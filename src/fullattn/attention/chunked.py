@@ -11,6 +11,7 @@ Both directions are operators (`fullattn::attend_chunked`): `torch.compile` sees
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -65,12 +66,15 @@ def _plan(slices: Size, tokens: Size, memory: Size) -> tuple[Size, Size, Size, S
     return at_once, rows, maximum(_GATHER, at_once), minimum(at_once, slices) * rows * memory
 
 
+_cached_plan = lru_cache(maxsize=256)(_plan)  # of integers, for the calls themselves
+
+
 class _Plan:
     """How the slices and tokens of one call are cut into blocks."""
 
     def __init__(self, query: Tensor, key: Tensor) -> None:
         _, self.slices, self.tokens, _ = query.shape
-        plan: Any = _plan(self.slices, self.tokens, key.shape[2])
+        plan: Any = _cached_plan(self.slices, self.tokens, key.shape[2])
         self.at_once, self.rows, self.gathered, self.block_numel = plan
 
     def groups(self) -> Iterator[slice]:

@@ -51,13 +51,13 @@ BACKENDS: tuple[Backend, ...] = (
 # positions; for columns and rows the two take the same time, and `sdpa` half as much memory again
 # in training.
 FUSED_SLICES: tuple[Backend, ...] = (
-    linear.BACKEND,
     native.BACKEND,
     chunked.BACKEND,
     triton.BACKEND,
     sdpa.BACKEND,
+    linear.BACKEND,
 )
-FUSED_SLICE: tuple[Backend, ...] = (linear.BACKEND, sdpa.BACKEND, chunked.BACKEND)
+FUSED_SLICE: tuple[Backend, ...] = (sdpa.BACKEND, chunked.BACKEND, linear.BACKEND)
 _BY_NAME = {entry.name: entry for entry in BACKENDS}
 
 _ENVIRONMENT = "FULLATTN_BACKEND"
@@ -160,16 +160,16 @@ def choose(inputs: AttentionInputs, requested: str | None = None) -> Backend:
         BackendError: the backend asked for cannot run the inputs.
         ValueError: FULLATTN_BACKEND does not name a backend.
     """
-    forced = _forced(requested)
-    if forced is not None:
-        if not forced.can_run(inputs):
-            raise _refused(forced, inputs)
-        return forced
+    if (_override or requested or _from_environment) is not None:
+        forced = _forced(requested)
+        if forced is not None:
+            if not forced.can_run(inputs):
+                raise _refused(forced, inputs)
+            return forced
     if not worth_building(inputs):
-        for candidate in fused(inputs):
-            if candidate.own_operators and torch.compiler.is_exporting():
-                continue
-            if candidate.can_run(inputs):
+        exporting = torch.compiler.is_exporting()
+        for candidate in FUSED_SLICES if inputs.sliced else FUSED_SLICE:
+            if not (exporting and candidate.own_operators) and candidate.can_run(inputs):
                 return candidate
     return reference.BACKEND
 

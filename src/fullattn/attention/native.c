@@ -557,7 +557,7 @@ static Both both_of(const int64_t *sizes, const float *data, const int64_t *stri
     };
 }
 
-/* Keys (B, C, D), contiguous, times scale, each as [d][c] in a slot. */
+/* Keys (B, D, C), contiguous, times scale, each as [d][c] in a slot. */
 static void prepare_keys(const Branch *g, ptrdiff_t images, const float *keys, float scale,
                          float *slots) {
 #pragma omp for nowait
@@ -565,13 +565,14 @@ static void prepare_keys(const Branch *g, ptrdiff_t images, const float *keys, f
         const float *key = keys + b * g->tokens * g->features;
         float *to = slots + b * g->slot;
         memset(to, 0, sizeof(float) * (size_t)g->slot);
-        for (ptrdiff_t c = 0; c < g->tokens; c++)
-            for (ptrdiff_t d = 0; d < g->features; d++)
-                to[d * g->row + c] = scale * key[c * g->features + d];
+        for (ptrdiff_t d = 0; d < g->features; d++)
+            for (ptrdiff_t c = 0; c < g->tokens; c++)
+                to[d * g->row + c] = scale * key[d * g->tokens + c];
     }
 }
 
-/* Keys are contiguous, (B, C, H) and (B, C, W). Both functions return 0, or 1 where memory ran
+/* Keys are contiguous, (B, H, C) and (B, W, C), and the gradients of the keys (B, C, H) and
+ * (B, C, W). Both functions return 0, or 1 where memory ran
  * out. Rows add to what columns wrote, so a barrier stands between the two. */
 int fullattn_forward(const int64_t *sizes, const float *x, const int64_t *x_strides,
                      const float *column_keys, const float *row_keys, float scale, float *out,

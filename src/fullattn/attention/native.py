@@ -121,66 +121,62 @@ def _unavailable() -> str | None:
 _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-_Integers = ctypes.c_int64 * 4  # sizes or strides of a feature map
+_Sizes = ctypes.c_int64 * 4
 
 
-def _mapped(x: Tensor) -> tuple[Any, Any]:
-    """A feature map in the kernel's words: where it lies, and its strides."""
-    return ctypes.c_void_p(x.data_ptr()), _Integers(*x.stride())
+def _call(name: str, x: Tensor, *others: Tensor | float) -> None:
+    """Call a function of the kernel.
 
-
-def _keys(column_key: Tensor, row_key: Tensor) -> tuple[Tensor, Tensor]:
-    return column_key.float().contiguous(), row_key.float().contiguous()
-
-
-def _call(name: str, x: Tensor, *arguments: Any) -> None:
+    Args:
+        name: of the function.
+        x: feature map, (B, C, H, W), of any strides.
+        others: more feature maps, of any strides; keys (three axes), contiguous; numbers.
+    """
     kernel = _kernel()
     if isinstance(kernel, str):
         raise RuntimeError(f"fullattn's native kernel is not available: {kernel}")
-    batch, channels, height, width = x.shape
     if x.numel() == 0:
         return
+    batch, channels, height, width = x.shape
+    passed: list[Any] = [_Sizes(*x.shape)]
+    for each in (x, *others):
+        if isinstance(each, float):
+            passed.append(ctypes.c_float(each))
+            continue
+        passed.append(ctypes.c_void_p(each.data_ptr()))
+        if each.dim() == 4:
+            passed.append(_Sizes(*each.stride()))
     products = batch * channels * channels * height * width
-    threads = torch.get_num_threads() if products > _WORTH_THREADS else 1
-    passed = (_Integers(*x.shape), *_mapped(x), *arguments, threads)
+    passed.append(torch.get_num_threads() if products > _WORTH_THREADS else 1)
     if getattr(kernel, name)(*passed):
         raise MemoryError(f"fullattn's native kernel ran out of memory at shape {tuple(x.shape)}")
 
 
+def _turned(key: Tensor) -> Tensor:
+    """A key (B, C, D) as the kernel reads it, (B, D, C), which is how a Linear has written it."""
+    return key.float().mT.contiguous()
+
+
 def _forward(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
-    columns, rows = _keys(column_key, row_key)
-    source = x.float()
-    out = torch.empty_like(source)
-    _call(
-        "fullattn_forward",
-        source,
-        ctypes.c_void_p(columns.data_ptr()),
-        ctypes.c_void_p(rows.data_ptr()),
-        ctypes.c_float(scale),
-        *_mapped(out),
-    )
-    return out.to(x.dtype)
+    if x.dtype != torch.float32:
+        return _forward(x.float(), column_key, row_key, scale).to(x.dtype)
+    out = torch.empty_like(x)
+    _call("fullattn_forward", x, _turned(column_key), _turned(row_key), scale, out)
+    return out
 
 
 def _backward(
     grad: Tensor, x: Tensor, column_key: Tensor, row_key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys = _keys(column_key, row_key)
+    keys = column_key, row_key
     source, upper = x.float(), grad.float()
     grad_x = torch.empty_like(source)
-    grad_keys = [torch.empty_like(key) for key in keys]
-    _call(
-        "fullattn_backward",
-        source,
-        *(ctypes.c_void_p(key.data_ptr()) for key in keys),
-        ctypes.c_float(scale),
-        *_mapped(upper),
-        *_mapped(grad_x),
-        *(ctypes.c_void_p(key.data_ptr()) for key in grad_keys),
+    found = [torch.empty(key.shape, device=key.device) for key in keys]
+    _call("fullattn_backward", source, *map(_turned, keys), scale, upper, grad_x, *found)
+    columns, rows = (
+        torch.empty_like(key).copy_(each) for key, each in zip(keys, found, strict=True)
     )
-    grad_column_key = torch.empty_like(column_key).copy_(grad_keys[0])
-    grad_row_key = torch.empty_like(row_key).copy_(grad_keys[1])
-    return grad_x.to(x.dtype), grad_column_key, grad_row_key
+    return grad_x.to(x.dtype), columns, rows
 
 
 def _empty_result(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, einsum
@@ -108,9 +109,8 @@ def attended(call: AttentionCall) -> Tensor:
     Returns:
         A feature map in the dtype of the tensors; scores and weights are float32 at least.
     """
-    operation, tensors, scale, score = call
-    result = operation.attended(*_accumulated(*tensors), scale=scale, score=score)
-    return result.to(tensors[0].dtype)
+    result = call.operation.attended(*_accumulated(*call.tensors), **_options(call))
+    return result.to(call.tensors[0].dtype)
 
 
 def maps(call: AttentionCall) -> Tensor | tuple[Tensor, ...]:
@@ -122,11 +122,16 @@ def maps(call: AttentionCall) -> Tensor | tuple[Tensor, ...]:
     Returns:
         A tensor, or a named tuple of tensors; in float32 for tensors in half precision.
     """
-    operation, tensors, scale, score = call
-    result: Tensor | tuple[Tensor, ...] = operation.similarity(
-        *_accumulated(*tensors), scale=scale, score=score
+    result: Tensor | tuple[Tensor, ...] = call.operation.similarity(
+        *_accumulated(*call.tensors), **_options(call)
     )
     return result
+
+
+def _options(call: AttentionCall) -> dict[str, Any]:
+    """Keywords of a definition; most know no score function but the softmax."""
+    softmax = call.score is ScoreFunction.SOFTMAX
+    return {"scale": call.scale} if softmax else {"scale": call.scale, "score": call.score}
 
 
 def _accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:

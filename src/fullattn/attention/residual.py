@@ -21,10 +21,11 @@ def scaled_residual(x: Tensor | None, gamma: Tensor | None, attended: Tensor) ->
     """
     if gamma is None or x is None:
         return attended
-    reuse = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.addcmul(x, gamma, attended)
     fits = attended.dtype == torch.promote_types(x.dtype, gamma.dtype)
     # In another layout than x's the result would only be copied again by whatever follows.
-    if reuse and fits and attended.stride() == x.stride():
+    if fits and attended.stride() == x.stride():
         # Nobody else holds the attended values: in inference their memory becomes the result's.
         return torch.addcmul(x, gamma, attended, out=attended)
     return torch.addcmul(x, gamma, attended)

@@ -264,7 +264,7 @@ class _Runner:
             self.bar.add(0, label)
             try:
                 workload = Workload(build(contender, shape.channels, conditions), x, grad)
-                # What a run is made for: the official implementation, the first layer, the baseline.
+                # A run is made for the official implementation, the first layer and the baseline.
                 needed = number < 2 or contender.answers_to(self.options.baseline)
                 seconds, peak = self._first_calls(contender, shape, mode, workload, needed)
             except _LeftOutError as left:

@@ -16,11 +16,11 @@ import warnings
 from functools import cache
 
 from einops import rearrange, repeat
-from torch import Tensor, einsum
+from torch import Tensor, einsum, softmax
 
-from fullattn.attention import AttentionCall, Operation, ScoreFunction
-from fullattn.attention.reference import scaled, weights
-from fullattn.functional import SOFTMAX, FullyAttentionalSimilarity, fully_attentional_call
+from fullattn.attention import AttentionCall, Operation
+from fullattn.attention.reference import scaled
+from fullattn.functional import FullyAttentionalSimilarity, fully_attentional_call
 from fullattn.reshape import COLUMNS, ROWS
 
 __all__ = ["MIXED_IMAGES", "mixed_call", "warn"]
@@ -38,22 +38,16 @@ def warn() -> None:
 
 
 def _similarity(
-    x: Tensor, column_keys: Tensor, row_keys: Tensor, scale: float, score: ScoreFunction
+    x: Tensor, column_keys: Tensor, row_keys: Tensor, scale: float = 1.0
 ) -> FullyAttentionalSimilarity:
     return FullyAttentionalSimilarity(
-        columns=weights(einsum("bihw, bjhw -> bwij", x, scaled(column_keys, scale)), score),
-        rows=weights(einsum("bihw, bjhw -> bhij", x, scaled(row_keys, scale)), score),
+        columns=softmax(einsum("bihw, bjhw -> bwij", x, scaled(column_keys, scale)), dim=-1),
+        rows=softmax(einsum("bihw, bjhw -> bhij", x, scaled(row_keys, scale)), dim=-1),
     )
 
 
-def _attended(
-    x: Tensor,
-    column_keys: Tensor,
-    row_keys: Tensor,
-    scale: float = 1.0,
-    score: ScoreFunction = SOFTMAX,
-) -> Tensor:
-    similarity = _similarity(x, column_keys, row_keys, scale, score)
+def _attended(x: Tensor, column_keys: Tensor, row_keys: Tensor, scale: float = 1.0) -> Tensor:
+    similarity = _similarity(x, column_keys, row_keys, scale)
     columns = einsum("bwij, bjhw -> bihw", similarity.columns, x)
     return columns + einsum("bhij, bjhw -> bihw", similarity.rows, x)
 

@@ -169,7 +169,10 @@ class AttentionLayer(nn.Module):
             A tensor of x's shape and memory format.
         """
         x, unbatched = self.check(x)
-        y = attention.run(self.attention(x), x, self.gamma, backend=self.backend)
+        gamma = self.gamma
+        y, added = attention.run(self.attention(x), x, gamma, backend=self.backend)
+        if not added:
+            y = attention.scaled_residual(x, gamma, y)
         return _checks.as_given(self.finish(x, y), x, unbatched)
 
     def similarity(self, x: Tensor) -> Any:
@@ -220,7 +223,10 @@ class AttentionLayer(nn.Module):
     def extra_repr(self) -> str:
         """The options that differ from the paper's."""
         shown = [f"{self.channels}"]
-        for name, parameter in inspect.signature(type(self)).parameters.items():
+        # A subclass may take its options in another way; the layer itself is the last of its kind.
+        own = [each for each in type(self).__mro__ if issubclass(each, AttentionLayer)]
+        layer = own[-2] if len(own) > 1 else own[0]
+        for name, parameter in inspect.signature(layer).parameters.items():
             if parameter.default is not parameter.empty and hasattr(self, name):
                 value = self.option(name)
                 if isinstance(parameter.default, bool) and not isinstance(value, bool):

@@ -225,6 +225,7 @@ class SpatialNonLocal(AttentionLayer):
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the output to x, where there is one."""
+        y = functional.ordered(y)
         return y if self.output is None else x + self.output(y)
 
     @classmethod

@@ -69,6 +69,7 @@ class Convolution(nn.Module):
         output: as x.
 
     Example:
+        >>> from fullattn import FullyAttentional
         >>> sizes = [sum(p.numel() for p in module.parameters())
         ...          for module in (Convolution(16), FullyAttentional(16, project=False))]
         >>> sizes

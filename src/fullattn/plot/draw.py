@@ -68,6 +68,7 @@ def similarity(
             layer without a map of channels where a channel is given.
 
     Example:
+        >>> from fullattn import FullyAttentional
         >>> layer, x = FullyAttentional(8), torch.randn(8, 5, 7)
         >>> figure = similarity(layer, x, point=(3, 2))
         >>> [panel.get_title(loc="left") for panel in figure.axes[1:3]]
