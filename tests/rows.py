@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, einsum, nn
 
 from fullattn.attention import AttentionCall, BranchSizes, Operation
-from fullattn.layers import AttentionLayer, Work, register
+from fullattn.layers import AttentionLayer, Work
 from fullattn.reshape import ROWS
 
 
@@ -23,7 +23,6 @@ def row_attention(x: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
     return einsum("bhij, bjhw -> bihw", row_similarity(x, key, scale), x)
 
 
-@register
 class RowAttention(AttentionLayer):
     """y = gamma · rows + x, with one map of channels for every row."""
 

@@ -81,13 +81,6 @@ def test_the_map_is_built_only_where_it_is_smaller_or_nothing_else_can(
         assert chosen is next(b for b in fused(inputs) if b in able)
 
 
-@given(inputs=asked(), backend=st.sampled_from(BACKENDS))
-def test_a_backend_can_run_what_has_no_reason_against_it(
-    inputs: AttentionInputs, backend: Backend
-) -> None:
-    assert backend.can_run(inputs) == (not backend.reasons_against(inputs))
-
-
 @pytest.mark.parametrize(
     ("layer", "shape", "builds_map"),
     [

@@ -391,24 +391,6 @@ class Backend:
     dtypes: Mapping[str, frozenset[torch.dtype]] = field(default_factory=lambda: {"*": FLOATING})
     unavailable: Callable[[], str | None] = _always_available
 
-    def runs(self, operation: str, score: ScoreFunction) -> bool:
-        """Whether it has a function for an operation with a score function."""
-        return score in self.attend or (
-            operation in self.operations and score is ScoreFunction.SOFTMAX
-        )
-
-    def can_run(self, inputs: AttentionInputs) -> bool:
-        """Whether this backend can run inputs: whether there are no `reasons_against` them."""
-        operation, score, device, dtype, *_, features = inputs
-        dtypes = self.dtypes
-        return (
-            (self.devices is None or device in self.devices)
-            and (score in self.attend or self.runs(operation, score))
-            and dtype in (dtypes[device] if device in dtypes else dtypes.get("*", ()))
-            and (self.most_features is None or not _exceeds(features, self.most_features))
-            and self.unavailable() is None
-        )
-
     def reasons_against(self, inputs: AttentionInputs) -> list[str]:
         """Say why this backend cannot run inputs.
 
@@ -419,7 +401,8 @@ class Backend:
             One sentence for each limit that the inputs exceed; empty when it can run.
         """
         reasons = []
-        if not self.runs(inputs.operation, inputs.score):
+        whole = inputs.operation in self.operations and inputs.score is ScoreFunction.SOFTMAX
+        if not whole and inputs.score not in self.attend:
             runs = ", ".join([*self.operations, *(score.value for score in self.attend)])
             reasons.append(f"runs {runs}, not {asked(inputs)}")
         if self.devices is not None and inputs.device not in self.devices:

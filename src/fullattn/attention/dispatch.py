@@ -163,13 +163,15 @@ def choose(inputs: AttentionInputs, requested: str | None = None) -> Backend:
     if (_override or requested or _from_environment) is not None:
         forced = _forced(requested)
         if forced is not None:
-            if not forced.can_run(inputs):
+            if forced.reasons_against(inputs):
                 raise _refused(forced, inputs)
             return forced
     if not worth_building(inputs):
         exporting = torch.compiler.is_exporting()
         for candidate in FUSED_SLICES if inputs.sliced else FUSED_SLICE:
-            if not (exporting and candidate.own_operators) and candidate.can_run(inputs):
+            if exporting and candidate.own_operators:
+                continue
+            if not candidate.reasons_against(inputs):
                 return candidate
     return reference.BACKEND
 

@@ -187,13 +187,14 @@ def _workspace(shape: tuple[Size, ...], setting: Setting) -> Workspace:
     x = prod(shape) * setting.size
     casts = setting.half * prod(shape) * 4
     forward, backward = kernel_workspace(shape, setting.threads)
+    peak = (1 - setting.half) * x + 2 * casts + forward
     return Workspace(
         flops=flops.axial_channel_attention(shape),
         backward_flops=flops.axial_channel_attention_backward(shape, shape),
         output=x,
-        inference=x + 2 * casts + forward,
+        inference=peak,
         saved=0,
-        forward=x + 2 * casts + forward,
+        forward=peak,
         backward=2 * x + 3 * casts + backward,
         backward_shared=x + 3 * casts + backward,
     )

@@ -3,12 +3,12 @@
 The formulas of costs and workspaces are written with +, -, *, // and the functions below. Given
 integers they give integers. Given symbols they give an `Expression`: a graph of terms, which is
 data that any small evaluator can compute, such as the one of the documentation's cost explorer.
-A comparison of symbols is 0 or 1.
+A comparison is 0 or 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, TypeAlias, Union
 
 __all__ = [
@@ -24,31 +24,18 @@ __all__ = [
     "where",
 ]
 
-_OPERATIONS = {
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "//": lambda a, b: a // b,
-    "<": lambda a, b: int(a < b),
-    "==": lambda a, b: int(a == b),
-    "max": max,
-    "min": min,
-    "where": lambda condition, a, b: a if condition else b,
-}
-
 
 class Expression:
     """A symbol, or an operation on symbols and integers.
 
     Args:
-        operation: a name of the operations of this module, or "symbol".
+        operation: "symbol", or one of + - * // < == max min where.
         arguments: its operands; of a symbol its name.
 
     Example:
-        >>> height, width = Expression("symbol", "height"), Expression("symbol", "width")
-        >>> area = maximum(height * width, 12)
-        >>> area.evaluate({"height": 3, "width": 5}), area.evaluate({"height": 3, "width": 2})
-        (15, 12)
+        >>> height = Expression("symbol", "height")
+        >>> graph([maximum(height * 2, 12)])
+        (['height', 2, ['*', 0, 1], 12, ['max', 2, 3]], [4])
     """
 
     __slots__ = ("arguments", "operation")
@@ -57,47 +44,29 @@ class Expression:
         self.operation = operation
         self.arguments = arguments
 
-    def evaluate(self, values: Mapping[str, int]) -> int:
-        """The value for values of the symbols.
-
-        Args:
-            values: for the name of each symbol its value.
-
-        Returns:
-            The value.
-        """
-        nodes, (at,) = graph([self])
-        found: list[int] = []
-        for node in nodes:
-            if isinstance(node, list):
-                found.append(_OPERATIONS[node[0]](*(found[each] for each in node[1:])))  # type: ignore[operator]
-            else:
-                found.append(values[node] if isinstance(node, str) else node)
-        return found[at]
-
     def __add__(self, other: Size) -> Size:
-        return _made("+", self, other)
+        return self if _is(other, 0) else Expression("+", self, other)
 
-    def __radd__(self, other: Size) -> Size:
-        return _made("+", other, self)
+    __radd__ = __add__
 
     def __sub__(self, other: Size) -> Size:
-        return _made("-", self, other)
+        return self if _is(other, 0) else Expression("-", self, other)
 
     def __rsub__(self, other: Size) -> Size:
-        return _made("-", other, self)
+        return Expression("-", other, self)
 
     def __mul__(self, other: Size) -> Size:
-        return _made("*", self, other)
+        if _is(other, 0):
+            return 0
+        return self if _is(other, 1) else Expression("*", self, other)
 
-    def __rmul__(self, other: Size) -> Size:
-        return _made("*", other, self)
+    __rmul__ = __mul__
 
     def __floordiv__(self, other: Size) -> Size:
-        return _made("//", self, other)
+        return Expression("//", self, other)
 
     def __rfloordiv__(self, other: Size) -> Size:
-        return _made("//", other, self)
+        return Expression("//", other, self)
 
     def __bool__(self) -> bool:
         raise TypeError("a symbol has no truth value; use `where`")
@@ -106,41 +75,28 @@ class Expression:
 Size: TypeAlias = Union[int, Expression]  # noqa: UP007 - an alias that is evaluated
 
 
-def _made(operation: str, *arguments: Size) -> Size:
-    """The operation, simplified where an operand is the neutral or the absorbing element."""
-    if not any(isinstance(each, Expression) for each in arguments):
-        result: int = _OPERATIONS[operation](*arguments)  # type: ignore[operator]
-        return result
-    first, last = arguments[0], arguments[-1]
-    if operation in ("+", "-") and last == 0 and not isinstance(last, Expression):
-        return first
-    if operation == "+" and first == 0 and not isinstance(first, Expression):
-        return last
-    if operation == "*":
-        for one, other in ((first, last), (last, first)):
-            if isinstance(one, int) and one in (0, 1):
-                return other if one else 0
-    return Expression(operation, *arguments)
+def _is(size: Size, number: int) -> bool:
+    return isinstance(size, int) and size == number
 
 
-def _folded(operation: str, sizes: tuple[Size, ...]) -> Size:
+def _folded(operation: str, choose: Any, sizes: tuple[Size, ...]) -> Size:
     if not any(isinstance(size, Expression) for size in sizes):
-        result: int = _OPERATIONS[operation](sizes)  # type: ignore[operator]
+        result: int = choose(sizes)
         return result
     first, *others = sizes
     for size in others:
-        first = _made(operation, first, size)
+        first = Expression(operation, first, size)
     return first
 
 
 def maximum(*sizes: Size) -> Size:
     """The largest of sizes."""
-    return _folded("max", sizes)
+    return _folded("max", max, sizes)
 
 
 def minimum(*sizes: Size) -> Size:
     """The smallest of sizes."""
-    return _folded("min", sizes)
+    return _folded("min", min, sizes)
 
 
 def ceil_div(dividend: Size, divisor: Size) -> Size:
@@ -152,7 +108,7 @@ def less(one: Size, other: Size) -> Size:
     """1 where one size is smaller than the other, 0 elsewhere."""
     if isinstance(one, int) and isinstance(other, int):
         return int(one < other)
-    return _made("<", one, other)
+    return Expression("<", one, other)
 
 
 def at_least(one: Size, other: Size) -> Size:
@@ -162,14 +118,16 @@ def at_least(one: Size, other: Size) -> Size:
 
 def equal(one: Size, other: Size) -> Size:
     """1 where two sizes are equal, 0 elsewhere."""
-    return _made("==", one, other)
+    if isinstance(one, int) and isinstance(other, int):
+        return int(one == other)
+    return Expression("==", one, other)
 
 
 def where(condition: Size, then: Size, otherwise: Size) -> Size:
     """One size where a condition is not 0, another where it is."""
     if isinstance(condition, int):
         return then if condition else otherwise
-    return _made("where", condition, then, otherwise)
+    return Expression("where", condition, then, otherwise)
 
 
 def graph(sizes: Iterable[Size]) -> tuple[list[Any], list[int]]:
@@ -186,26 +144,21 @@ def graph(sizes: Iterable[Size]) -> tuple[list[Any], list[int]]:
         >>> graph([Expression("symbol", "height") * 2 + 1, 7])
         (['height', 2, ['*', 0, 1], 1, ['+', 2, 3], 7], [4, 5])
     """
-    nodes: list[Any] = []
+    terms: list[Any] = []
     places: dict[Any, int] = {}
-    seen: dict[int, int] = {}
 
     def place(size: Any) -> int:
-        if isinstance(size, Expression) and id(size) in seen:
-            return seen[id(size)]
-        node: Any = size
+        if isinstance(size, Expression) and size in places:
+            return places[size]
+        term: Any = size
         if isinstance(size, Expression):
-            if size.operation == "symbol":
-                node = size.arguments[0]
-            else:
-                node = [size.operation, *map(place, size.arguments)]
-        key = tuple(node) if isinstance(node, list) else node
-        if key not in places:
-            places[key] = len(nodes)
-            nodes.append(node)
-        if isinstance(size, Expression):
-            seen[id(size)] = places[key]
-        return places[key]
+            symbol = size.operation == "symbol"
+            term = size.arguments[0] if symbol else (size.operation, *map(place, size.arguments))
+        if term not in places:
+            places[term] = len(terms)
+            terms.append(list(term) if isinstance(term, tuple) else term)
+        places[size] = places[term]
+        return places[term]
 
-    sizes = list(sizes)
-    return nodes, [place(size) for size in sizes]
+    found = [place(size) for size in sizes]
+    return terms, found

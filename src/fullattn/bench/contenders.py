@@ -100,7 +100,7 @@ def _backends_at(inputs: AttentionInputs, choice: Sequence[str]) -> list[tuple[s
         raise UsageError(str(error)) from error
 
     def able(backends: Iterable[Backend]) -> list[str]:
-        return [backend.name for backend in backends if backend.can_run(inputs)]
+        return [backend.name for backend in backends if not backend.reasons_against(inputs)]
 
     names = [automatic] if {"auto", "all", "default"} & set(choice) else []
     if "all" in choice:

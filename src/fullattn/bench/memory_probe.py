@@ -28,6 +28,7 @@ from fullattn.bench.failures import Failure
 from fullattn.bench.network import Network
 from fullattn.bench.shapes import Shape
 from fullattn.bench.workload import Mode, Workload
+from fullattn.layers import register
 
 __all__ = ["main"]
 
@@ -97,7 +98,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def _workload(job: dict[str, Any], mode: Mode) -> Workload:
     for source in job["layers"]:
-        load_class(source, "layer")  # which registers it
+        layer: Any = load_class(source, "layer")
+        register(layer)
     if "network" in job:
         network = Network.of(job["network"])
         conditions = network.conditions

@@ -132,10 +132,8 @@ class FullyAttentional(AttentionLayer):
 
     def reset_parameters(self) -> None:
         """Initialise all parameters again."""
+        super().reset_parameters()
         nn.init.constant_(self.gamma, self.gamma_init)
-        for module in self.modules():
-            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
 
     def attention(self, x: Tensor) -> AttentionCall:
         """Compare every column with the mean column's keys, and every row with the mean row's."""

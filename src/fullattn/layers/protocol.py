@@ -82,7 +82,8 @@ class AttentionLayer(nn.Module):
     """A layer of this package, and the base of a user's own.
 
     A subclass sets `layer_name`, `paper` and `operation`, takes `channels` and the keywords `scale`
-    and `backend`, and defines `attention` and `work`; `register` then makes it known.
+    and `backend`, sets `self.gamma`, and defines `attention` and `work`; `register` then makes it
+    known.
 
     Attributes:
         layer_name: what the command line, `FLANet(attention=...)` and tables call it.
