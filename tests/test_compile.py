@@ -203,7 +203,7 @@ OPERATORS = sorted(
 @pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("slices", [1, 5], ids=["shared", "own"])
 def test_operators_pass_the_checks_of_torch_library(name: str, strided: bool, slices: int) -> None:
-    backend = name.removeprefix("attend_").removesuffix("_backward")
+    backend = name.removeprefix("attend_").removesuffix("_backward").removesuffix("_with_residual")
     (entry,) = (entry for entry in BACKENDS if entry.name == backend)
     if reason := entry.unavailable():
         pytest.skip(f"{backend}: {reason}")
@@ -218,6 +218,8 @@ def test_operators_pass_the_checks_of_torch_library(name: str, strided: bool, sl
     inputs = [query, key, value]
     if name.endswith("backward"):  # it has no derivative of its own
         inputs.insert(0, grad)
+    elif name.endswith("residual"):  # for inference alone
+        inputs.append(torch.full((1,), 0.7))
     else:
         inputs = [x.requires_grad_() for x in inputs]
     torch.library.opcheck(getattr(torch.ops.fullattn, name).default, (*inputs, 0.5))

@@ -1,5 +1,6 @@
 """The C kernel: right for every kind of processor that this one can play, absent with a reason."""
 
+import copy
 import ctypes
 import os
 import platform
@@ -227,3 +228,53 @@ def test_float64_is_left_to_another_backend():
     assert reason == "takes bfloat16, float16, float32 on cpu, not float64"
     with fullattn.backend("native"), pytest.raises(fullattn.BackendError, match="not float64"):
         fullattn.FullyAttentional(4, dtype=torch.float64)(torch.zeros(1, 4, 3, 3).double())
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_inference_the_residual_is_added_in_the_kernel(dtype, layout, ran, monkeypatch):
+    added = []
+    monkeypatch.setattr(
+        fullattn.attention, "scaled_residual", lambda *given: added.append(given) or given[2]
+    )
+    torch.manual_seed(0)
+    layer = fullattn.FullyAttentional(20, project=False, gamma_init=0.7, backend="native")
+    layer = layer.to(dtype)
+    x = lay_out(torch.randn(3, 20, 7, 18).to(dtype), layout)
+    before = x.clone()
+    with torch.no_grad():
+        y = layer(x)
+    assert (ran, added) == (["native"], [])
+    assert torch.equal(x, before)
+    exact = copy.deepcopy(layer).double()
+    exact.backend = "reference"
+    monkeypatch.undo()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    assert relative_error(y, exact(x.double()).detach()) < tolerance
+    layer.gamma.data.zero_()
+    with torch.no_grad():
+        assert torch.equal(layer(x), x)
+
+
+@needs_kernel
+def test_with_a_gradient_the_residual_is_added_outside_and_gamma_has_its_own():
+    layer = fullattn.FullyAttentional(6, project=False, gamma_init=0.7, backend="native")
+    x = torch.randn(2, 6, 5, 4)
+    layer(x).square().sum().backward()
+    found = layer.gamma.grad.clone()
+    layer.zero_grad()
+    layer.backend = "reference"
+    layer(x).square().sum().backward()
+    assert relative_error(found, layer.gamma.grad.double()) < 1e-4
+
+
+@needs_kernel
+def test_autocast_and_a_wider_gamma_keep_the_wider_dtype():
+    layer = fullattn.FullyAttentional(6, project=False, gamma_init=0.7, backend="native")
+    x = torch.randn(2, 6, 5, 4)
+    for given in (x, x.bfloat16()):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            y = layer(given)
+        assert y.dtype == torch.float32
+        assert relative_error(y, layer(x).double().detach()) < 5e-2

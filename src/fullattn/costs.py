@@ -229,7 +229,7 @@ def figures(layer: AttentionLayer, shape: Shape, setting: Setting, backend: Back
         map_bytes=map_numel * setting.work_size,
         inference_bytes=maximum(*_inference(work, x, runs)),
         training_bytes=maximum(
-            *_training(work, x, runs, whole is not None and backend.adds_residual)
+            *_training(work, x, runs, whole is not None and backend.adds_residual == "always")
         ),
     )
 

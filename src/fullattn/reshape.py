@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -50,12 +49,34 @@ torch.Size([2, 1, 20, 3]))
     tokens: str
     features: str
 
+    # Where the axes are, found once; torch.compile does not trace a property that caches.
+    _axes: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
+    _single: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _order: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _inverse_order: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _channels: tuple[int, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         if sorted(self.slices + self.tokens + self.features) != list(_AXES):
             raise ValueError(
                 f"a cut names each of the axes c, h and w once, got slices={self.slices!r}, "
                 f"tokens={self.tokens!r}, features={self.features!r}"
             )
+        groups = (self.slices, self.tokens, self.features)
+        axes = tuple(tuple(1 + _AXES.index(axis) for axis in group) for group in groups)
+        order = (0, *(axis for group in axes for axis in group))
+        ((at, merged),) = ((at, group) for at, group in enumerate(axes, start=1) if 1 in group)
+        found = {
+            "_axes": axes,
+            # The three axes, where each group has one.
+            "_single": order[1:] if all(map(len, axes)) else (),
+            "_order": order,
+            "_inverse_order": tuple(order.index(axis) for axis in range(4)),
+            # In which axis of (B, S, N, D) the channels are, and what is merged with them there.
+            "_channels": (at, tuple(axis for axis in merged if axis != 1)),
+        }
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Cut a feature map.
@@ -115,30 +136,6 @@ torch.Size([2, 1, 20, 3]))
         for axis in features:
             depth = depth * shape[axis]
         return count, length, depth
-
-    @cached_property
-    def _axes(self) -> tuple[tuple[int, ...], ...]:
-        groups = (self.slices, self.tokens, self.features)
-        return tuple(tuple(1 + _AXES.index(axis) for axis in group) for group in groups)
-
-    @cached_property
-    def _channels(self) -> tuple[int, tuple[int, ...]]:
-        """In which axis of (B, S, N, D) the channels are, and what is merged with them there."""
-        ((at, group),) = ((at, axes) for at, axes in enumerate(self._axes, start=1) if 1 in axes)
-        return at, tuple(axis for axis in group if axis != 1)
-
-    @cached_property
-    def _single(self) -> tuple[int, ...]:
-        """Its three axes, where each group has one."""
-        return tuple(axis for (axis,) in self._axes) if all(map(len, self._axes)) else ()
-
-    @cached_property
-    def _order(self) -> tuple[int, ...]:
-        return (0, *(axis for axes in self._axes for axis in axes))
-
-    @cached_property
-    def _inverse_order(self) -> tuple[int, ...]:
-        return tuple(self._order.index(axis) for axis in range(4))
 
 
 COLUMNS = Cut("columns", slices="w", tokens="c", features="h")

@@ -100,7 +100,7 @@ def run(
         return reference.attended(call), False
     if score is ScoreFunction.SOFTMAX and operation.name in chosen.operations:
         whole = chosen.operations[operation.name]
-        if chosen.adds_residual and gamma is not None and _is_addable(tensors[0], x, gamma):
+        if gamma is not None and _adds_residual(chosen, tensors[0], x, gamma):
             return whole(*tensors, scale, gamma), True
         return whole(*tensors, scale), False
     attend = chosen.attend[score]
@@ -111,9 +111,12 @@ def run(
     return attended, False
 
 
-def _is_addable(query: Tensor, x: Tensor | None, gamma: Tensor) -> bool:
+def _adds_residual(chosen: Backend, query: Tensor, x: Tensor | None, gamma: Tensor) -> bool:
     """Whether a backend can add the residual: the query as it was given, before autocast's cast."""
-    return x is query and gamma.numel() == 1 and gamma.device == query.device
+    when = chosen.adds_residual
+    if when == "inference" and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        return False
+    return when != "never" and x is query and gamma.numel() == 1 and gamma.device == query.device
 
 
 def maps(call: AttentionCall) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ class Operation:
     attended: Callable[..., Tensor]
     branches: Callable[..., tuple[tuple[Tensor, Tensor, Tensor], ...]]
 
-    @cached_property
+    @property
     def sliced(self) -> bool:
         """Whether there are several slices, which must be copied before a map is built."""
         return any(cut.slices for cut in self.cuts)
@@ -366,8 +365,8 @@ class Backend:
         builds_map: whether it runs an operation's definition, with the map in memory.
         own_operators: whether it calls operators of this package, without which a program that
             `torch.export` made of it could not be loaded.
-        adds_residual: whether its functions of operations take a gamma as last argument and then
-            return gamma · attended + x.
+        adds_residual: when its functions of operations take a gamma as last argument and then
+            return gamma · attended + x: never, in inference (without a gradient), or always.
         most_features: the largest D that it takes; None for any.
         devices: device types on which it runs; None for all.
         dtypes: input dtypes, per device type; "*" stands for the device types not named.
@@ -385,7 +384,7 @@ class Backend:
     )
     builds_map: bool = False
     own_operators: bool = False
-    adds_residual: bool = False
+    adds_residual: Literal["never", "inference", "always"] = "never"
     most_features: int | None = None
     devices: frozenset[str] | None = None
     dtypes: Mapping[str, frozenset[torch.dtype]] = field(default_factory=lambda: {"*": FLOATING})

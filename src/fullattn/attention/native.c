@@ -471,9 +471,10 @@ static float *image_of(const Map *map, ptrdiff_t slice) {
     return map->data + slice / map->branch.slices * map->image_step;
 }
 
-/* Called by every thread of a team for its own share of the slices. 1 where memory ran out. */
+/* Called by every thread of a team for its own share of the slices. 1 where memory ran out. With a
+ * gamma, gamma times the attended values is written, and the first branch adds x to it. */
 static int forward_branch(ptrdiff_t images, const Map *x, const float *keys, const Map *out,
-                          int add) {
+                          const float *gamma, int add) {
     const Branch *g = &x->branch;
     Share share = share_of(g, images, omp_get_thread_num(), omp_get_num_threads());
     ptrdiff_t slots = share.group * g->slot;
@@ -486,6 +487,8 @@ static int forward_branch(ptrdiff_t images, const Map *x, const float *keys, con
         gather(g, image_of(x, slice), slice % g->slices, count, xs);
         for (ptrdiff_t s = 0; s < count; s++)
             forward_slice(g, xs + s * g->slot, key, outs + s * g->slot, weights);
+        for (ptrdiff_t i = 0; gamma && i < count * g->slot; i++)
+            outs[i] = add ? *gamma * outs[i] : *gamma * outs[i] + xs[i];
         scatter(&out->branch, image_of(out, slice), slice % g->slices, count, outs, add);
     }
     free(xs);
@@ -572,11 +575,11 @@ static void prepare_keys(const Branch *g, ptrdiff_t images, const float *keys, f
 }
 
 /* Keys are contiguous, (B, H, C) and (B, W, C), and the gradients of the keys (B, C, H) and
- * (B, C, W). Both functions return 0, or 1 where memory ran
+ * (B, C, W). With a gamma the result is gamma · (columns + rows) + x. Both functions return 0, or 1 where memory ran
  * out. Rows add to what columns wrote, so a barrier stands between the two. */
 int fullattn_forward(const int64_t *sizes, const float *x, const int64_t *x_strides,
-                     const float *column_keys, const float *row_keys, float scale, float *out,
-                     const int64_t *out_strides, int threads) {
+                     const float *column_keys, const float *row_keys, float scale,
+                     const float *gamma, float *out, const int64_t *out_strides, int threads) {
     ptrdiff_t images = sizes[0];
     Both in = both_of(sizes, x, x_strides), to = both_of(sizes, out, out_strides);
     ptrdiff_t columns = in.columns.branch.slot, rows = in.rows.branch.slot;
@@ -588,9 +591,9 @@ int fullattn_forward(const int64_t *sizes, const float *x, const int64_t *x_stri
         prepare_keys(&in.columns.branch, images, column_keys, scale, keys);
         prepare_keys(&in.rows.branch, images, row_keys, scale, more_keys);
 #pragma omp barrier
-        failed |= forward_branch(images, &in.columns, keys, &to.columns, 0);
+        failed |= forward_branch(images, &in.columns, keys, &to.columns, gamma, 0);
 #pragma omp barrier
-        failed |= forward_branch(images, &in.rows, more_keys, &to.rows, 1);
+        failed |= forward_branch(images, &in.rows, more_keys, &to.rows, gamma, 1);
     }
     free(keys);
     return failed;

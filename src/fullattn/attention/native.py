@@ -124,13 +124,13 @@ _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _Sizes = ctypes.c_int64 * 4
 
 
-def _call(name: str, x: Tensor, *others: Tensor | float) -> None:
+def _call(name: str, x: Tensor, *others: Tensor | float | None) -> None:
     """Call a function of the kernel.
 
     Args:
         name: of the function.
         x: feature map, (B, C, H, W), of any strides.
-        others: more feature maps, of any strides; keys (three axes), contiguous; numbers.
+        others: more feature maps, of any strides; other tensors, contiguous, or None; numbers.
     """
     kernel = _kernel()
     if isinstance(kernel, str):
@@ -140,12 +140,14 @@ def _call(name: str, x: Tensor, *others: Tensor | float) -> None:
     batch, channels, height, width = x.shape
     passed: list[Any] = [_Sizes(*x.shape)]
     for each in (x, *others):
-        if isinstance(each, float):
+        if each is None:
+            passed.append(None)
+        elif isinstance(each, float):
             passed.append(ctypes.c_float(each))
-            continue
-        passed.append(ctypes.c_void_p(each.data_ptr()))
-        if each.dim() == 4:
-            passed.append(_Sizes(*each.stride()))
+        else:
+            passed.append(ctypes.c_void_p(each.data_ptr()))
+            if each.dim() == 4:
+                passed.append(_Sizes(*each.stride()))
     products = batch * channels * channels * height * width
     passed.append(torch.get_num_threads() if products > _WORTH_THREADS else 1)
     if getattr(kernel, name)(*passed):
@@ -157,12 +159,21 @@ def _turned(key: Tensor) -> Tensor:
     return key.float().mT.contiguous()
 
 
-def _forward(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
+def _forward(
+    x: Tensor, column_key: Tensor, row_key: Tensor, scale: float, gamma: Tensor | None = None
+) -> Tensor:
     if x.dtype != torch.float32:
-        return _forward(x.float(), column_key, row_key, scale).to(x.dtype)
+        return _forward(x.float(), column_key, row_key, scale, gamma).to(x.dtype)
     out = torch.empty_like(x)
-    _call("fullattn_forward", x, _turned(column_key), _turned(row_key), scale, out)
+    _call("fullattn_forward", x, _turned(column_key), _turned(row_key), scale, gamma, out)
     return out
+
+
+def _forward_with_residual(
+    x: Tensor, column_key: Tensor, row_key: Tensor, gamma: Tensor, scale: float
+) -> Tensor:
+    out = _forward(x, column_key, row_key, scale, gamma.float().reshape(1))
+    return out.to(torch.promote_types(x.dtype, gamma.dtype))
 
 
 def _backward(
@@ -225,7 +236,7 @@ def kernel_workspace(shape: tuple[Size, ...], threads: Size) -> tuple[Size, Size
     )
 
 
-axial_channel_attention = operators.register(
+_attend = operators.register(
     "attend_native",
     _forward,
     _backward,
@@ -234,6 +245,43 @@ axial_channel_attention = operators.register(
     flops.axial_channel_attention,
     flops.axial_channel_attention_backward,
 )
+_attend_with_residual = operators.register_inference(
+    "attend_native_with_residual",
+    _forward_with_residual,
+    lambda x, column_key, row_key, gamma, scale: torch.empty_like(
+        x, dtype=torch.promote_types(x.dtype, gamma.dtype)
+    ),
+    ("x", "column_key", "row_key", "gamma"),
+    flops.axial_channel_attention,
+)
+
+
+def axial_channel_attention(
+    x: Tensor,
+    column_key: Tensor,
+    row_key: Tensor,
+    scale: float = 1.0,
+    gamma: Tensor | None = None,
+) -> Tensor:
+    """Attention over the columns of x plus attention over its rows, in one pass.
+
+    Args:
+        x: feature map, (B, C, H, W), of any strides.
+        column_key: (B, C, H).
+        row_key: (B, C, W).
+        scale: factor on the scores, of either sign.
+        gamma: one number; None for 1 and no residual. With one there is no gradient.
+
+    Returns:
+        columns + rows, or gamma · (columns + rows) + x; (B, C, H, W) in x's memory layout.
+    """
+    result: Tensor = (
+        _attend(x, column_key, row_key, scale)
+        if gamma is None
+        else _attend_with_residual(x, column_key, row_key, gamma, scale)
+    )
+    return result
+
 
 BACKEND = Backend(
     name="native",
@@ -241,6 +289,7 @@ BACKEND = Backend(
     operations={"axial channel attention": axial_channel_attention},
     operation_workspaces={"axial channel attention": _workspace},
     own_operators=True,
+    adds_residual="inference",
     devices=frozenset({"cpu"}),
     dtypes={"*": FLOATING - {torch.float64}},
     unavailable=_unavailable,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fullattn.attention import flops
 
-__all__ = ["register"]
+__all__ = ["register", "register_inference"]
 
 _library = torch.library.Library("fullattn", "FRAGMENT")  # type: ignore[no-untyped-call]
 
@@ -98,4 +98,32 @@ def register(
     torch.library.register_autograd(f"fullattn::{backward_name}", refuse, lib=_library)
     flops.register(operator, forward_flops)
     flops.register(backward_operator, backward_flops)
+    return operator.default  # type: ignore[no-any-return]
+
+
+def register_inference(
+    name: str,
+    forward: Callable[..., Tensor],
+    empty_result: Callable[..., Tensor],
+    arguments: tuple[str, ...],
+    forward_flops: Callable[..., int],
+) -> Callable[..., Any]:
+    """Register `fullattn::{name}`, which runs on the CPU and has no gradient.
+
+    Args:
+        name: the operator's name.
+        forward: takes the tensor arguments and a float `scale`, returns the result.
+        empty_result: takes what `forward` takes, returns the same uninitialised.
+        arguments: names of the tensor arguments.
+        forward_flops: FLOPs from the shapes of the arguments.
+
+    Returns:
+        The operator; called like `forward`.
+    """
+    tensors = ", ".join(f"Tensor {each}" for each in arguments)
+    _library.define(f"{name}({tensors}, float scale) -> Tensor")  # type: ignore[no-untyped-call]
+    _library.impl(name, forward, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fullattn::{name}", empty_result, lib=_library)
+    operator = getattr(torch.ops.fullattn, name)
+    flops.register(operator, forward_flops)
     return operator.default  # type: ignore[no-any-return]

@@ -130,8 +130,9 @@ def maps(call: AttentionCall) -> Tensor | tuple[Tensor, ...]:
 
 def _options(call: AttentionCall) -> dict[str, Any]:
     """Keywords of a definition; most know no score function but the softmax."""
-    softmax = call.score is ScoreFunction.SOFTMAX
-    return {"scale": call.scale} if softmax else {"scale": call.scale, "score": call.score}
+    if call.score is ScoreFunction.SOFTMAX:
+        return {"scale": call.scale}
+    return {"scale": call.scale, "score": call.score}
 
 
 def _accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:

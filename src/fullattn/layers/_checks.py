@@ -75,18 +75,19 @@ def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Ten
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor of shape (B, {channels}, H, W), got {type(x).__name__}")
-    if x.dim() not in (3, 4):
+    shape = x.shape
+    if len(shape) not in (3, 4):
         raise ValueError(
             f"expected an input of shape (B, {channels}, H, W) or ({channels}, H, W), "
-            f"got {x.dim()} axes: {tuple(x.shape)}"
+            f"got {x.dim()} axes: {tuple(shape)}"
         )
-    if x.shape[-3] != channels:
+    if shape[-3] != channels:
         raise ValueError(
-            f"expected {channels} channels in axis {x.dim() - 3}, got {x.shape[-3]}: "
-            f"shape {tuple(x.shape)}"
+            f"expected {channels} channels in axis {x.dim() - 3}, got {shape[-3]}: "
+            f"shape {tuple(shape)}"
         )
-    if x.shape[-2] == 0 or x.shape[-1] == 0:
-        raise ValueError(f"expected H and W of at least 1, got shape {tuple(x.shape)}")
+    if shape[-2] == 0 or shape[-1] == 0:
+        raise ValueError(f"expected H and W of at least 1, got shape {tuple(shape)}")
     if not x.dtype.is_floating_point:
         raise TypeError(f"expected a real floating-point dtype, got {x.dtype}")
     if parameter is not None:

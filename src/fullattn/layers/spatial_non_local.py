@@ -179,9 +179,8 @@ class SpatialNonLocal(AttentionLayer):
     def check(self, x: Tensor) -> tuple[Tensor, bool]:
         """Check an input, which has at least `subsample` rows and columns."""
         # Not self.value.weight: of a quantised module that is a method, of an adapter nothing.
-        parameter = self.gamma if self.output is None else self.output[0]._parameters.get("bias")
-        x, unbatched = _checks.feature_map(x, self.channels, parameter)
-        self.check_size(tuple(x.shape))
+        x, unbatched = _checks.feature_map(x, self.channels, self.value._parameters.get("weight"))
+        self.check_size(x.shape)
         return x, unbatched
 
     def check_size(self, shape: tuple[int, ...]) -> None:
@@ -189,21 +188,21 @@ class SpatialNonLocal(AttentionLayer):
         if shape[2] < self.subsample or shape[3] < self.subsample:
             raise ValueError(
                 f"subsample={self.subsample} expects H and W of at least {self.subsample}, "
-                f"got shape {shape}"
+                f"got shape {tuple(shape)}"
             )
 
     def attention(self, x: Tensor) -> AttentionCall:
         """Compare the positions of the query with those of the (subsampled) key."""
-        query = x if self.query is None else self.query(x)
-        key = self._pooled(x if self.key is None else self.key(x))
-        if self.score is not None:
-            query, key = self._scores(self.score, query, key)
-        value = self._pooled(self.value(x))
+        embed_query, embed_key, score_pairs = self.query, self.key, self.score
+        query = x if embed_query is None else embed_query(x)
+        key = x if embed_key is None else embed_key(x)
+        value = self.value(x)
+        if self.subsample != 1:
+            key, value = (F.max_pool2d(each, self.subsample) for each in (key, value))
+        if score_pairs is not None:
+            query, key = self._scores(score_pairs, query, key)
         score = self._score_function
         return functional.spatial_call(query, key, value, score=score, scale=self.scale)
-
-    def _pooled(self, x: Tensor) -> Tensor:
-        return x if self.subsample == 1 else F.max_pool2d(x, self.subsample)
 
     @staticmethod
     def _scores(score: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,8 +224,8 @@ class SpatialNonLocal(AttentionLayer):
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
         """Add the output to x, where there is one."""
-        y = functional.ordered(y)
-        return y if self.output is None else x + self.output(y)
+        y, output = functional.ordered(y), self.output
+        return y if output is None else x + output(y)
 
     @classmethod
     def untrained(cls, channels: int, scale: float) -> SpatialNonLocal:
