@@ -90,6 +90,15 @@ def sharded(model: nn.Sequential) -> nn.Module:
     return model
 
 
+def sharded_inside(model: nn.Sequential) -> nn.Module:
+    """Every module of the layer by itself, gathered when the layer calls it."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for each in model[2].modules():
+        if each is not model[2] and any(True for _ in each.parameters(recurse=False)):
+            fully_shard(each, mesh=mesh)
+    return sharded(model)
+
+
 def whole(parameter: Tensor) -> Tensor:
     """A parameter, put together from its shards."""
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
@@ -118,7 +127,11 @@ def train_a_half(
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("distribute", [replicated, sharded], ids=["DDP", "FSDP2"])
+@pytest.mark.parametrize(
+    "distribute",
+    [replicated, sharded, sharded_inside],
+    ids=["DDP", "FSDP2", "FSDP2 inside of the layer"],
+)
 def test_two_processes_train_as_one_does(
     distribute: Callable[[nn.Sequential], nn.Module], tmp_path: Path
 ) -> None:

@@ -273,8 +273,8 @@ def test_with_a_gradient_the_residual_is_added_outside_and_gamma_has_its_own():
 def test_autocast_and_a_wider_gamma_keep_the_wider_dtype():
     layer = fullattn.FullyAttentional(6, project=False, gamma_init=0.7, backend="native")
     x = torch.randn(2, 6, 5, 4)
-    for given in (x, x.bfloat16()):
+    for image in (x, x.bfloat16()):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            y = layer(given)
+            y = layer(image)
         assert y.dtype == torch.float32
         assert relative_error(y, layer(x).double().detach()) < 5e-2

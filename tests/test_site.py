@@ -484,7 +484,7 @@ def test_dtype_device_backend_and_projection_move_the_figures(
     page.locator("#explore-backend").select_option("triton")
     assert page.locator("#explorer td[data-figure=flops]").first.inner_text() == "–"
     said = page.locator("#explorer .reason[data-layer=fully]").inner_text()
-    assert said == "FullyAttentional: triton runs on a GPU, not on the CPU."
+    assert said == "FullyAttentional: triton runs on cuda, not on cpu."
 
 
 def test_a_setting_can_be_sent_as_an_address(address: str, opened: Callable[..., Any]) -> None:
