@@ -353,11 +353,12 @@ def test_operator_checks() -> None:
     )
 
 
-def test_autocast_casts_the_operator() -> None:
-    inputs, _ = Drawn((1, 5, 3, 4)).tensors(torch.float32)
+def test_autocast_casts_before_the_operator() -> None:
+    (x, column_key, row_key, _), _ = Drawn((1, 5, 3, 4)).tensors(torch.float32)
     with torch.autocast(DEVICE, torch.float16):
-        y, column_lse, _ = torch.ops.fullattn.attend_triton(*inputs, 1.0)
-    assert (y.dtype, column_lse.dtype) == (torch.float16, torch.float32)
+        y = fully_attentional(x, column_key, row_key, backend="triton")
+    assert y.dtype == torch.float16
+    assert_near(y, fully_attentional(x, column_key, row_key, backend="reference"), torch.float16)
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 12, 16), (1, 40, 9, 13)])
