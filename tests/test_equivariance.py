@@ -168,15 +168,15 @@ def _leak(forward: object, x: Tensor) -> float:
 
 
 @runs(cases=(FULLY_ATTENTIONAL,))
-def test_the_copied_public_code_mixes_images_and_this_layer_does_not(run: Run) -> None:
+def test_the_official_implementation_mixes_images_and_this_layer_does_not(run: Run) -> None:
     layer = run.build(5)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 4, 6, generator=generator).to(run.device, run.dtype)
 
-    def copied(x: Tensor) -> Tensor:
+    def official(x: Tensor) -> Tensor:
         return official_code.fully_attentional(x, layer.column_key, layer.row_key, layer.gamma)
 
-    assert_near(copied(x[:1]), run(layer, x[:1]), run.dtype)
-    assert (copied(x) - run(layer, x)).abs().max() > 0.01
-    assert _leak(copied, x) > 0.01
+    assert_near(official(x[:1]), run(layer, x[:1]), run.dtype)
+    assert (official(x) - run(layer, x)).abs().max() > 0.01
+    assert _leak(official, x) > 0.01
     assert _leak(lambda x: run(layer, x), x) == 0.0

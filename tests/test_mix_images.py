@@ -33,7 +33,7 @@ def image(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def copied(layer: FullyAttentional, x: Tensor) -> Tensor:
+def official(layer: FullyAttentional, x: Tensor) -> Tensor:
     return official_code.fully_attentional(x, layer.column_key, layer.row_key, layer.gamma)
 
 
@@ -44,7 +44,7 @@ def copied(layer: FullyAttentional, x: Tensor) -> Tensor:
     height=st.sampled_from(SIZES),
     width=st.sampled_from(SIZES),
 )
-def test_every_backend_equals_the_copied_code_forward_and_backward(
+def test_every_backend_equals_the_official_code_forward_and_backward(
     backend: str, batch: int, channels: int, height: int, width: int
 ) -> None:
     layer, x = build(channels), image(batch, channels, height, width).requires_grad_()
@@ -52,7 +52,7 @@ def test_every_backend_equals_the_copied_code_forward_and_backward(
     inputs = [x, *layer.parameters()]
     with fullattn.backend(backend):
         y = layer(x)
-    expected = copied(layer, x)
+    expected = official(layer, x)
     assert (y - expected).abs().max() <= 1e-10 * expected.abs().max()
     actual = torch.autograd.grad(y, inputs, direction)
     for one, other in zip(actual, torch.autograd.grad(expected, inputs, direction), strict=True):
@@ -115,8 +115,8 @@ def test_compiled_and_exported_with_free_sizes_it_mixes_the_same_images() -> Non
     program = torch.export.export(layer, (image(2, 6, 8, 9),), dynamic_shapes=dynamic).module()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
     for shape in ((3, 6, 7, 5), (4, 6, 2, 9)):
-        assert_near(program(image(*shape)), copied(layer, image(*shape)), torch.float64)
-        assert_near(compiled(image(*shape)), copied(layer, image(*shape)), torch.float64)
+        assert_near(program(image(*shape)), official(layer, image(*shape)), torch.float64)
+        assert_near(compiled(image(*shape)), official(layer, image(*shape)), torch.float64)
     torch._dynamo.reset()
 
 

@@ -135,6 +135,7 @@ def test_it_is_benched_and_explained_by_its_file_without_an_import(tmp_path: Pat
     said = subprocess.run([*run, "info", "--layer", place], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert "RowAttention at 512x97x97" in said.stdout
+    assert "rows          RowAttention, none: a toy" in said.stdout
     assert (
         "native        cannot run: runs axial channel attention, not row attention" in said.stdout
     )

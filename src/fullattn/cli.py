@@ -411,6 +411,8 @@ def _info(args: argparse.Namespace) -> None:
         f"GPU kernels: {_versions('triton', 'triton')}",
         "backends:",
         *(f"  {entry.name:<13} {entry.summary}" for entry in dispatch.BACKENDS),
+        "layers:",
+        *(f"  {name:<13} {layer.__name__}, {layer.paper}" for name, layer in LAYERS.items()),
     ]
     for layer in layers:
         lines += ["", f"{LAYERS[layer].__name__} at {shape}, {args.dtype}, {device}:"]

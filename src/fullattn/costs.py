@@ -248,7 +248,7 @@ def _inference(work: Work, x: Size, runs: list[Workspace]) -> Iterator[Size]:
     elif len(work.branches) == 1 and not work.branches[0].contiguous:
         yield done + x  # in another layout the attended values cannot become the result
     if work.projection is not None:
-        yield 2 * x + work.projection.room
+        yield 2 * x + work.projection.workspace
         # Input and result of a later step, while the caller holds the projection's input.
         yield minimum(3, 2 + work.projection.later) * x
 
@@ -284,10 +284,12 @@ def _training(work: Work, x: Size, runs: list[Workspace], adds_residual: bool) -
         part = work.projection
         weights, grad_sum = part.weights, x
         held = kept + attended + x  # the projection keeps its input
-        yield held + maximum((1 + part.later) * x, x + part.room)
+        yield held + maximum((1 + part.later) * x, x + part.workspace)
         convolved = x if part.normalised else 0
         yield held + result + convolved + part.later * x
-        yield held + result + (x if part.later else 0) + grad_sum + weights + part.backward_room
+        yield (
+            held + result + (x if part.later else 0) + grad_sum + weights + part.backward_workspace
+        )
     held = result + grad_sum + weights
     if work.output is None and not adds_residual:
         yield kept + attended + held + 2 * x  # gradients of the attended values and of gamma

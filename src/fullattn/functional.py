@@ -1,10 +1,10 @@
-"""What the layers are: first their definitions, then the same as fast functions.
+"""The definitions of the layers, and the same as fast functions of tensors and keys.
 
-The definitions read as the papers do, in einsum on b (image), c, i and j (channels), h (row) and
-w (column); the backend `reference` runs them, and the tests hold them against a float64 oracle.
-The functions below them take feature maps and keys, never weights, and give the same result by
-whichever backend `fullattn.attention` chooses. The modules in `fullattn.layers` make the keys with
-their own Linears and convolutions, and add shape checks and the unbatched form.
+The definitions follow the papers, in einsum on b (image), c, i and j (channels), h (row) and
+w (column). The backend `reference` runs them, and the tests compare them with a float64 oracle.
+The functions after them compute the same on the backend that `fullattn.attention` chooses. All take
+feature maps and keys, never weights: the modules in `fullattn.layers` make the keys with their own
+Linears and convolutions, and add shape checks and the unbatched form.
 
 `scale` is a factor on the scores before the softmax; the papers use none (1.0).
 """
@@ -104,7 +104,7 @@ def position_attention(
     return attended.reshape(*attended.shape[:2], *query.shape[2:])
 
 
-# What the three are to a backend: the definitions, and the same cut into slices of tokens.
+# For the backends: the definitions, and the same as branches of queries, keys and values.
 
 
 class FullyAttentionalSimilarity(NamedTuple):
@@ -147,7 +147,7 @@ POSITION_ATTENTION = Operation(
 def fully_attentional_call(
     x: Tensor, column_key: Tensor, row_key: Tensor, *, scale: float | None = 1.0
 ) -> AttentionCall:
-    """What `fully_attentional` compares, with 1/√H and 1/√W in the keys where scale is None."""
+    """The call of `fully_attentional`, with 1/√H and 1/√W in the keys where scale is None."""
     if scale is None:
         column_key = column_key * x.shape[2] ** -0.5
         row_key = row_key * x.shape[3] ** -0.5
@@ -206,7 +206,7 @@ def fully_attentional(
 def channel_call(
     x: Tensor, *, scale: float | None = 1.0, least_similar: bool = False
 ) -> AttentionCall:
-    """What `channel_non_local` compares."""
+    """The call of `channel_non_local`."""
     tensors: tuple[Tensor, ...] = (x,)
     if scale is None:
         features = x.shape[2] * x.shape[3]
@@ -267,7 +267,7 @@ def spatial_call(
     score: ScoreFunction = ScoreFunction.SOFTMAX,
     scale: float | None = 1.0,
 ) -> AttentionCall:
-    """What `spatial_non_local` compares."""
+    """The call of `spatial_non_local`."""
     scale = query.shape[1] ** -0.5 if scale is None else scale
     return AttentionCall(POSITION_ATTENTION, (query, key, value), scale, score)
 
@@ -325,7 +325,7 @@ def spatial_non_local(
 
 
 def ordered(x: Tensor) -> Tensor:
-    """A feature map for a convolution, contiguous where its H or W is symbolic.
+    """Return a feature map, contiguous where its H or W is symbolic.
 
     Inductor cannot order the strides of a view whose symbolic H and W are one axis underneath,
     which it does for the convolution that follows.

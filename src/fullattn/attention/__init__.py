@@ -1,9 +1,9 @@
 """One call for every attention over a feature map, and the backends that run it.
 
-A layer describes what it computes as an `AttentionCall`: an operation, which has a definition and
-the branches that the definition compares, and its tensors. `run` gives it to the backend that
-`fullattn.attention.dispatch` chooses: `reference` runs the definition, others the whole operation
-in one pass, or one branch after the other with the primitive of all of them:
+A layer makes an `AttentionCall`: an operation, which has a definition and the same as branches, and
+its tensors. `run` passes it to the backend that `fullattn.attention.dispatch` chooses: `reference`
+runs the definition, others the whole operation in one pass, or the branches one after the other
+with the primitive of all of them:
 
     attend(query, key, value, scale)
     query (B, S, N, D)   key (B, S or 1, M, D)   value (B, S or 1, M, E)   ->   (B, S, N, E)
@@ -72,10 +72,10 @@ def run(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, bool]:
-    """What a call attends to, by the backend that is chosen for it.
+    """Run a call on the backend that is chosen for it.
 
-    A backend may add a residual in the pass that attends. Where it does not, the caller does
-    (`scaled_residual`), when the queries, keys and values of the call are free again.
+    Some backends add the residual in the same pass. For the others the caller adds it with
+    `scaled_residual`, after the queries, keys and values of the call are freed.
 
     Args:
         call: the operation and its tensors.

@@ -1,4 +1,4 @@
-"""What a backend is, what it is asked to do and how much memory it takes for that, as data."""
+"""Operations, calls and backends, with the limits and the workspace of a backend as data."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ScoreFunction(enum.Enum):
 
 
 class Branch(NamedTuple):
-    """One attention over feature maps: what is compared with what, before it is cut.
+    """One attention over feature maps: query, key and value before they are cut into tokens.
 
     Attributes:
         cut: how the feature maps are cut into slices of tokens.
@@ -83,23 +83,23 @@ class Branch(NamedTuple):
         return query, key, query if value is given else cut(value)
 
     def put_back(self, attended: Tensor) -> Tensor:
-        """What `tokens` attends to, (B, S, N, E), as a feature map."""
+        """Put attended values (B, S, N, E) back into a feature map."""
         return self.cut.inverse(attended, self.query.shape[2], self.query.shape[3])
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An attention over feature maps: its definition, and the same cut into branches.
+    """An attention over feature maps: its definition, and the same as branches of tokens.
 
     Attributes:
-        name: by which a backend says that it runs the whole operation in one pass.
+        name: for backends that run the whole operation in one pass.
         similarity: the definition of the maps: from (*tensors, scale) a tensor, or a named tuple
             with one for each branch; where a call has a score function other than the softmax, also
             from `score`.
         attended: the definition of the result, a feature map; called as `similarity` is.
         cuts: of each branch, how its feature maps are cut.
-        branches: what the definition compares, for backends that fuse: from (*tensors) query, key
-            and value of each branch, as in `Branch`; the results add up to `attended`.
+        branches: for backends that fuse: from (*tensors) query, key and value of each branch, as in
+            `Branch`; the attended values of the branches add up to `attended`.
     """
 
     name: str
@@ -197,7 +197,7 @@ class AttentionInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """Where an attention's memory is counted; sizes are integers or symbols.
+    """Dtype, device and threads for a workspace; sizes are integers or symbols.
 
     Attributes:
         size: bytes of an element of the feature map.
@@ -419,7 +419,7 @@ class Backend:
 
 
 def asked(inputs: AttentionInputs) -> str:
-    """What is asked of a backend, in words: the operation, with its score function if unusual."""
+    """The operation, or the score function where that is not the softmax, for messages."""
     if not inputs.operation or inputs.score is not ScoreFunction.SOFTMAX:
         return inputs.score.value
     return inputs.operation

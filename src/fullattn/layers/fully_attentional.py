@@ -176,8 +176,8 @@ class FullyAttentional(AttentionLayer):
             projection = Convolutions(
                 flops=18 * channels * prod(shape),
                 weights=weights * size,
-                room=double * 9 * x + (1 - double) * (x + weights * size),
-                backward_room=2 * x + double * 7 * x,
+                workspace=double * 9 * x + (1 - double) * (x + weights * size),
+                backward_workspace=2 * x + double * 7 * x,
                 later=len(self.project) - 1,
                 normalised=normalised,
             )

@@ -1,4 +1,4 @@
-"""The mistake of the official implementation, on purpose: images of a batch meet each other's keys.
+"""The official implementation's batch handling, in which images meet each other's keys.
 
 The block in https://github.com/maggiesong7/FullyAttentional flattens the features to (b w) slices
 but tiles the context with `.repeat(width, 1, 1)`, which lies as (w b). At batch size 1 the two are
@@ -64,7 +64,7 @@ MIXED_IMAGES = Operation(
 def mixed_call(
     x: Tensor, column_key: Tensor, row_key: Tensor, *, scale: float | None = 1.0
 ) -> AttentionCall:
-    """What the official implementation compares.
+    """The call that the official implementation makes.
 
     Args:
         x: feature map, (B, C, H, W).

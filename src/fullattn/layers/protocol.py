@@ -1,9 +1,9 @@
-"""What a layer says of itself, once, and the registry of those who do.
+"""The protocol of a layer, and the registry of layers.
 
-`AttentionLayer` is a module that says what it compares (`operation`, `attention`), how the result
-goes back (`finish`), what that takes (`work`), and what it is called. Everything else of this
-package knows a layer by that alone: similarity maps, costs, pictures, benchmarks, FLANet's
-`attention=`, integrations and the documentation's cost explorer look it up in `LAYERS`.
+An `AttentionLayer` declares its name, its operation and its paper, makes queries, keys and values
+(`attention`), finishes the result (`finish`) and gives the sizes of its work (`work`). Similarity
+maps, costs, figures, benchmarks, FLANet's `attention=`, the integrations and the documentation's
+cost explorer are derived from that, through `LAYERS`.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ __all__ = ["LAYERS", "AttentionLayer", "Convolutions", "Work", "register", "unre
 
 @dataclass(frozen=True)
 class Convolutions:
-    """Modules that follow the attention, for the costs; bytes but for `flops`.
+    """Costs of the modules that follow the attention, in bytes except for `flops`.
 
     Attributes:
         flops: of a forward pass.
         weights: of their parameters.
-        room: what the first takes in forward besides its input and result.
-        backward_room: the same in backward.
-        later: how many steps of the result's size follow the first.
-        normalised: whether one of them keeps its input for backward.
+        workspace: of the first module in forward, besides its input and result.
+        backward_workspace: the same in backward.
+        later: number of modules after the first, each with a result of the same size.
+        normalised: whether a normalisation among them saves its input for backward.
     """
 
     flops: Size
     weights: Size
-    room: Size = 0
-    backward_room: Size = 0
+    workspace: Size = 0
+    backward_workspace: Size = 0
     later: int = 0
     normalised: bool = False
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a layer computes on a feature map, for its costs; sizes are integers or symbols.
+    """Sizes of a layer's computation on one feature map; integers or symbols.
 
     Attributes:
-        branches: the sizes of each attention, in the order in which they run.
-        flops: of a forward pass of the modules before the attention.
-        parameters: elements in all parameters.
-        inputs: bytes of the queries, keys and values, besides x, that are made for the attention.
-        kept: bytes that making those keeps for backward, where the attention keeps no input.
-        making: peak of bytes while they are made.
-        gradients: bytes of gradients at the end of backward: of the inputs of the attention, of x
-            and of the parameters.
-        branch_gradient: bytes of the gradient that each run of a branch leaves until then.
-        output: the modules of a layer x + output(attended); None for gamma · attended + x.
-        output_inputs: bytes of the gradient of the attended values that `output` leaves.
-        projection: the modules behind the residual; None for none.
+        branches: sizes of each attention, in the order in which they run.
+        flops: forward FLOPs of the modules before the attention.
+        parameters: elements of all parameters.
+        inputs: bytes of queries, keys and values other than x itself.
+        kept: bytes that the modules before the attention save for backward.
+        making: peak bytes while queries, keys and values are made.
+        gradients: bytes of gradients at the end of backward: of the attention's inputs, of x and of
+            the parameters.
+        branch_gradient: bytes of the gradient of x that each branch adds until then.
+        output: modules of a layer x + output(attended); None for gamma · attended + x.
+        output_inputs: bytes of the gradient of the attended values, with `output`.
+        projection: modules after the residual; None for none.
     """
 
     branches: tuple[BranchSizes, ...]
@@ -79,19 +79,19 @@ class Work:
 
 
 class AttentionLayer(nn.Module):
-    """A layer of this package, and the base of a user's own.
+    """Base class of the layers, and of your own.
 
     A subclass sets `layer_name`, `paper` and `operation`, takes `channels` and the keywords `scale`
     and `backend`, sets `self.gamma`, and defines `attention` and `work`; `register` then makes it
     known.
 
     Attributes:
-        layer_name: what the command line, `FLANet(attention=...)` and tables call it.
-        paper: where it comes from.
-        operation: what it computes of its tensors, with the cuts of its feature maps.
-        head_options: options of the form that goes into a network which has a projection of its
-            own: it leaves its input as it is, until training moves it.
-        bench_options: options for benchmarks, where a result of zeros would show little.
+        layer_name: name on the command line and in `FLANet(attention=...)`.
+        paper: its source.
+        operation: the operation that `attention` returns, with the cuts of its feature maps.
+        head_options: options inside a network with a projection of its own; with them the layer is
+            the identity at initialisation.
+        bench_options: options in benchmarks, for layers whose result is 0 or x by default.
         channels: C.
         scale: factor on the scores; None for 1/√d.
         backend: name of the attention backend; None for the automatic choice.
@@ -110,7 +110,7 @@ class AttentionLayer(nn.Module):
     gamma: nn.Parameter | None
 
     def attention(self, x: Tensor) -> AttentionCall:
-        """What the layer compares, with keys, queries and values by its own modules.
+        """Make queries, keys and values, by calling the layer's own modules.
 
         Args:
             x: feature map, (B, C, H, W).
@@ -121,11 +121,11 @@ class AttentionLayer(nn.Module):
         raise NotImplementedError
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        """What follows the attention.
+        """Apply what follows the attention and its residual.
 
         Args:
             x: feature map, (B, C, H, W).
-            y: gamma · attended + x, or what is attended where the layer has no gamma.
+            y: gamma · attended + x, or the attended values where gamma is None.
 
         Returns:
             The layer's result, (B, C, H, W).
@@ -133,7 +133,7 @@ class AttentionLayer(nn.Module):
         return y
 
     def work(self, shape: tuple[Size, Size, Size, Size], size: Size) -> Work:
-        """The sizes of what the layer computes, for its costs.
+        """Give the sizes of the layer's computation, for its costs.
 
         Args:
             shape: (B, C, H, W), of integers or symbols; C may be another than the layer's own.
@@ -149,7 +149,7 @@ class AttentionLayer(nn.Module):
 
     @classmethod
     def untrained(cls, channels: int, scale: float) -> AttentionLayer:
-        """A layer that compares the features as they are, to look at its maps without training.
+        """Build a layer that compares the features as they are, to draw maps without training.
 
         Args:
             channels: C.
@@ -177,7 +177,7 @@ class AttentionLayer(nn.Module):
         return _checks.as_given(self.finish(x, y), x, unbatched)
 
     def similarity(self, x: Tensor) -> Any:
-        """The similarity maps that `forward` multiplies with the values, built to be looked at.
+        """Build the similarity maps that `forward` multiplies with the values.
 
         Args:
             x: feature map, (B, C, H, W) or (C, H, W).
@@ -218,7 +218,7 @@ class AttentionLayer(nn.Module):
                 reset()
 
     def option(self, name: str) -> Any:
-        """The value of an option, for `extra_repr`: None where it is what None stands for."""
+        """The value of an option for `extra_repr`, None where it equals what None stands for."""
         return getattr(self, name)
 
     def extra_repr(self) -> str:
@@ -242,13 +242,13 @@ _Layer = TypeVar("_Layer", bound=type[AttentionLayer])
 
 
 def register(layer: _Layer) -> _Layer:
-    """Make a layer known by its name to everything in this package.
+    """Register a layer under its `layer_name`; also a class decorator.
 
     Args:
-        layer: a subclass of `AttentionLayer`, whole.
+        layer: a subclass of `AttentionLayer`.
 
     Returns:
-        The layer, so that this is a decorator.
+        The layer.
 
     Raises:
         TypeError: a part of the protocol is missing; the message names it.
@@ -269,10 +269,10 @@ def register(layer: _Layer) -> _Layer:
 
 
 def unregister(layer: type[AttentionLayer]) -> None:
-    """Forget a layer.
+    """Remove a layer from the registry.
 
     Args:
-        layer: that was registered.
+        layer: a registered layer.
     """
     del LAYERS[layer.layer_name]
 
