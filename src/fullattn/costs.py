@@ -3,7 +3,9 @@
 Nothing runs: a layer on the meta device will do, and so will a feature map that fits no memory.
 
 FLOPs are 2 for each multiplication with an addition, and products and convolutions alone are
-counted, as `torch.utils.flop_counter.FlopCounterMode` does; the two agree. For x of (B, C, H, W):
+counted, as `torch.utils.flop_counter.FlopCounterMode` does; the two agree, except that the counter
+leaves out a product over an axis of length 1, which einsum computes element by element. For x of
+(B, C, H, W):
 
     FullyAttentional   8·B·C²·HW          attention: two products in each of two branches
                        2·B·C²·(H + W)     the two Linears

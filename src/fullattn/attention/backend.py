@@ -100,6 +100,7 @@ class Operation:
         cuts: of each branch, how its feature maps are cut.
         branches: for backends that fuse: from (*tensors) query, key and value of each branch, as in
             `Branch`; the attended values of the branches add up to `attended`.
+        sliced: whether there are several slices, which must be copied before a map is built.
     """
 
     name: str
@@ -108,10 +109,10 @@ class Operation:
     attended: Callable[..., Tensor]
     branches: Callable[..., tuple[tuple[Tensor, Tensor, Tensor], ...]]
 
-    @property
-    def sliced(self) -> bool:
-        """Whether there are several slices, which must be copied before a map is built."""
-        return any(cut.slices for cut in self.cuts)
+    sliced: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sliced", any(cut.slices for cut in self.cuts))
 
 
 class AttentionCall(NamedTuple):

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fullattn.attention import flops, operators
 from fullattn.attention.backend import FLOATING, Backend, Setting, Workspace
-from fullattn.attention.sizes import Size, ceil_div, maximum, minimum
+from fullattn.attention.sizes import Size, maximum, minimum
 
 __all__ = ["BACKEND", "axial_channel_attention"]
 
@@ -154,18 +154,15 @@ def _call(name: str, x: Tensor, *others: Tensor | float | None) -> None:
         raise MemoryError(f"fullattn's native kernel ran out of memory at shape {tuple(x.shape)}")
 
 
-def _turned(key: Tensor) -> Tensor:
-    """A key (B, C, D) as the kernel reads it, (B, D, C), which is how a Linear has written it."""
-    return key.float().mT.contiguous()
-
-
 def _forward(
     x: Tensor, column_key: Tensor, row_key: Tensor, scale: float, gamma: Tensor | None = None
 ) -> Tensor:
     if x.dtype != torch.float32:
         return _forward(x.float(), column_key, row_key, scale, gamma).to(x.dtype)
+    # The kernel reads keys as (B, D, C), which is how a Linear has written them.
+    keys = column_key.float().mT.contiguous(), row_key.float().mT.contiguous()
     out = torch.empty_like(x)
-    _call("fullattn_forward", x, _turned(column_key), _turned(row_key), scale, gamma, out)
+    _call("fullattn_forward", x, *keys, scale, gamma, out)
     return out
 
 
@@ -179,15 +176,14 @@ def _forward_with_residual(
 def _backward(
     grad: Tensor, x: Tensor, column_key: Tensor, row_key: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keys = column_key, row_key
+    keys = column_key.float().mT.contiguous(), row_key.float().mT.contiguous()
     source, upper = x.float(), grad.float()
     grad_x = torch.empty_like(source)
-    found = [torch.empty(key.shape, device=key.device) for key in keys]
-    _call("fullattn_backward", source, *map(_turned, keys), scale, upper, grad_x, *found)
-    columns, rows = (
-        torch.empty_like(key).copy_(each) for key, each in zip(keys, found, strict=True)
-    )
-    return grad_x.to(x.dtype), columns, rows
+    found = [torch.empty(key.shape) for key in (column_key, row_key)]
+    _call("fullattn_backward", source, *keys, scale, upper, grad_x, *found)
+    grad_column_key = torch.empty_like(column_key).copy_(found[0])
+    grad_row_key = torch.empty_like(row_key).copy_(found[1])
+    return grad_x.to(x.dtype), grad_column_key, grad_row_key
 
 
 def _empty_result(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
@@ -226,8 +222,8 @@ def kernel_workspace(shape: tuple[Size, ...], threads: Size) -> tuple[Size, Size
         Bytes in forward and in backward.
     """
     batch, channels, height, width = shape
-    row = ceil_div(channels, 32) * 32 + 16
-    columns = minimum(16, width, ceil_div(batch * width, threads))
+    row = -(-channels // 32) * 32 + 16
+    columns = minimum(16, width, -(-batch * width // threads))
     keys = row * (height + width)
     block = maximum(columns * height, width)
     return (

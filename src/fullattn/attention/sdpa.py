@@ -25,7 +25,7 @@ from fullattn.attention.backend import (
     Workspace,
     statically_true,
 )
-from fullattn.attention.sizes import Size, at_least, ceil_div, equal, less, maximum, minimum, where
+from fullattn.attention.sizes import Size, at_least, equal, less, maximum, minimum, where
 
 __all__ = ["BACKEND", "attend"]
 
@@ -112,7 +112,7 @@ def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
     size = setting.size
     # As `padded_features`: on a CPU the longer of the two and 2, which equal lengths are already.
     if setting.device == "cuda":
-        features, value_features = (8 * ceil_div(x[3], 8) for x in (a.query, a.value))
+        features, value_features = (8 * -(-x[3] // 8) for x in (a.query, a.value))
     else:
         features = value_features = maximum(a.query[3], a.value[3], 2)
     query, key = (*a.query[:3], features), (*a.key[:3], features)

@@ -15,7 +15,6 @@ __all__ = [
     "Expression",
     "Size",
     "at_least",
-    "ceil_div",
     "equal",
     "graph",
     "less",
@@ -54,6 +53,9 @@ class Expression:
 
     def __rsub__(self, other: Size) -> Size:
         return Expression("-", other, self)
+
+    def __neg__(self) -> Size:
+        return Expression("-", 0, self)
 
     def __mul__(self, other: Size) -> Size:
         if _is(other, 0):
@@ -97,11 +99,6 @@ def maximum(*sizes: Size) -> Size:
 def minimum(*sizes: Size) -> Size:
     """The smallest of sizes."""
     return _folded("min", min, sizes)
-
-
-def ceil_div(dividend: Size, divisor: Size) -> Size:
-    """The quotient of two sizes, rounded up."""
-    return (dividend + divisor - 1) // divisor
 
 
 def less(one: Size, other: Size) -> Size:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fullattn.attention.sizes import Size, ceil_div, maximum, minimum, where
+from fullattn.attention.sizes import Size, maximum, minimum, where
 from fullattn.attention.triton.configurations import features_class, power_of_two
 from fullattn.reshape import COLUMNS, ROWS
 
@@ -80,7 +80,7 @@ Run = Callable[[Launch], None]
 
 def padded(features: Any) -> Any:
     """The number of features in a window: the next multiple of 16."""
-    return ceil_div(features, _ALIGNED) * _ALIGNED
+    return -(-features // _ALIGNED) * _ALIGNED
 
 
 def _strides(slices: Tensor) -> list[int]:
@@ -202,12 +202,12 @@ def slices_each(slices: Any, tokens: Any) -> Any:
     Returns:
         As many as leave `_PROGRAMS` programs, and 1 at least.
     """
-    return maximum(1, slices * ceil_div(tokens, 64) // _PROGRAMS)
+    return maximum(1, slices * -(-tokens // 64) // _PROGRAMS)
 
 
 def _even(total: Any, most: Any) -> Any:
     """The length of the longest part when `total` is cut into parts of at most `most`."""
-    return ceil_div(total, ceil_div(total, most))
+    return -(-total // -(-total // most))
 
 
 def workspace(shape: Sequence[Size], size: Size) -> tuple[Size, Size]:
@@ -239,7 +239,7 @@ def _branch_workspace(slices: Sequence[Size], size: Size, *, in_place: Size) -> 
     features = where(in_place, features, padded(features))
     windows = (1 - in_place) * images * width * channels * features * size
     key = (1 - in_place) * batch * channels * features * size
-    parts = ceil_div(width, slices_each(images * width, channels))
+    parts = -(-width // slices_each(images * width, channels))
     sums = 4 * images * (parts + 1) * channels * features
     return 2 * windows + key, 3 * windows + key + sums
 
