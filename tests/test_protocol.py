@@ -205,6 +205,15 @@ class WithinRows(AttentionLayer):
         return Work(branches, flops=0, parameters=1, inputs=0, kept=0, gradients=0)
 
 
+def test_without_a_gamma_a_layer_gives_what_is_attended(x: Tensor) -> None:
+    layer, given = WithinRows(8, scale=0.3), x.float()
+    with_gamma = layer(given)
+    assert torch.equal(with_gamma, given)
+    del layer.gamma
+    expected = torch.einsum("bhwv, bchv -> bchw", layer.similarity(given), given)
+    torch.testing.assert_close(layer(given), expected)
+
+
 def test_positions_that_stay_within_rows_are_drawn_there(x: Tensor) -> None:
     layer, features = WithinRows(8, scale=0.3), x[0].float()
     figure = fullattn.plot.similarity(layer, features, point=(3, 2))

@@ -82,8 +82,7 @@ class AttentionLayer(nn.Module):
     """Base class of the layers, and of your own.
 
     A subclass sets `layer_name`, `paper` and `operation`, takes `channels` and the keywords `scale`
-    and `backend`, sets `self.gamma`, and defines `attention` and `work`; `register` then makes it
-    known.
+    and `backend`, and defines `attention` and `work`; `register` then makes it known.
 
     Attributes:
         layer_name: name on the command line and in `FLANet(attention=...)`.
@@ -95,7 +94,7 @@ class AttentionLayer(nn.Module):
         channels: C.
         scale: factor on the scores; None for 1/√d.
         backend: name of the attention backend; None for the automatic choice.
-        gamma: factor of the attention; None for a layer without.
+        gamma: factor of the attention; None or missing for the attended values alone.
     """
 
     layer_name: ClassVar[str]
@@ -170,7 +169,7 @@ class AttentionLayer(nn.Module):
             A tensor of x's shape and memory format.
         """
         x, unbatched = self.check(x)
-        gamma = self.gamma
+        gamma = getattr(self, "gamma", None)
         y, added = attention.run(self.attention(x), x, gamma, backend=self.backend)
         if not added:
             y = attention.scaled_residual(x, gamma, y)
@@ -206,7 +205,7 @@ class AttentionLayer(nn.Module):
             TypeError: not a tensor, or a dtype other than the parameters'.
             ValueError: a wrong rank, number of channels, size of 0 or device.
         """
-        return _checks.feature_map(x, self.channels, self.gamma)
+        return _checks.feature_map(x, self.channels, getattr(self, "gamma", None))
 
     def check_size(self, shape: tuple[int, ...]) -> None:
         """Raise ValueError where a feature map (B, C, H, W) is too small for the layer."""
