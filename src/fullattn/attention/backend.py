@@ -25,9 +25,15 @@ __all__ = [
     "Workspace",
     "is_symbolic",
     "statically_true",
+    "work_dtype",
 ]
 
 FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scores and softmax: float32 at least, because float16 overflows at 65504."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def statically_true(condition: bool) -> bool:

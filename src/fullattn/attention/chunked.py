@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from fullattn.attention import flops, operators
-from fullattn.attention.backend import Backend, BranchSizes, ScoreFunction, Setting, Workspace
+from fullattn.attention.backend import (
+    Backend,
+    BranchSizes,
+    ScoreFunction,
+    Setting,
+    Workspace,
+    work_dtype,
+)
 from fullattn.attention.sizes import Size, at_least, less, maximum, minimum, where
 
 __all__ = ["BACKEND", "attend", "backward", "forward"]
@@ -30,10 +37,6 @@ _BLOCK = 2**19
 # Slices gathered at a time where the features are strided: 16 float32 fill a cache line, so that
 # every line of the feature map is read once.
 _GATHER = 16
-
-
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _suits_blas(x: Tensor) -> bool:
@@ -133,7 +136,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, buffer: Tensor) -> Tensor:
 
 def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """As `attend`, without autograd and on any device."""
-    dtype = _work_dtype(query.dtype)
+    dtype = work_dtype(query.dtype)
     out = _like_query(query, value.shape[-1])
     plan, same = _Plan(query, key), _is_same(query, value)
     buffer = torch.empty(plan.block_numel, dtype=dtype, device=query.device)
@@ -156,7 +159,7 @@ def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value of `forward`, on any device."""
-    dtype = _work_dtype(query.dtype)
+    dtype = work_dtype(query.dtype)
     grad_query = torch.empty_like(query)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
     plan, same = _Plan(query, key), _is_same(query, value)

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 from torch import Tensor
 
-from fullattn.attention.backend import Backend, BranchSizes, ScoreFunction, Setting, Workspace
+from fullattn.attention.backend import (
+    Backend,
+    BranchSizes,
+    ScoreFunction,
+    Setting,
+    Workspace,
+    work_dtype,
+)
 from fullattn.attention.sizes import maximum
 
 __all__ = ["BACKEND", "attend"]
@@ -29,8 +35,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     Returns:
         (B, S, N, E) in the query's dtype.
     """
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    dtype = torch.float32 if half else query.dtype
+    dtype = work_dtype(query.dtype)
     context = key.to(dtype).mT @ value.to(dtype) * (scale / key.shape[-2])
     return (query.to(dtype) @ context).to(query.dtype)
 

@@ -24,6 +24,7 @@ from fullattn.attention.backend import (
     ScoreFunction,
     Setting,
     Workspace,
+    work_dtype,
 )
 from fullattn.attention.sizes import less, maximum
 
@@ -136,10 +137,8 @@ def _options(call: AttentionCall) -> dict[str, Any]:
 
 
 def _accumulated(*tensors: Tensor) -> tuple[Tensor, ...]:
-    # A float16 score overflows at 65504 before any softmax sees it, so scores are float32 at least.
-    if tensors[0].dtype not in (torch.float16, torch.bfloat16):
-        return tensors
-    return tuple(x.float() for x in tensors)
+    dtype = work_dtype(tensors[0].dtype)
+    return tensors if dtype == tensors[0].dtype else tuple(x.to(dtype) for x in tensors)
 
 
 def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
