@@ -23,13 +23,15 @@ from typing import Any
 from fullattn.bench.report import Report, Row, read_report
 from fullattn.bench.table import digits, si
 from fullattn.bench.workload import Mode
+from fullattn.layers import LAYERS
 
 __all__ = ["ROOT", "TABLES", "fill", "pages"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-_LOSES = {"channel": "where", "spatial": "which channel", "fully": "nothing"}
+# What a map sums away, by the features of its cut.
+_LOSES = {"hw": "where", "c": "which channel", "h": "the place in a column", "w": "in a row"}
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -88,6 +90,12 @@ def cpu_tables() -> str:
     return "\n\n".join(parts)
 
 
+def _loses(layer: str) -> str:
+    """What the maps of a layer, or of the official implementation, sum away."""
+    cuts = LAYERS.get(layer, LAYERS["fully"]).operation.cuts
+    return ", ".join(_LOSES[cut.features] for cut in cuts)
+
+
 def home_table() -> str:
     """The three layers at the paper's size: what they keep and what it costs."""
     report = _cpu()
@@ -103,7 +111,7 @@ def home_table() -> str:
         cells.append(
             [
                 _name(row),
-                _LOSES.get(row.contender.layer, "nothing"),
+                _loses(row.contender.layer),
                 si(formula.flops),
                 digits(formula.map_bytes / 2**20),
                 forward[0],

@@ -106,7 +106,7 @@ _LAYERS: dict[str, tuple[str, str, str, Callable[[int, int, int], bool]]] = {
     "fully": (
         "FullyAttentional",
         "W + H maps of C×C",
-        "keeps both",
+        "keeps channel, column and row",
         lambda channel, row, column: column == 2,
     ),
 }
