@@ -13,7 +13,7 @@ needs nothing here and nothing in JavaScript.
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,22 +71,21 @@ def _form(layer: AttentionLayer, device: str, place: Any) -> dict[str, Any]:
     batch, channels, height, width, size, threads = (Expression("symbol", name) for name in SYMBOLS)
     shape, setting = (batch, channels, height, width), Setting(size, device, threads)
     work = layer.work(shape, size)
-    # A shape that no limit excludes, for what does not depend on the shape.
-    inputs = costs.inputs_of(layer, (1, 8, 8, 8), torch.float32, device)
     of_sizes = costs.inputs_of(layer, shape, torch.float32, device)
     backends = {}
     for entry in dispatch.BACKENDS:
         there = replace(entry, unavailable=lambda: None)
-        if reasons := there.reasons_against(inputs):
-            backends[entry.name] = {"reason": f"{entry.name} {'; '.join(reasons)}"}
-            continue
-        figures = costs.figures(layer, shape, setting, entry)
-        backends[entry.name] = {
-            "figures": {
-                field.name: place(getattr(figures, field.name)) for field in fields(figures)
-            },
-            "most_features": entry.most_features,
-        }
+        reasons = {}
+        for name in DTYPES:
+            # A shape that no limit excludes, for what does not depend on the shape.
+            inputs = costs.inputs_of(layer, (1, 8, 8, 8), getattr(torch, name), device)
+            if against := there.reasons_against(inputs):
+                reasons[name] = f"{entry.name} {'; '.join(against)}"
+        found = {"reasons": reasons, "most_features": entry.most_features}
+        if len(reasons) < len(DTYPES):
+            figures = vars(costs.figures(layer, shape, setting, entry))
+            found["figures"] = {name: place(figure) for name, figure in figures.items()}
+        backends[entry.name] = found
     return {
         "parameters": place(work.parameters),
         "backends": backends,

@@ -198,3 +198,31 @@ def test_the_reason_says_what_stands_against_a_backend(in_the_page: Callable[...
     ):
         found = in_the_page(layer=layer, device=device, backend=backend, **setting)
         assert found == {"reason": f"{backend} {said}"}
+
+
+def test_a_new_backend_needs_nothing_but_its_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
+    racer = pytest.importorskip("py_mini_racer", reason="needs mini-racer: a V8 to run scripts in")
+    like = dispatch.by_name("sdpa")
+
+    def workspace(a: Any, setting: Any) -> Any:
+        found = like.workspace(a, setting)
+        return replace(found, inference=found.inference + 1234 * a.query[2])
+
+    halves = {"*": frozenset({torch.bfloat16, torch.float16})}
+    toy = replace(like, name="toy", workspace=workspace, dtypes=halves)
+    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, toy))
+    monkeypatch.setitem(dispatch._BY_NAME, "toy", toy)
+    context = racer.MiniRacer()
+    context.eval(explorer.script() + SCRIPT.read_text("utf-8"))
+
+    def ask(**setting: Any) -> Any:
+        return json.loads(
+            context.eval(f"JSON.stringify(fullattnCosts.cost({json.dumps(setting)}))")
+        )
+
+    setting: dict[str, Any] = {"device": "cpu", "threads": 2, "backend": "toy", "project": False}
+    for layer in LAYERS:
+        assert _compare(ask, layer, (2, 24, 9, 11), dtype="bfloat16", **setting)
+        assert not _compare(ask, layer, (2, 24, 9, 11), dtype="float32", **setting)
+    found = ask(layer="fully", batch=1, channels=8, height=4, width=4, dtype="float32", **setting)
+    assert found == {"reason": "toy takes bfloat16, float16 on cpu, not float32"}

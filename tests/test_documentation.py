@@ -236,7 +236,7 @@ def checkpoint(path: Path, data: str = "camvid") -> None:
 
 
 def public_weights(path: Path) -> None:
-    """The weights of a small FLANet with the names of the public code."""
+    """The weights of a small FLANet with the names of the official code."""
     load("timm")
     from fullattn import checkpoints
     from fullattn.models import FLANet

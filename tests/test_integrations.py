@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -45,6 +46,10 @@ def test_mmengine_builds_the_layers_by_name_once_registered(name: str) -> None:
     LAYERS[name](8).load_state_dict(layer.state_dict())
     _, plugin = cnn.build_plugin_layer({"type": name}, "_1", in_channels=8)
     assert plugin.channels == 8
+    twin = pickle.loads(pickle.dumps(layer))
+    assert type(twin) is type(layer)
+    x = torch.randn(1, 8, 5, 6)
+    assert torch.equal(twin.eval()(x), layer.eval()(x))
 
 
 @pytest.mark.parametrize("layer", LAYERS.values())

@@ -249,3 +249,26 @@ def test_similarity_calls_what_forward_calls_for_it(name: str) -> None:
             layer.similarity(x)  # type: ignore[operator]
             handle.remove()
             assert calls == [1], part
+
+
+class InEights(nn.Module):
+    """A 1x1 convolution whose weight is kept in 8 bits, as quantising libraries do."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.scale = float(base.weight.detach().abs().max() / 127)
+        kept = (base.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(kept, requires_grad=False)
+        self.bias = base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def test_a_value_whose_weight_is_an_integer_is_called() -> None:
+    layer, x = build(lambda: SpatialNonLocal(8, zero_init=False)).float(), image().float()
+    exact = layer(x)
+    layer.value = InEights(layer.value)  # type: ignore[arg-type]
+    torch.testing.assert_close(layer(x), exact, rtol=0.1, atol=0.1)
+    with pytest.raises((TypeError, RuntimeError)):
+        layer(x.double())

@@ -31,9 +31,9 @@ const fullattnCosts = ((data) => {
   }
 
   // Why a backend cannot run, or null.
-  function reasonAgainst(name, form, value) {
+  function reasonAgainst(name, form, value, dtype) {
     const backend = form.backends[name];
-    if ("reason" in backend) return backend.reason;
+    if (dtype in backend.reasons) return backend.reasons[dtype];
     const most = backend.most_features, features = value(form.features);
     return most !== null && features > most ? `${name} takes up to ${most} features, not ${features}` : null;
   }
@@ -47,10 +47,10 @@ const fullattnCosts = ((data) => {
     if (backend === "automatic") {
       // As fullattn.attention.dispatch decides it, where all backends are there.
       const build = form.map_numel !== null && value(form.map_numel) < value(form.token_numel);
-      const able = form.fused.filter((each) => reasonAgainst(each, form, value) === null);
+      const able = form.fused.filter((each) => reasonAgainst(each, form, value, dtype) === null);
       name = build || able.length === 0 ? form.builds : able[0];
     }
-    const reason = reasonAgainst(name, form, value);
+    const reason = reasonAgainst(name, form, value, dtype);
     if (reason !== null) return { reason };
     const figures = Object.entries(form.backends[name].figures);
     return {

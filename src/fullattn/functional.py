@@ -2,6 +2,7 @@
 
 The definitions follow the papers, in einsum on b (image), c, i and j (channels), h (row) and
 w (column). The backend `reference` runs them, and the tests compare them with a float64 oracle.
+They compute in the dtype that they are given; the backend takes half precision to float32 first.
 The functions after them compute the same on the backend that `fullattn.attention` chooses. All take
 feature maps and keys, never weights: the modules in `fullattn.layers` make the keys with their own
 Linears and convolutions, and add shape checks and the unbatched form.

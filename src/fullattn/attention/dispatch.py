@@ -160,15 +160,14 @@ def choose(inputs: AttentionInputs, requested: str | None = None) -> Backend:
         BackendError: the backend asked for cannot run the inputs.
         ValueError: FULLATTN_BACKEND does not name a backend.
     """
-    if (_override or requested or _from_environment) is not None:
-        forced = _forced(requested)
-        if forced is not None:
-            if forced.reasons_against(inputs):
-                raise _refused(forced, inputs)
-            return forced
+    forced = _forced(requested)
+    if forced is not None:
+        if forced.reasons_against(inputs):
+            raise _refused(forced, inputs)
+        return forced
     if not worth_building(inputs):
         exporting = torch.compiler.is_exporting()
-        for candidate in FUSED_SLICES if inputs.sliced else FUSED_SLICE:
+        for candidate in fused(inputs):
             if exporting and candidate.own_operators:
                 continue
             if not candidate.reasons_against(inputs):

@@ -81,10 +81,7 @@ def _is(size: Size, number: int) -> bool:
     return isinstance(size, int) and size == number
 
 
-def _folded(operation: str, choose: Any, sizes: tuple[Size, ...]) -> Size:
-    if not any(isinstance(size, Expression) for size in sizes):
-        result: int = choose(sizes)
-        return result
+def _folded(operation: str, sizes: tuple[Size, ...]) -> Size:
     first, *others = sizes
     for size in others:
         first = Expression(operation, first, size)
@@ -93,12 +90,12 @@ def _folded(operation: str, choose: Any, sizes: tuple[Size, ...]) -> Size:
 
 def maximum(*sizes: Size) -> Size:
     """The largest of sizes."""
-    return _folded("max", max, sizes)
+    return _folded("max", sizes) if Expression in map(type, sizes) else max(sizes)  # type: ignore[type-var]
 
 
 def minimum(*sizes: Size) -> Size:
     """The smallest of sizes."""
-    return _folded("min", min, sizes)
+    return _folded("min", sizes) if Expression in map(type, sizes) else min(sizes)  # type: ignore[type-var]
 
 
 def less(one: Size, other: Size) -> Size:

@@ -8,15 +8,15 @@ as in the layers, and so are the weights.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 from fullattn.layers import LAYERS, AttentionLayer
 
 __all__ = ["register"]
 
-_registered: dict[type[AttentionLayer], type[AttentionLayer]] = {}
 
-
+@cache
 def _with_in_channels(layer: type[AttentionLayer]) -> type[AttentionLayer]:
     """The layer with its channel count called `in_channels`, and a name for mmcv's plugins."""
 
@@ -26,6 +26,14 @@ def _with_in_channels(layer: type[AttentionLayer]) -> type[AttentionLayer]:
     abbreviation = re.sub(r"(?<!^)(?=[A-Z])", "_", layer.__name__).lower()
     names = {"__init__": __init__, "_abbr_": abbreviation, "__module__": __name__}
     return type(layer.__name__, (layer,), names)
+
+
+def __getattr__(name: str) -> Any:
+    """The registered class of a layer, where pickle looks for it."""
+    for layer in LAYERS.values():
+        if layer.__name__ == name:
+            return _with_in_channels(layer)  # type: ignore[arg-type]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register() -> None:
@@ -43,7 +51,6 @@ def register() -> None:
     from mmengine.registry import MODELS
 
     for layer in LAYERS.values():
-        if layer not in _registered:
-            made = _with_in_channels(layer)
+        made = _with_in_channels(layer)  # type: ignore[arg-type]
+        if MODELS.get(layer.__name__) is not made:
             MODELS.register_module(name=layer.__name__, module=made)
-            _registered[layer] = made

@@ -95,7 +95,9 @@ def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Ten
             raise ValueError(
                 f"expected an input on the layer's device {parameter.device}, got {x.device}"
             )
-        if x.dtype != parameter.dtype and not is_autocast_enabled(x.device.type):
+        # Weights of a quantised module may be integers, whatever it computes in.
+        comparable = parameter.dtype.is_floating_point
+        if x.dtype != parameter.dtype and comparable and not is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"expected the layer's dtype {parameter.dtype}, got {x.dtype}; "
                 "convert one of them or use torch.autocast"
