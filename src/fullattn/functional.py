@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor, einsum, softmax
 
 from fullattn import attention
-from fullattn.attention import AttentionCall, Operation, ScoreFunction
+from fullattn.attention import AttentionCall, Operation, ScoreFunction, triton
 from fullattn.attention.backend import is_symbolic
 from fullattn.attention.reference import scaled, weights
 from fullattn.reshape import CHANNELS, COLUMNS, POSITIONS, ROWS
@@ -27,6 +27,7 @@ __all__ = [
     "CHANNEL_ATTENTION",
     "POSITION_ATTENTION",
     "FullyAttentionalSimilarity",
+    "axial_means",
     "channel_attention",
     "channel_call",
     "channel_non_local",
@@ -143,6 +144,20 @@ POSITION_ATTENTION = Operation(
     cuts=(POSITIONS,),
     branches=lambda query, key, value: ((query, key, value),),
 )
+
+
+def axial_means(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Average a feature map over W and over H: the contexts of which the layer makes its keys.
+
+    Args:
+        x: feature map, (B, C, H, W).
+
+    Returns:
+        The mean column, (B, H, C), and the mean row, (B, W, C).
+    """
+    means = triton.axial_means(x)
+    # x.mean, not a pooling layer: a deterministic CUDA backward, and exports with free sizes.
+    return (x.mean(dim=3).mT, x.mean(dim=2).mT) if means is None else means
 
 
 def fully_attentional_call(

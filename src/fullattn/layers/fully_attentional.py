@@ -137,9 +137,9 @@ class FullyAttentional(AttentionLayer):
 
     def attention(self, x: Tensor) -> AttentionCall:
         """Compare every column with the mean column's keys, and every row with the mean row's."""
-        # x.mean, not a pooling layer: a deterministic CUDA backward, and exports with free sizes.
-        column_key = self.column_key(x.mean(dim=3).mT).mT  # (B, C, H)
-        row_key = self.row_key(x.mean(dim=2).mT).mT  # (B, C, W)
+        mean_column, mean_row = functional.axial_means(x)
+        column_key = self.column_key(mean_column).mT  # (B, C, H)
+        row_key = self.row_key(mean_row).mT  # (B, C, W)
         call = mixing.mixed_call if self.mix_images else functional.fully_attentional_call
         return call(x, column_key, row_key, scale=self.scale)
 

@@ -1,9 +1,10 @@
 """Fused GPU kernels for the fully attentional layer, in Triton.
 
-Both branches read the feature map by its strides, and share one key for all slices of an image; the
-map stays in registers, a block at a time, and gamma and the residual are added where the result is
-written. Backward computes the map again from the sums of its rows. See `kernels` for the kernels,
-`launch` for how a feature map is handed to them, `configurations` and `tuning` for the block sizes.
+Both branches read the feature map in channels_last, and share one key for all slices of an image;
+the map stays in registers, a block at a time, and gamma and the residual are added where the result
+is written. Backward computes the map again from the maximum and the sum of each row. See `kernels`
+for the kernels, `launch` for how a feature map is handed to them, and `configurations` and `tuning`
+for the block sizes.
 
 This module is imported with the package; Triton itself is imported when a kernel first runs.
 """
@@ -16,7 +17,6 @@ import os
 import subprocess
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from math import prod
 from typing import Any
 
@@ -91,10 +91,6 @@ def _precision() -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-def _on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 @functools.cache
 def _reasons(device: str, dtype: torch.dtype, features: int) -> tuple[str, ...]:
     """Why the kernels cannot run, if so."""
@@ -149,14 +145,15 @@ def _forward(
     def run() -> tuple[Tensor, Tensor, Tensor]:
         from fullattn.attention.triton import tuning
 
-        with _on_device_of(x):
+        with launch.on_device_of(x):
             return launch.forward(x, column_key, row_key, gamma, scale, _precision(), tuning.run)
 
     def plainly() -> tuple[Tensor, Tensor, Tensor]:
         attended = _attended(x, column_key, row_key, scale)
-        out, column_lse, row_lse = launch.empty_result(x, gamma)
+        out, column_statistics, row_statistics = launch.empty_result(x, gamma)
+        out.copy_(scaled_residual(x, gamma, attended))
         # The backward of this shape does without the statistics, too.
-        return out.copy_(scaled_residual(x, gamma, attended)), column_lse.zero_(), row_lse.zero_()
+        return out, column_statistics.zero_(), row_statistics.zero_()
 
     if x.numel() == 0:
         return launch.empty_result(x, gamma)
@@ -170,8 +167,8 @@ def _backward(
     column_key: Tensor,
     row_key: Tensor,
     gamma: Tensor | None,
-    column_lse: Tensor,
-    row_lse: Tensor,
+    column_statistics: Tensor,
+    row_statistics: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (x, column_key, row_key, gamma)
@@ -179,9 +176,9 @@ def _backward(
     def run() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from fullattn.attention.triton import tuning
 
-        with _on_device_of(x):
+        with launch.on_device_of(x):
             return launch.backward(
-                grad, *inputs, column_lse, row_lse, scale, _precision(), tuning.run
+                grad, *inputs, column_statistics, row_statistics, scale, _precision(), tuning.run
             )
 
     def plainly() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -224,7 +221,7 @@ _operator = operators.register(
     flops.axial_channel_attention,
     flops.axial_channel_attention_backward,
     optional=("gamma",),
-    statistics=("column_lse", "row_lse"),
+    statistics=("column_statistics", "row_statistics"),
     devices=("CUDA", "CPU"),
 )
 
@@ -253,12 +250,39 @@ def axial_channel_attention(
     return result
 
 
+def axial_means(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The means of x over W and over H, in one launch.
+
+    Args:
+        x: feature map, (B, C, H, W).
+
+    Returns:
+        (B, H, C) and (B, W, C); None where PyTorch's own operators are to compute them: for a map
+        that is not in channels_last, where the kernels cannot run, and while x is traced.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or not (x.is_cuda or _INTERPRETED)
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or x.numel() == 0
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or _reasons(x.device.type, x.dtype, 1)
+    ):
+        return None
+    from fullattn.attention.triton.means import AxialMeans
+
+    column, row = AxialMeans.apply(x)
+    return column, row
+
+
 def _workspace(shape: tuple[Size, ...], setting: Setting) -> Workspace:
     batch, channels, height, width = shape
     x = prod(shape) * setting.size
-    rows = 4 * batch * channels * (height + width)  # an element for each row of each map
+    rows = 8 * batch * channels * (height + width)  # two elements for each row of each map
     forward, backward = launch.workspace(shape, setting.size)
-    grad_keys = batch * channels * (height + width) * (4 + setting.size)
+    grad_keys = batch * channels * (height + width) * setting.size
     return Workspace(
         flops=flops.axial_channel_attention(shape),
         backward_flops=flops.axial_channel_attention_backward(shape, shape),
@@ -266,8 +290,8 @@ def _workspace(shape: tuple[Size, ...], setting: Setting) -> Workspace:
         inference=x + rows + forward,
         saved=rows,
         forward=x + rows + forward,
-        backward=2 * x + 2 * rows + grad_keys + backward,
-        backward_shared=x + 2 * rows + grad_keys + backward,
+        backward=2 * x + rows + grad_keys + backward,
+        backward_shared=x + rows + grad_keys + backward,
     )
 
 

@@ -1,21 +1,21 @@
 """The kernels: attention over the slices of a feature map, forward and backward, in Triton.
 
-A slice is a column or a row of the feature map: C tokens (the channels) of D features (H or W
-numbers). Which of the two it is, and how it lies in memory, is all in the strides. Query and value
-are the slice itself; the key (C, D) is shared by all slices of an image.
+A slice is a column or a row of a feature map in channels_last: C tokens (the channels) of D
+features (H or W elements), of which the tokens are neighbours in memory. Query and value are the
+slice itself; the key (C, D) is shared by all slices of an image.
 
-The features are cut into at most three pieces of a power of two each, because Triton's blocks have
-sizes of a power of two: 97 is read as 64 + 32 + 16, and not as 128. A tile of tokens is a tuple of
-its pieces.
+Feature maps and keys arrive as tensor descriptors over (B, S, D, C), whose boxes are `BOX` features
+of `BLOCK_M` tokens (`*_own`: the tokens whose results a program makes) or `BLOCK_N` tokens (those
+that they meet at a time); a second descriptor, `*_rest`, has a narrower box for the features that
+are left. A tile is a tuple of boxes: 96 features are read as 64 and 32, not as 128. What lies
+outside of D and C is read as 0 and not written. FEATURES: D, rounded up to a multiple of 16.
 
 Scores, softmax and all sums are float32; products take the tensor cores in the dtype of the input.
-Softmax is taken in base 2: `scale` has the factor log2(e) already. No kernel uses atomics.
-
-Arguments: `S`, `C`, `D` are the numbers of slices, tokens and features; `_b _s _t _f` a tensor's
-strides over batch, slices, tokens and features; `lse` and `delta` (B, S, C) are contiguous but for
-their batch. CHANNELS, FEATURES and LAYOUT say nothing to a kernel: they are what its configuration
-is chosen by. UNIT is a power of two that divides C; COVERS_C and COVERS_D: the blocks of tokens,
-and the pieces, end where C and D do.
+The softmax is taken in base 2: `scale` is |scale| · log2(e), and NEGATIVE says that the scale is
+negative. A row of the map is kept as its maximum `m` (of the scores before `scale`) and `log_l`,
+the base-2 logarithm of its sum after that maximum was subtracted, each (B, S, C). Their sum would
+be the row's log-sum-exp, but rounded by |score| · 6e-8, which is several percent of a weight where
+scores reach 1e6. No kernel uses atomics.
 """
 
 # Triton reads annotations and names in a kernel itself, and its functions have no types.
@@ -23,339 +23,372 @@ and the pieces, end where C and D do.
 
 import triton
 import triton.language as tl
+from triton.knobs import runtime
 
-__all__ = ["backward_keys", "backward_queries", "copy", "forward", "pieces"]
+__all__ = [
+    "backward_keys",
+    "backward_queries",
+    "copy",
+    "finish",
+    "forward",
+    "means",
+    "spread",
+    "widths",
+]
 
-
-@triton.constexpr_function
-def pieces(padded, exact):
-    """Powers of two that cover a number of features: up to three with `exact`, otherwise one."""
-    if not exact:
-        return (1 << (padded - 1).bit_length(),)
-    while padded.bit_count() > 3:
-        padded += padded & -padded
-    return tuple(1 << bit for bit in reversed(range(padded.bit_length())) if padded >> bit & 1)
-
-
-@triton.constexpr_function
-def _count(pieces):
-    return len(pieces)
-
-
-@triton.constexpr_function
-def _width(pieces, n):
-    return pieces[n]
+# Functions that the kernels call. The interpreter runs them as they are: decorated, it would look
+# through all of Triton's language at each call, which takes ten times as long as everything else.
+_function = (lambda fn: fn) if runtime.interpret else triton.jit
+_constexpr_function = (lambda fn: fn) if runtime.interpret else triton.constexpr_function
 
 
-@triton.constexpr_function
-def _start(pieces, n):
-    return sum(pieces[:n])
+@_constexpr_function
+def widths(features, box):
+    """Split a number of features into boxes: as many of one width as fit, and one for the rest."""
+    count, rest = divmod(features, box)
+    if rest:
+        rest = max(16, 1 << (rest - 1).bit_length())
+    if rest == box:
+        count, rest = count + 1, 0
+    return (box,) * count + ((rest,) if rest else ())
 
 
-@triton.constexpr_function
-def _covers_c(unit, own, others):
-    return unit % own == 0 and unit % others == 0
+@_constexpr_function
+def _count(widths):
+    return len(widths)
 
 
-@triton.constexpr_function
-def _covers_d(pieces, padded, covers_padded):
-    return covers_padded and sum(pieces) == padded
+@_constexpr_function
+def _width(widths, n):
+    return widths[n]
 
 
-@triton.jit
-def _tokens(first, N: tl.constexpr, WIDE: tl.constexpr):
-    """`N` tokens from `first` on; WIDE where an offset inside of a slice may need 64 bits."""
-    tokens = first + tl.arange(0, N)
-    if WIDE:
-        tokens = tokens.to(tl.int64)
-    return tokens
+@_constexpr_function
+def _start(widths, n):
+    return sum(widths[:n])
 
 
-@triton.jit
-def _load(
-    start, tokens, stride_t, stride_f, C, D,
-    PIECES: tl.constexpr, COVERS_C: tl.constexpr, COVERS_D: tl.constexpr,
+@_function
+def _load_box(
+    boxes, rest, image, s, token, n: tl.constexpr, WIDTHS: tl.constexpr, TOKENS: tl.constexpr
+):
+    """Load a box of some tokens, (width, TOKENS)."""
+    feature = _start(WIDTHS, n)
+    if _width(WIDTHS, n) == _width(WIDTHS, 0):
+        box = boxes.load([image, s, feature, token])
+    else:
+        box = rest.load([image, s, feature, token])
+    return tl.reshape(box, (_width(WIDTHS, n), TOKENS))
+
+
+@_function
+def _store_box(
+    boxes, rest, box, image, s, token,
+    n: tl.constexpr, WIDTHS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """The tile of some tokens (N, D): a tuple of its pieces, 0 outside of C tokens, D features."""
+    """Store a box of some tokens, (width, TOKENS)."""
+    feature = _start(WIDTHS, n)
+    box = tl.reshape(box.to(boxes.dtype), (1, 1, _width(WIDTHS, n), TOKENS))
+    if _width(WIDTHS, n) == _width(WIDTHS, 0):
+        boxes.store([image, s, feature, token], box)
+    else:
+        rest.store([image, s, feature, token], box)
+
+
+@_function
+def _load(boxes, rest, image, s, token, WIDTHS: tl.constexpr, TOKENS: tl.constexpr):
+    """Load the transposed tile of some tokens, (D, TOKENS): a tuple of its boxes."""
     tile = ()
-    for n in tl.static_range(_count(PIECES)):
-        features = _start(PIECES, n) + tl.arange(0, _width(PIECES, n))
-        place = start + tokens[:, None] * stride_t + features[None, :] * stride_f
-        if COVERS_C and COVERS_D:
-            piece = tl.load(place)
-        elif COVERS_C:
-            piece = tl.load(place, mask=features[None, :] < D, other=0.0)
-        elif COVERS_D:
-            piece = tl.load(place, mask=tokens[:, None] < C, other=0.0)
-        else:
-            inside = (tokens[:, None] < C) & (features[None, :] < D)
-            piece = tl.load(place, mask=inside, other=0.0)
-        tile = tile + (piece,)
+    for n in tl.static_range(_count(WIDTHS)):
+        tile = tile + (_load_box(boxes, rest, image, s, token, n, WIDTHS, TOKENS),)
     return tile
 
 
-@triton.jit
-def _zeros(N: tl.constexpr, PIECES: tl.constexpr):
+@_function
+def _zeros(TOKENS: tl.constexpr, WIDTHS: tl.constexpr):
     tile = ()
-    for n in tl.static_range(_count(PIECES)):
-        tile = tile + (tl.zeros([N, _width(PIECES, n)], tl.float32),)
+    for n in tl.static_range(_count(WIDTHS)):
+        tile = tile + (tl.zeros([TOKENS, _width(WIDTHS, n)], tl.float32),)
     return tile
 
 
-@triton.jit
-def _scores(left, right, PIECES: tl.constexpr, PRECISION: tl.constexpr):
-    """Left (N, D) · rightᵀ (D, M), in float32."""
-    scores = tl.dot(left[0], tl.trans(right[0]), input_precision=PRECISION)
-    for n in tl.static_range(1, _count(PIECES)):
-        scores = tl.dot(left[n], tl.trans(right[n]), scores, input_precision=PRECISION)
+@_function
+def _scores(left, right, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiply the tokens of two transposed tiles, leftᵀ (N, D) · right (D, M), in float32."""
+    scores = tl.dot(tl.trans(left[0]), right[0], input_precision=PRECISION)
+    for n in tl.static_range(1, _count(WIDTHS)):
+        scores = tl.dot(tl.trans(left[n]), right[n], scores, input_precision=PRECISION)
     return scores
 
 
-@triton.jit
-def _add_product(total, weights, right, PIECES: tl.constexpr, PRECISION: tl.constexpr):
-    """Total + weights (N, M) · right (M, D)."""
+@_function
+def _add_product(total, weights, right, WIDTHS: tl.constexpr, PRECISION: tl.constexpr):
+    """Return total (N, D) + weights (N, M) · rightᵀ (M, D)."""
     weights = weights.to(right[0].dtype)
     result = ()
-    for n in tl.static_range(_count(PIECES)):
-        result = result + (tl.dot(weights, right[n], total[n], input_precision=PRECISION),)
+    for n in tl.static_range(_count(WIDTHS)):
+        result = result + (
+            tl.dot(weights, tl.trans(right[n]), total[n], input_precision=PRECISION),
+        )
     return result
 
 
-@triton.jit
-def _scaled(tile, factor, PIECES: tl.constexpr):
+@_function
+def _scaled(tile, factor, WIDTHS: tl.constexpr):
     result = ()
-    for n in tl.static_range(_count(PIECES)):
+    for n in tl.static_range(_count(WIDTHS)):
         result = result + (tile[n] * factor,)
     return result
 
 
 @triton.jit
 def forward(
-    x, key, gamma, out, lse,
-    S, C, D, scale,
-    x_b, x_s, x_t, x_f,
-    key_b, key_t, key_f,
-    out_b, out_s, out_t, out_f,
-    lse_b,
-    CHANNELS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
-    UNIT: tl.constexpr, PADDED: tl.constexpr, COVERS_PADDED: tl.constexpr,
-    ADD: tl.constexpr, RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    OWN: tl.constexpr, OTHERS: tl.constexpr, EXACT: tl.constexpr,
+    x_own, x_own_rest, x, x_rest, key, key_rest, out_own, out_own_rest, gamma, m, log_l,
+    S, C, scale,
+    ADD: tl.constexpr, RESIDUAL: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    DIVIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FEATURES: tl.constexpr, BOX: tl.constexpr,
 ):  # fmt: skip
-    """One program: `OWN` tokens of one slice, as queries, against all of them.
+    """Compute softmax(x · keyᵀ) · x for `BLOCK_M` tokens of one slice, as queries.
 
-    Writes softmax(x · keyᵀ) · x, added to what is in `out` with ADD; with RESIDUAL that sum times
-    gamma plus x. Writes log2 Σ 2^score of every row of the map to `lse`.
+    The result is added to what is in `out` with ADD; with RESIDUAL that sum times gamma plus x is
+    written.
     """
-    PIECES: tl.constexpr = pieces(PADDED, EXACT)
-    COVERS_C: tl.constexpr = _covers_c(UNIT, OWN, OTHERS)
-    COVERS_D: tl.constexpr = _covers_d(PIECES, PADDED, COVERS_PADDED)
-    blocks = tl.cdiv(C, OWN)
+    WIDTHS: tl.constexpr = widths(FEATURES, BOX)
+    blocks = tl.cdiv(C, BLOCK_M)
     # The blocks of a slice are neighbours: they read the same values.
     number = tl.program_id(0) // blocks
-    image = (number // S).to(tl.int64)
-    s = (number % S).to(tl.int64)
-    x += image * x_b + s * x_s
-    key += image * key_b
-    out += image * out_b + s * out_s
-    lse += image * lse_b + s * C
+    image, s = number // S, number % S
+    first = (tl.program_id(0) % blocks) * BLOCK_M
 
-    i = _tokens((tl.program_id(0) % blocks) * OWN, OWN, WIDE)
-    query = _load(x, i, x_t, x_f, C, D, PIECES, COVERS_C, COVERS_D)
-    total = _zeros(OWN, PIECES)
-    largest = tl.full([OWN], float("-inf"), tl.float32)
-    weight = tl.zeros([OWN], tl.float32)
-    for first in range(0, C, OTHERS):
-        j = _tokens(first, OTHERS, WIDE)
-        keys = _load(key, j, key_t, key_f, C, D, PIECES, COVERS_C, COVERS_D)
-        values = _load(x, j, x_t, x_f, C, D, PIECES, COVERS_C, COVERS_D)
-        scores = _scores(query, keys, PIECES, PRECISION) * scale
-        if not COVERS_C:
-            scores = tl.where(j[None, :] < C, scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        shrink = tl.exp2(largest - larger)
-        weights = tl.exp2(scores - larger[:, None])
-        weight = weight * shrink + tl.sum(weights, 1)
-        total = _scaled(total, shrink[:, None], PIECES)
-        total = _add_product(total, weights, values, PIECES, PRECISION)
-        largest = larger
+    query = _load(x_own, x_own_rest, image, s, first, WIDTHS, BLOCK_M)
+    acc = _zeros(BLOCK_M, WIDTHS)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    for j in range(0, C, BLOCK_N):
+        keys = _load(key, key_rest, image, 0, j, WIDTHS, BLOCK_N)
+        values = _load(x, x_rest, image, s, j, WIDTHS, BLOCK_N)
+        scores = _scores(query, keys, WIDTHS, PRECISION)
+        if NEGATIVE:
+            scores = -scores
+        if not DIVIDES:
+            scores = tl.where(j + tl.arange(0, BLOCK_N)[None, :] < C, scores, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(scores, 1))
+        alpha = tl.exp2((m_i - m_new) * scale)
+        p = tl.exp2((scores - m_new[:, None]) * scale)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = _scaled(acc, alpha[:, None], WIDTHS)
+        acc = _add_product(acc, p, values, WIDTHS, PRECISION)
+        m_i = m_new
 
     if RESIDUAL:
-        # Read again: kept through the loop, it would take registers from the sums.
-        query = _load(x, i, x_t, x_f, C, D, PIECES, COVERS_C, COVERS_D)
         factor = tl.load(gamma).to(tl.float32)
-    for n in tl.static_range(_count(PIECES)):
-        features = _start(PIECES, n) + tl.arange(0, _width(PIECES, n))
-        place = out + i[:, None] * out_t + features[None, :] * out_f
-        inside = (i[:, None] < C) & (features[None, :] < D)
-        result = total[n] / weight[:, None]
+    for n in tl.static_range(_count(WIDTHS)):
+        result = tl.trans(acc[n] / l_i[:, None])
         if ADD:
-            result += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            earlier = _load_box(out_own, out_own_rest, image, s, first, n, WIDTHS, BLOCK_M)
+            result += earlier.to(tl.float32)
         if RESIDUAL:
-            result = result * factor + query[n].to(tl.float32)
-        tl.store(place, result.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + i, largest + tl.log2(weight), mask=i < C)
+            # Read again: kept through the loop, it would take registers.
+            residual = _load_box(x_own, x_own_rest, image, s, first, n, WIDTHS, BLOCK_M)
+            result = result * factor + residual.to(tl.float32)
+        _store_box(out_own, out_own_rest, result, image, s, first, n, WIDTHS, BLOCK_M)
+    i = first + tl.arange(0, BLOCK_M)
+    row = number.to(tl.int64) * C + i
+    tl.store(m + row, m_i, mask=i < C)
+    tl.store(log_l + row, tl.log2(l_i), mask=i < C)
 
 
 @triton.jit
 def backward_queries(
-    x, key, grad, lse, gamma, out, delta,
-    S, C, D, scale, plain_scale,
-    x_b, x_s, x_t, x_f,
-    key_b, key_t, key_f,
-    grad_b, grad_s, grad_t, grad_f,
-    out_b, out_s, out_t, out_f,
-    lse_b,
-    CHANNELS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
-    UNIT: tl.constexpr, PADDED: tl.constexpr, COVERS_PADDED: tl.constexpr,
+    x_own, x_own_rest, grad_own, grad_own_rest, x, x_rest, key, key_rest, out_own, out_own_rest,
+    gamma, m, log_l, delta, delta_sums,
+    S, C, scale, signed_scale,
     ADD: tl.constexpr, GAMMA: tl.constexpr, RESIDUAL: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    OWN: tl.constexpr, OTHERS: tl.constexpr, EXACT: tl.constexpr,
+    NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    DIVIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FEATURES: tl.constexpr, BOX: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradient of `OWN` tokens of one slice in their part as queries.
+    """Compute the gradient of `BLOCK_M` tokens of one slice in their part as queries.
 
-    Writes it to `out`: times gamma with GAMMA, added to what is there with ADD, plus the gradient
-    itself, which the residual hands on, with RESIDUAL. Writes δᵢ = Σⱼ Aᵢⱼ (gradᵢ · xⱼ), which is
-    gradᵢ · resultᵢ, to `delta`: taken from the map and not from the result, so that neither
-    branch's result has to be kept.
+    It is written to `out`: times gamma with GAMMA, added to what is there with ADD, plus the
+    gradient itself, which the residual hands on, with RESIDUAL. δᵢ = Σⱼ Aᵢⱼ (gradᵢ · xⱼ), which is
+    gradᵢ · resultᵢ, is written to `delta`: taken from the map and not from the result, so that
+    neither branch's result has to be kept. `delta_sums` (B, S, C / 16) takes sums of 16 of them.
     """
-    PIECES: tl.constexpr = pieces(PADDED, EXACT)
-    COVERS_C: tl.constexpr = _covers_c(UNIT, OWN, OTHERS)
-    COVERS_D: tl.constexpr = _covers_d(PIECES, PADDED, COVERS_PADDED)
-    blocks = tl.cdiv(C, OWN)
+    WIDTHS: tl.constexpr = widths(FEATURES, BOX)
+    blocks = tl.cdiv(C, BLOCK_M)
     number = tl.program_id(0) // blocks
-    image = (number // S).to(tl.int64)
-    s = (number % S).to(tl.int64)
-    x += image * x_b + s * x_s
-    key += image * key_b
-    grad += image * grad_b + s * grad_s
-    out += image * out_b + s * out_s
-    rows = image * lse_b + s * C
+    image, s = number // S, number % S
+    first = (tl.program_id(0) % blocks) * BLOCK_M
+    i = first + tl.arange(0, BLOCK_M)
+    row = number.to(tl.int64) * C + i
 
-    i = _tokens((tl.program_id(0) % blocks) * OWN, OWN, WIDE)
-    query = _load(x, i, x_t, x_f, C, D, PIECES, COVERS_C, COVERS_D)
-    grads = _load(grad, i, grad_t, grad_f, C, D, PIECES, COVERS_C, COVERS_D)
-    level = tl.load(lse + rows + i, mask=i < C, other=float("inf"))
+    query = _load(x_own, x_own_rest, image, s, first, WIDTHS, BLOCK_M)
+    grads = _load(grad_own, grad_own_rest, image, s, first, WIDTHS, BLOCK_M)
+    m_i = tl.load(m + row, mask=i < C, other=0.0)
+    log_l_i = tl.load(log_l + row, mask=i < C, other=0.0)
 
-    mean = tl.zeros([OWN], tl.float32)
-    for first in range(0, C, OTHERS):
-        j = _tokens(first, OTHERS, WIDE)
-        keys = _load(key, j, key_t, key_f, C, D, PIECES, COVERS_C, COVERS_D)
-        values = _load(x, j, x_t, x_f, C, D, PIECES, COVERS_C, COVERS_D)
-        scores = _scores(query, keys, PIECES, PRECISION) * scale
-        weights = tl.exp2(scores - level[:, None])
-        products = weights * _scores(grads, values, PIECES, PRECISION)
-        if not COVERS_C:
+    delta_i = tl.zeros([BLOCK_M], tl.float32)
+    for j in range(0, C, BLOCK_N):
+        keys = _load(key, key_rest, image, 0, j, WIDTHS, BLOCK_N)
+        values = _load(x, x_rest, image, s, j, WIDTHS, BLOCK_N)
+        scores = _scores(query, keys, WIDTHS, PRECISION)
+        if NEGATIVE:
+            scores = -scores
+        p = tl.exp2((scores - m_i[:, None]) * scale - log_l_i[:, None])
+        p *= _scores(grads, values, WIDTHS, PRECISION)
+        if not DIVIDES:
             # Where there is no key the score is 0, and its weight may be infinite.
-            products = tl.where(j[None, :] < C, products, 0.0)
-        mean += tl.sum(products, 1)
-    tl.store(delta + rows + i, mean, mask=i < C)
+            p = tl.where(j + tl.arange(0, BLOCK_N)[None, :] < C, p, 0.0)
+        delta_i += tl.sum(p, 1)
+    tl.store(delta + row, delta_i, mask=i < C)
+    sixteens = first // 16 + tl.arange(0, BLOCK_M // 16)
+    sums = tl.sum(tl.reshape(delta_i, (BLOCK_M // 16, 16)), 1)
+    place = delta_sums + number.to(tl.int64) * tl.cdiv(C, 16) + sixteens
+    tl.store(place, sums, mask=sixteens < tl.cdiv(C, 16))
 
-    total = _zeros(OWN, PIECES)
-    for first in range(0, C, OTHERS):
-        j = _tokens(first, OTHERS, WIDE)
-        keys = _load(key, j, key_t, key_f, C, D, PIECES, COVERS_C, COVERS_D)
-        values = _load(x, j, x_t, x_f, C, D, PIECES, COVERS_C, COVERS_D)
-        scores = _scores(query, keys, PIECES, PRECISION) * scale
-        weights = tl.exp2(scores - level[:, None])
-        grad_weights = _scores(grads, values, PIECES, PRECISION)
-        grad_scores = weights * (grad_weights - mean[:, None]) * plain_scale
-        if not COVERS_C:
-            grad_scores = tl.where(j[None, :] < C, grad_scores, 0.0)
-        total = _add_product(total, grad_scores, keys, PIECES, PRECISION)
+    acc = _zeros(BLOCK_M, WIDTHS)
+    for j in range(0, C, BLOCK_N):
+        keys = _load(key, key_rest, image, 0, j, WIDTHS, BLOCK_N)
+        values = _load(x, x_rest, image, s, j, WIDTHS, BLOCK_N)
+        scores = _scores(query, keys, WIDTHS, PRECISION)
+        if NEGATIVE:
+            scores = -scores
+        p = tl.exp2((scores - m_i[:, None]) * scale - log_l_i[:, None])
+        ds = p * (_scores(grads, values, WIDTHS, PRECISION) - delta_i[:, None])
+        if not DIVIDES:
+            ds = tl.where(j + tl.arange(0, BLOCK_N)[None, :] < C, ds, 0.0)
+        acc = _add_product(acc, ds, keys, WIDTHS, PRECISION)
 
+    factor = signed_scale
     if GAMMA:
-        factor = tl.load(gamma).to(tl.float32)
-    if RESIDUAL:
-        grads = _load(grad, i, grad_t, grad_f, C, D, PIECES, COVERS_C, COVERS_D)
-    for n in tl.static_range(_count(PIECES)):
-        features = _start(PIECES, n) + tl.arange(0, _width(PIECES, n))
-        place = out + i[:, None] * out_t + features[None, :] * out_f
-        inside = (i[:, None] < C) & (features[None, :] < D)
-        result = total[n]
-        if GAMMA:
-            result *= factor
+        factor *= tl.load(gamma).to(tl.float32)
+    for n in tl.static_range(_count(WIDTHS)):
+        result = tl.trans(acc[n]) * factor
         if ADD:
-            result += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            earlier = _load_box(out_own, out_own_rest, image, s, first, n, WIDTHS, BLOCK_M)
+            result += earlier.to(tl.float32)
         if RESIDUAL:
-            result += grads[n].to(tl.float32)
-        tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+            residual = _load_box(grad_own, grad_own_rest, image, s, first, n, WIDTHS, BLOCK_M)
+            result += residual.to(tl.float32)
+        _store_box(out_own, out_own_rest, result, image, s, first, n, WIDTHS, BLOCK_M)
 
 
 @triton.jit
 def backward_keys(
-    x, key, grad, lse, gamma, out, delta, grad_key,
-    S, C, D, scale, plain_scale, slices_each,
-    x_b, x_s, x_t, x_f,
-    key_b, key_t, key_f,
-    grad_b, grad_s, grad_t, grad_f,
-    out_b, out_s, out_t, out_f,
-    lse_b,
-    CHANNELS: tl.constexpr, FEATURES: tl.constexpr, LAYOUT: tl.constexpr,
-    UNIT: tl.constexpr, PADDED: tl.constexpr, COVERS_PADDED: tl.constexpr,
-    GAMMA: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    OWN: tl.constexpr, OTHERS: tl.constexpr, EXACT: tl.constexpr,
+    x_own, x_own_rest, key_own, key_own_rest, x, x_rest, grad, grad_rest,
+    out_own, out_own_rest, sums_own, sums_own_rest, gamma, m, log_l, delta,
+    S, C, parts, scale,
+    GAMMA: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    DIVIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FEATURES: tl.constexpr, BOX: tl.constexpr,
 ):  # fmt: skip
-    """One program: the gradients of `OWN` tokens as values, in some slices of one image, and keys.
+    """Compute gradients of `BLOCK_M` tokens as values, in some slices of one image, and as keys.
 
-    Adds the gradient of the values, times gamma with GAMMA, to `out`. The gradient of the keys,
-    without gamma, is the sum over the program's slices; `grad_key` (B, parts, C, D), contiguous,
-    takes one for each part of the slices, to be added in their order.
+    The gradient of the values, times gamma with GAMMA, is added to `out`. That of the keys, without
+    gamma and the scale, is the sum over the program's slices; `sums` (B, parts, D, C) takes one for
+    each part of the slices, to be added in their order.
     """
-    PIECES: tl.constexpr = pieces(PADDED, EXACT)
-    COVERS_C: tl.constexpr = _covers_c(UNIT, OWN, OTHERS)
-    COVERS_D: tl.constexpr = _covers_d(PIECES, PADDED, COVERS_PADDED)
-    blocks = tl.cdiv(C, OWN)
-    parts = tl.cdiv(S, slices_each)
+    WIDTHS: tl.constexpr = widths(FEATURES, BOX)
+    blocks = tl.cdiv(C, BLOCK_M)
     part = tl.program_id(0) // blocks
-    image = (part // parts).to(tl.int64)
-    first_slice = (part % parts) * slices_each
-    x += image * x_b
-    grad += image * grad_b
-    out += image * out_b
+    image, part = part // parts, part % parts
+    first = (tl.program_id(0) % blocks) * BLOCK_M
 
-    j = _tokens((tl.program_id(0) % blocks) * OWN, OWN, WIDE)
-    keys = _load(key + image * key_b, j, key_t, key_f, C, D, PIECES, COVERS_C, COVERS_D)
-    to_keys = _zeros(OWN, PIECES)
+    keys = _load(key_own, key_own_rest, image, 0, first, WIDTHS, BLOCK_M)
+    to_keys = _zeros(BLOCK_M, WIDTHS)
+    factor = 1.0
     if GAMMA:
         factor = tl.load(gamma).to(tl.float32)
     # With addresses kept from slice to slice there would not be enough registers.
-    for n in tl.range(0, tl.minimum(slices_each, S - first_slice), disable_licm=True):
-        s = first_slice.to(tl.int64) + n
-        rows = image * lse_b + s * C
-        values = _load(x + s * x_s, j, x_t, x_f, C, D, PIECES, COVERS_C, COVERS_D)
-        to_values = _zeros(OWN, PIECES)
-        for first in range(0, C, OTHERS):
-            i = _tokens(first, OTHERS, WIDE)
-            queries = _load(x + s * x_s, i, x_t, x_f, C, D, PIECES, COVERS_C, COVERS_D)
-            grads = _load(grad + s * grad_s, i, grad_t, grad_f, C, D, PIECES, COVERS_C, COVERS_D)
-            # Where there is no query the level is infinite and every weight 0.
-            level = tl.load(lse + rows + i, mask=i < C, other=float("inf"))
-            mean = tl.load(delta + rows + i, mask=i < C, other=0.0)
-            scores = _scores(keys, queries, PIECES, PRECISION) * scale
-            weights = tl.exp2(scores - level[None, :])
-            to_values = _add_product(to_values, weights, grads, PIECES, PRECISION)
-            grad_weights = _scores(values, grads, PIECES, PRECISION)
-            grad_scores = weights * (grad_weights - mean[None, :]) * plain_scale
-            to_keys = _add_product(to_keys, grad_scores, queries, PIECES, PRECISION)
+    for s in tl.range(part, S, parts, disable_licm=True):
+        values = _load(x_own, x_own_rest, image, s, first, WIDTHS, BLOCK_M)
+        to_values = _zeros(BLOCK_M, WIDTHS)
+        rows = (image.to(tl.int64) * S + s) * C
+        for start in range(0, C, BLOCK_N):
+            queries = _load(x, x_rest, image, s, start, WIDTHS, BLOCK_N)
+            grads = _load(grad, grad_rest, image, s, start, WIDTHS, BLOCK_N)
+            i = start + tl.arange(0, BLOCK_N)
+            # Where there is no query its sum is infinite and every weight 0.
+            if DIVIDES:
+                m_i = tl.load(m + rows + i)
+                log_l_i = tl.load(log_l + rows + i)
+                delta_i = tl.load(delta + rows + i)
+            else:
+                m_i = tl.load(m + rows + i, mask=i < C, other=0.0)
+                log_l_i = tl.load(log_l + rows + i, mask=i < C, other=float("inf"))
+                delta_i = tl.load(delta + rows + i, mask=i < C, other=0.0)
+            scores = _scores(keys, queries, WIDTHS, PRECISION)
+            if NEGATIVE:
+                scores = -scores
+            p = tl.exp2((scores - m_i[None, :]) * scale - log_l_i[None, :])
+            to_values = _add_product(to_values, p, grads, WIDTHS, PRECISION)
+            dp = _scores(values, grads, WIDTHS, PRECISION)
+            ds = p * (dp - delta_i[None, :])
+            to_keys = _add_product(to_keys, ds, queries, WIDTHS, PRECISION)
 
-        for n in tl.static_range(_count(PIECES)):
-            features = _start(PIECES, n) + tl.arange(0, _width(PIECES, n))
-            place = out + s * out_s + j[:, None] * out_t + features[None, :] * out_f
-            inside = (j[:, None] < C) & (features[None, :] < D)
-            result = to_values[n]
-            if GAMMA:
-                result *= factor
-            result += tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+        for n in tl.static_range(_count(WIDTHS)):
+            earlier = _load_box(out_own, out_own_rest, image, s, first, n, WIDTHS, BLOCK_M)
+            result = tl.trans(to_values[n]) * factor
+            result += earlier.to(tl.float32)
+            _store_box(out_own, out_own_rest, result, image, s, first, n, WIDTHS, BLOCK_M)
 
-    place = grad_key + (part.to(tl.int64) * C + j)[:, None] * D
-    for n in tl.static_range(_count(PIECES)):
-        features = _start(PIECES, n) + tl.arange(0, _width(PIECES, n))
-        inside = (j[:, None] < C) & (features[None, :] < D)
-        tl.store(place + features[None, :], to_keys[n], mask=inside)
+    for n in tl.static_range(_count(WIDTHS)):
+        result = tl.trans(to_keys[n])
+        _store_box(sums_own, sums_own_rest, result, image, part, first, n, WIDTHS, BLOCK_M)
+
+
+@_function
+def _add_parts(
+    sums, out, gamma, block, B, C, PADDED_C, D, parts, factor,
+    GAMMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write factor · Σ of sums (B, parts, D, PADDED_C), times gamma with GAMMA, to a block."""
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    inside = place < B * D * C
+    image = (place // C // D).to(tl.int64)
+    sums += image * parts * D * PADDED_C + (place // C % D) * PADDED_C + place % C
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(parts):
+        total += tl.load(sums, mask=inside, other=0.0)
+        sums += D * PADDED_C
+    if GAMMA:
+        factor *= tl.load(gamma).to(tl.float32)
+    tl.store(out + place, (total * factor).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish(
+    column_sums, row_sums, delta_sums, gamma, grad_column_key, grad_row_key, grad_gamma,
+    B, C, PADDED_C, H, W, column_parts, row_parts, deltas, signed_scale,
+    GAMMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add up what `backward_keys` and `backward_queries` left.
+
+    Gives the gradients of both keys, (B, D, C) and contiguous, and in the last program that of
+    gamma.
+    """
+    pid = tl.program_id(0)
+    columns = tl.cdiv(B * H * C, BLOCK)
+    rows = tl.cdiv(B * W * C, BLOCK)
+    if pid < columns:
+        _add_parts(
+            column_sums, grad_column_key, gamma, pid,
+            B, C, PADDED_C, H, column_parts, signed_scale, GAMMA, BLOCK,
+        )  # fmt: skip
+    elif pid < columns + rows:
+        _add_parts(
+            row_sums, grad_row_key, gamma, pid - columns,
+            B, C, PADDED_C, W, row_parts, signed_scale, GAMMA, BLOCK,
+        )  # fmt: skip
+    else:
+        if GAMMA:
+            total = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, deltas, BLOCK):
+                place = start + tl.arange(0, BLOCK)
+                total += tl.load(delta_sums + place, mask=place < deltas, other=0.0)
+            tl.store(grad_gamma, tl.sum(total, 0).to(grad_gamma.dtype.element_ty))
 
 
 @triton.jit
@@ -366,16 +399,18 @@ def copy(
     target_b, target_r, target_a, target_d,
     WIDE: tl.constexpr, TILE_A: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile (A, D) of slices, from one order in memory into another.
+    """Copy a tile (A, D) of a feature map from one order in memory into another.
 
-    A is the slices or the tokens, R the other of the two. Reading and writing each go along their
-    own memory; the tile is turned on the way, in shared memory.
+    D is the channels, A positions along which one of the two maps is contiguous, and R the other
+    positions. Reading and writing each go along their own memory; the tile is turned on the way.
     """
     tiles_d = tl.cdiv(D, TILE_D)
     tiles_a = tl.cdiv(A, TILE_A)
     number = tl.program_id(0)
-    d = _tokens((number % tiles_d) * TILE_D, TILE_D, WIDE)[None, :]
-    a = _tokens((number // tiles_d % tiles_a) * TILE_A, TILE_A, WIDE)[:, None]
+    d = (number % tiles_d) * TILE_D + tl.arange(0, TILE_D)[None, :]
+    a = (number // tiles_d % tiles_a) * TILE_A + tl.arange(0, TILE_A)[:, None]
+    if WIDE:
+        d, a = d.to(tl.int64), a.to(tl.int64)
     outer = number // tiles_d // tiles_a
     r = (outer % R).to(tl.int64)
     b = (outer // R).to(tl.int64)
@@ -383,4 +418,65 @@ def copy(
     target += b * target_b + r * target_r
     inside = (a < A) & (d < D)
     tile = tl.load(source + a * source_a + d * source_d, mask=inside)
+    tile = tile.to(target.dtype.element_ty)
     tl.store(target + a * target_a + d * target_d, tile, mask=inside)
+
+
+@triton.jit
+def means(
+    x, column_mean, row_mean,
+    B, C, H, W, x_b, x_h, x_w,
+    BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Average a map over W for each position of a column, or over H for each of a row.
+
+    The map is in channels_last; the means are (B, H, C) and (B, W, C), contiguous.
+    """
+    blocks = tl.cdiv(C, BLOCK_C)
+    c = (tl.program_id(0) % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    pid = tl.program_id(0) // blocks
+    steps = tl.arange(0, BLOCK)[:, None]
+    total = tl.zeros([BLOCK, BLOCK_C], tl.float32)
+    if pid < B * H:
+        image, h = (pid // H).to(tl.int64), pid % H
+        start = x + image * x_b + h.to(tl.int64) * x_h + c
+        for first in range(0, W, BLOCK):
+            w = first + steps
+            inside = (w < W) & (c < C)
+            total += tl.load(start + w * x_w, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(total, 0)[None, :] / W
+        tl.store(column_mean + pid.to(tl.int64) * C + c, mean, mask=c < C)
+    else:
+        pid -= B * H
+        image, w = (pid // W).to(tl.int64), pid % W
+        start = x + image * x_b + w.to(tl.int64) * x_w + c
+        for first in range(0, H, BLOCK):
+            h = (first + steps).to(tl.int64)
+            inside = (h < H) & (c < C)
+            total += tl.load(start + h * x_h, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.sum(total, 0)[None, :] / H
+        tl.store(row_mean + pid.to(tl.int64) * C + c, mean, mask=c < C)
+
+
+@triton.jit
+def spread(
+    grad_column, grad_row, out,
+    C, H, W, out_b, out_p, out_c,
+    TILE_P: tl.constexpr, TILE_C: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradient of `means` for a tile (positions, channels): the sum of both shares.
+
+    `out` is a map whose positions h · W + w lie `out_p` apart.
+    """
+    tiles_c = tl.cdiv(C, TILE_C)
+    tiles_p = tl.cdiv(H * W, TILE_P)
+    pid = tl.program_id(0)
+    c = (pid % tiles_c) * TILE_C + tl.arange(0, TILE_C)[None, :]
+    p = (pid // tiles_c % tiles_p) * TILE_P + tl.arange(0, TILE_P)[:, None]
+    image = (pid // tiles_c // tiles_p).to(tl.int64)
+    inside = (p < H * W) & (c < C)
+    of_column = tl.load(grad_column + (image * H + p // W) * C + c, mask=inside, other=0.0)
+    of_row = tl.load(grad_row + (image * W + p % W) * C + c, mask=inside, other=0.0)
+    result = of_column.to(tl.float32) / W + of_row.to(tl.float32) / H
+    place = out + image * out_b + p.to(tl.int64) * out_p + c.to(tl.int64) * out_c
+    tl.store(place, result.to(out.dtype.element_ty), mask=inside)

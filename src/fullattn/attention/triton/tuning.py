@@ -1,132 +1,151 @@
-"""Chooses a configuration for a launch, and launches it.
+"""Launches a kernel in the first configuration that the card can hold.
 
-By default Triton's autotuner does, once for each device, dtype, layout, power of two of the
-channels and class of the features: batch size and small changes of height and width do not tune
-again. Which configuration is fastest may differ from one process to the next, and with it the last
-bits of a result. So under `torch.use_deterministic_algorithms(True)` nothing is tuned: the first
-configuration that the card can hold runs. So it does in Triton's interpreter, and where nothing was
-tuned before a CUDA graph is captured, in which nothing can be timed.
+The order of the configurations is committed (see `configurations`), so nothing is timed in a user's
+process: no first call waits for a tuner, and two runs on one card are equal to the last bit.
 """
 
 # Triton has no types.
-# mypy: disable-error-code="no-untyped-call,untyped-decorator"
+# mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
-import triton.testing
 from torch import Tensor
 from triton.runtime import JITFunction
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fullattn.attention.triton import kernels
 from fullattn.attention.triton.configurations import (
     AMPERE,
-    CONFIGURATIONS,
     HOPPER,
     Configuration,
     candidates,
+    power_of_two,
 )
-from fullattn.attention.triton.launch import KernelName, Launch
+from fullattn.attention.triton.launch import Launch
 
-__all__ = ["INTERPRETED", "choices", "run"]
+__all__ = ["INTERPRETED", "allowed", "launch", "named_arguments", "run"]
 
 INTERPRETED = not isinstance(kernels.forward, JITFunction)
-_KEY = ["CHANNELS", "FEATURES", "LAYOUT", "PRECISION"]
-
-
-def _bench(call: Callable[[], object], quantiles: tuple[float, ...]) -> Any:
-    return triton.testing.do_bench(call, warmup=5, rep=25, quantiles=quantiles)
-
-
-def _as_triton(entry: Configuration) -> triton.Config:
-    return triton.Config(entry.constants, num_warps=entry.warps, num_stages=entry.stages)
-
-
-def _allowed(kernel: KernelName, arguments: dict[str, Any]) -> list[Configuration]:
-    x: Tensor = arguments["x"]
-    hopper = x.device.type == "cuda" and torch.cuda.get_device_capability(x.device)[0] >= 9
-    return candidates(
-        kernel,
-        features=arguments["FEATURES"],
-        channels=arguments["CHANNELS"],
-        number_bytes=x.element_size(),
-        precision=arguments["PRECISION"],
-        generation=HOPPER if hopper else AMPERE,
-    )
 
 
 @functools.cache
-def _tuner(kernel: KernelName, device: torch.device) -> Any:
-    """Triton's autotuner; one for each device, because its own key does not know them apart."""
-
-    def prune(configs: list[Any], named: dict[str, Any], **arguments: Any) -> list[Any]:
-        return [_as_triton(entry) for entry in _allowed(kernel, named | arguments)]
-
-    return triton.autotune(
-        configs=[_as_triton(entry) for entry in CONFIGURATIONS.values()],
-        key=_KEY,
-        prune_configs_by={"early_config_prune": prune},
-        restore_value=["out"],  # most launches add to it
-        do_bench=_bench,
-    )(getattr(kernels, kernel))
+def _generation(device: torch.device) -> str:
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    return HOPPER if hopper else AMPERE
 
 
-_tuned: dict[tuple[Any, ...], Configuration] = {}
+def allowed(each: Launch) -> tuple[Configuration, ...]:
+    """The configurations for a launch, the best first."""
+    x = each.slices["x"]
+    return candidates(
+        each.kernel,
+        features=x.shape[2],
+        channels=power_of_two(x.shape[3]),
+        element_size=x.element_size(),
+        precision=each.constants["PRECISION"],
+        generation=_generation(x.device),
+    )
 
 
-def _may_tune() -> bool:
-    return not (INTERPRETED or torch.cuda.is_current_stream_capturing())
-
-
-def run(launch: Launch) -> None:
-    """Launch a kernel in the configuration that was found fastest, or in the first that fits.
+def descriptors(slices: Tensor, tokens: int, widths: tuple[int, ...]) -> tuple[Any, Any]:
+    """Tensor descriptors of slices (B, S, D, C), for boxes of the first and of the last width.
 
     Args:
-        launch: what to launch.
+        slices: as `launch` gives them.
+        tokens: of a box.
+        widths: of the boxes that cover the features.
+
+    Returns:
+        The second is None where all boxes have one width.
+    """
+    shape, unit = slices.shape, 16 // slices.element_size()
+    # An axis of length 1 may have any stride, and a descriptor takes multiples of 16 bytes.
+    strides = [
+        unit if size == 1 else stride for size, stride in zip(shape, slices.stride(), strict=True)
+    ]
+    strides[-1] = 1
+    found = []
+    for width in dict.fromkeys((widths[0], widths[-1])):
+        # What its constructor would check holds by construction, and it is slow.
+        made = TensorDescriptor.__new__(TensorDescriptor)
+        made.base, made.shape, made.strides = slices, shape, strides
+        made.block_shape, made.padding = [1, 1, width, tokens], "zero"
+        found.append(made)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+def named_arguments(each: Launch, entry: Configuration) -> dict[str, Any]:
+    """Every argument of a kernel in a configuration, without the options of the launch."""
+    tokens, features = each.slices["x"].shape[:1:-1]
+    constants = entry.constants(tokens, features)
+    widths = kernels.widths(constants["FEATURES"], entry.box)
+    named = each.arguments | each.constants | constants
+    for name, slices in each.slices.items():
+        block = entry.block_m if name.endswith("_own") else entry.block_n
+        named[name], named[f"{name}_rest"] = descriptors(slices, block, widths)
+    return named
+
+
+# Kernels that were launched before, by all that Triton compiles a kernel for: its own way from
+# arguments to a compiled kernel takes as long as the GPU for a small map.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _kind(value: Any) -> Any:
+    """What of an argument Triton compiles a kernel for."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, value >= 2**31
+    return None if value is None else type(value)
+
+
+def launch(each: Launch, entry: Configuration | None = None) -> None:
+    """Launch a kernel, one of attention in a configuration."""
+    kernel = getattr(kernels, each.kernel)
+    named: dict[str, Any] = each.arguments | each.constants
+    options: dict[str, int] = {}
+    programs = (each.programs(1 if entry is None else entry.block_m), 1, 1)
+    if entry is not None:
+        named, options = named_arguments(each, entry), entry.options
+    if INTERPRETED:
+        kernel[programs](**named, **options)
+        return
+    x = each.slices.get("x")
+    features = None if x is None else (-(-x.shape[2] // 16), each.slices["out_own"].dtype, x.dtype)
+    key = (
+        each.kernel, entry, features, *each.constants.values(), torch.cuda.current_device(),
+        *map(_kind, each.arguments.values()),
+        named.get("DIVIDES"),
+    )  # fmt: skip
+    known = _compiled.get(key)
+    if known is None:
+        _compiled[key] = kernel[programs](**named, **options)
+    else:
+        known[programs](*(named[name] for name in kernel.arg_names))
+
+
+def run(each: Launch) -> None:
+    """Launch a kernel in the first configuration that fits.
+
+    Args:
+        each: what to launch.
 
     Raises:
         TritonError: the kernel does not compile, or no configuration fits the card.
     """
-    arguments = launch.arguments | launch.constants
-    if launch.kernel == "copy":
-        kernels.copy[(launch.programs(1),)](**arguments)
-        return
-    x, out = arguments["x"], arguments["out"]
-    key = (launch.kernel, x.device, x.dtype, out.dtype, *(arguments[name] for name in _KEY))
-
-    def grid(constants: dict[str, Any]) -> tuple[int]:
-        return (launch.programs(constants["OWN"]),)
-
-    if torch.are_deterministic_algorithms_enabled():
-        allowed = _allowed(launch.kernel, arguments)
-    elif key in _tuned:
-        allowed = [_tuned[key]]
-    elif _may_tune():
-        tuner = _tuner(launch.kernel, x.device)
-        tuner[grid](**arguments)
-        _tuned[key] = next(
-            entry
-            for entry in CONFIGURATIONS.values()
-            if str(_as_triton(entry)) == str(tuner.best_config)
-        )
-        return
-    else:
-        allowed = _allowed(launch.kernel, arguments)
-    for entry in allowed:
+    if not each.slices:
+        return launch(each)
+    *others, last = allowed(each)
+    for entry in others:
         try:
-            getattr(kernels, launch.kernel)[grid](**arguments, **entry.constants, **entry.options)
-            return
+            return launch(each, entry)
         except OutOfResources:
-            if entry is allowed[-1]:
-                raise
-
-
-def choices() -> list[tuple[str, str]]:
-    """What was tuned so far: (kernel and what for, name of the configuration)."""
-    return [(" ".join(map(str, key)), entry.name) for key, entry in _tuned.items()]
+            continue
+    launch(each, last)
