@@ -12,10 +12,12 @@ each shape, the most common shape first.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
@@ -47,6 +49,7 @@ TINY: list[Shape] = [(2, 16, 3, 4)]
 KERNELS = ("forward", "backward_queries", "backward_keys")
 # Products of (C, D) with (D, C) or (C, C) with (C, D) that each kernel computes, and that are
 # needed: the map and its gradient are computed again.
+# Each is computed for the rows; the columns' queries find their result kept, and take 2 fewer.
 PRODUCTS = {"forward": 2, "backward_queries": 5, "backward_keys": 4}
 TOLERANCE = 5e-2
 CONFIGURATIONS = Path(kernels.__file__).with_name("configurations.json")
@@ -103,7 +106,7 @@ class Problem:
             run(each)
 
         scale = 0.5 / max(height, width) ** 0.5
-        y, *kept = launch.forward(*inputs, scale, "ieee", keep)
+        _, *kept = launch.forward(*inputs, scale, True, "ieee", keep)
         launch.backward(grad, *inputs, *kept, scale, "ieee", keep)
         attention = [each for each in found if each.slices]
         return cls(
@@ -131,7 +134,7 @@ def error(problem: Problem, exact: list[Tensor], kernel: str, entry: Configurati
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     try:
-        y, *kept = launch.forward(*problem.inputs, scale, "ieee", run)
+        y, *kept = launch.forward(*problem.inputs, scale, True, "ieee", run)
         found = [y, *launch.backward(problem.grad, *problem.inputs, *kept, scale, "ieee", run)]
     finally:
         torch.use_deterministic_algorithms(False)
@@ -206,11 +209,16 @@ def median_ms(call: Callable[[], object], device: str) -> float:
 
 
 def sweep(
-    shapes: list[Shape], device: str, until: float, chosen: Callable[[str, int], list[Configuration]]
+    shapes: list[Shape],
+    device: str,
+    until: float,
+    chosen: Callable[[str, int], list[Configuration]],
 ) -> Iterator[list[Row]]:
     """The rows of each shape."""
     context = multiprocessing.get_context("spawn")
-    pool = None if device == "cpu" else ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 3), context)
+    pool = (
+        None if device == "cpu" else ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 3), context)
+    )
     for shape in shapes:
         entries = {
             (kernel, entry): None
@@ -218,7 +226,11 @@ def sweep(
             for features in dict.fromkeys(shape[2:])
             for entry in chosen(kernel, features)
         }
-        jobs = {key: pool.submit(compile_entry, shape, device, *key) for key in entries} if pool else {}
+        jobs = (
+            {key: pool.submit(compile_entry, shape, device, *key) for key in entries}
+            if pool
+            else {}
+        )
         one = Problem.of((1, *shape[1:]), device, tuning.run)
         exact = exactly(one)
         whole = Problem.of(shape, device, tuning.run)
@@ -241,7 +253,9 @@ def sweep(
                 row = Row(shape, kernel, features, asdict(entry), None, None, wrong, reason)
                 rows.append(row)
                 if reason is None:
-                    row.milliseconds = median_ms(lambda e=each: tuning.launch(e, entry), device)
+                    row.milliseconds = median_ms(
+                        functools.partial(tuning.launch, each, entry), device
+                    )
                     flops = PRODUCTS[kernel] * 2 * tokens**2 * features * batch * count
                     row.flops_per_second = flops / row.milliseconds * 1e3
         yield rows
@@ -288,7 +302,10 @@ def take(path: Path, keep: int = 3) -> None:
             for _, each in ranked[:keep]
         ]
         table["Hopper"]["half"][kernel][str(features)] = entries
-    CONFIGURATIONS.write_text(json.dumps(table, indent=1) + "\n")
+    text = json.dumps(table, indent=1)
+    # One configuration a line.
+    text = re.sub(r"{\s+(\"block_m[^}]*?)\s+}", lambda m: f"{{{' '.join(m[1].split())}}}", text)
+    CONFIGURATIONS.write_text(text + "\n")
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor, einsum, softmax
 
 from fullattn import attention
-from fullattn.attention import AttentionCall, Operation, ScoreFunction, triton
+from fullattn.attention import AttentionCall, Operation, ScoreFunction, dispatch, triton
 from fullattn.attention.backend import is_symbolic
 from fullattn.attention.reference import scaled, weights
 from fullattn.reshape import CHANNELS, COLUMNS, POSITIONS, ROWS
@@ -146,18 +146,21 @@ POSITION_ATTENTION = Operation(
 )
 
 
-def axial_means(x: Tensor) -> tuple[Tensor, Tensor]:
+def axial_means(x: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Average a feature map over W and over H: the contexts of which the layer makes its keys.
 
     Args:
         x: feature map, (B, C, H, W).
+        backend: name of the attention backend that is asked for; None for the automatic choice.
 
     Returns:
-        The mean column, (B, H, C), and the mean row, (B, W, C).
+        x, of which the gradient of both means is added in one pass to what comes back through it;
+        the mean column, (B, H, C); and the mean row, (B, W, C).
     """
-    means = triton.axial_means(x)
+    named = dispatch.forced(backend)
+    means = triton.axial_means(x) if named is None or named is triton.BACKEND else None
     # x.mean, not a pooling layer: a deterministic CUDA backward, and exports with free sizes.
-    return (x.mean(dim=3).mT, x.mean(dim=2).mT) if means is None else means
+    return (x, x.mean(dim=3).mT, x.mean(dim=2).mT) if means is None else means
 
 
 def fully_attentional_call(

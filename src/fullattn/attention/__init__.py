@@ -116,7 +116,23 @@ def _adds_residual(chosen: Backend, query: Tensor, x: Tensor | None, gamma: Tens
     when = chosen.adds_residual
     if when == "inference" and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return False
-    return when != "never" and x is query and gamma.numel() == 1 and gamma.device == query.device
+    if when == "never" or gamma.numel() != 1 or gamma.device != query.device:
+        return False
+    return x is not None and _is_same(x, query)
+
+
+def _is_same(x: Tensor, query: Tensor) -> bool:
+    """Whether the query is x itself, or a view of all of it, as `functional.axial_means` gives."""
+    if query is x:
+        return True
+    base = query._base
+    return (
+        base is not None
+        and (base is x or base is x._base)
+        and query.storage_offset() == x.storage_offset()
+        and query.shape == x.shape
+        and query.stride() == x.stride()
+    )
 
 
 def maps(call: AttentionCall) -> Any:

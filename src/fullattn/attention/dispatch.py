@@ -34,6 +34,7 @@ __all__ = [
     "check_name",
     "choose",
     "explain",
+    "forced",
     "fused",
     "worth_building",
 ]
@@ -139,7 +140,8 @@ def worth_building(inputs: AttentionInputs) -> bool:
     return not inputs.sliced and statically_true(inputs.map_numel < inputs.token_numel)
 
 
-def _forced(requested: str | None) -> Backend | None:
+def forced(requested: str | None) -> Backend | None:
+    """The backend that was asked for by name, here or from outside; None for no such wish."""
     name = _override or requested
     if name is None and _from_environment is not None:
         name = check_name(_from_environment, _ENVIRONMENT)
@@ -160,11 +162,11 @@ def choose(inputs: AttentionInputs, requested: str | None = None) -> Backend:
         BackendError: the backend asked for cannot run the inputs.
         ValueError: FULLATTN_BACKEND does not name a backend.
     """
-    forced = _forced(requested)
-    if forced is not None:
-        if forced.reasons_against(inputs):
-            raise _refused(forced, inputs)
-        return forced
+    named = forced(requested)
+    if named is not None:
+        if named.reasons_against(inputs):
+            raise _refused(named, inputs)
+        return named
     if not worth_building(inputs):
         exporting = torch.compiler.is_exporting()
         for candidate in fused(inputs):
@@ -175,16 +177,16 @@ def choose(inputs: AttentionInputs, requested: str | None = None) -> Backend:
     return reference.BACKEND
 
 
-def _refused(forced: Backend, inputs: AttentionInputs) -> BackendError:
+def _refused(named: Backend, inputs: AttentionInputs) -> BackendError:
     others = "; ".join(
         f"{other.name}: {', '.join(other.reasons_against(inputs)) or 'can run it'}"
         for other in BACKENDS
-        if other is not forced
+        if other is not named
     )
     return BackendError(
-        f"backend {forced.name!r} cannot run {asked(inputs)} on {inputs.device} in "
+        f"backend {named.name!r} cannot run {asked(inputs)} on {inputs.device} in "
         f"{str(inputs.dtype).removeprefix('torch.')}: "
-        f"{', '.join(forced.reasons_against(inputs))} ({others})"
+        f"{', '.join(named.reasons_against(inputs))} ({others})"
     )
 
 
@@ -197,18 +199,18 @@ def explain(inputs: AttentionInputs, requested: str | None = None) -> list[tuple
 
     Returns:
         (backend, sentence) for every backend; exactly one sentence starts with "runs:" unless a
-        backend that cannot run is forced.
+        backend that cannot run is named.
     """
-    forced = _forced(requested)
+    named = forced(requested)
     small = worth_building(inputs)
-    chosen = forced or choose(inputs, requested)
+    chosen = named or choose(inputs, requested)
     sizes = f"map {inputs.map_numel:,} elements, tensors {inputs.token_numel:,}"
     sentences = []
     for entry in BACKENDS:
         reasons = entry.reasons_against(inputs)
         if reasons:
             sentence = "cannot run: " + ", ".join(reasons)
-        elif entry is chosen and forced is not None:
+        elif entry is chosen and named is not None:
             sentence = "runs: asked for by name"
         elif entry is chosen and entry.builds_map and small:
             sentence = f"runs: the map is smaller than the tensors it relates ({sizes})"
@@ -216,8 +218,8 @@ def explain(inputs: AttentionInputs, requested: str | None = None) -> list[tuple
             sentence = "runs: no backend that fuses can"
         elif entry is chosen:
             sentence = f"runs: the first that can, and the map is not worth building ({sizes})"
-        elif forced is not None:
-            sentence = f"can run, but {forced.name} is asked for by name"
+        elif named is not None:
+            sentence = f"can run, but {named.name} is asked for by name"
         elif small:
             sentence = f"can run, but the map is smaller than the tensors it relates ({sizes})"
         elif entry.builds_map:

@@ -30,14 +30,15 @@ def register(
     *,
     optional: tuple[str, ...] = (),
     statistics: tuple[str, ...] = (),
+    flags: tuple[str, ...] = (),
     devices: tuple[str, ...] = ("CPU",),
 ) -> Callable[..., Any]:
     """Register `fullattn::{name}` and `fullattn::{name}_backward`.
 
     Args:
         name: the operator's name.
-        forward: takes the tensor arguments and a float `scale`, returns the result, or with
-            `statistics` a tuple of the result and those.
+        forward: takes the tensor arguments, a float `scale` and the flags, returns the result, or
+            with `statistics` a tuple of the result and those.
         backward: takes the result's gradient, the tensor arguments, the statistics and `scale`;
             returns the gradient of each tensor argument, in its shape and memory layout, and an
             empty tensor for one that is None.
@@ -47,6 +48,7 @@ def register(
         backward_flops: the backward's, from the shapes of its arguments.
         optional: names of those arguments that may be None.
         statistics: names of tensors that the forward leaves for the backward.
+        flags: names of booleans that the forward takes after the scale.
         devices: dispatch keys of the devices that both run on.
 
     Returns:
@@ -57,8 +59,9 @@ def register(
     saved = "".join(f"Tensor {each}, " for each in statistics)
     results = ", ".join("Tensor" for _ in ("result", *statistics))
     grads = ", ".join("Tensor" for _ in arguments)
+    options = "".join(f", bool {each}" for each in flags)
     _library.define(  # type: ignore[no-untyped-call]
-        f"{name}({tensors}, float scale) -> {f'({results})' if statistics else results}"
+        f"{name}({tensors}, float scale{options}) -> {f'({results})' if statistics else results}"
     )
     _library.define(  # type: ignore[no-untyped-call]
         f"{backward_name}(Tensor grad, {tensors}, {saved}float scale) -> ({grads})"
@@ -74,7 +77,7 @@ def register(
         return tuple(grad.new_empty(0) if x is None else torch.empty_like(x) for x in given)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.scale = inputs
+        tensors, ctx.scale = inputs[: len(arguments)], inputs[len(arguments)]
         ctx.given = [x is not None for x in tensors]
         left = output[1:] if statistics else ()
         ctx.save_for_backward(*tensors, *left)
@@ -82,7 +85,8 @@ def register(
 
     def differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         found = backward_operator(grad, *ctx.saved_tensors, ctx.scale)
-        return (*(x if given else None for x, given in zip(found, ctx.given, strict=True)), None)
+        tensors = (x if given else None for x, given in zip(found, ctx.given, strict=True))
+        return (*tensors, None, *(None for _ in flags))
 
     def refuse(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(

@@ -137,7 +137,7 @@ class FullyAttentional(AttentionLayer):
 
     def attention(self, x: Tensor) -> AttentionCall:
         """Compare every column with the mean column's keys, and every row with the mean row's."""
-        mean_column, mean_row = functional.axial_means(x)
+        x, mean_column, mean_row = functional.axial_means(x, self.backend)
         column_key = self.column_key(mean_column).mT  # (B, C, H)
         row_key = self.row_key(mean_row).mT  # (B, C, W)
         call = mixing.mixed_call if self.mix_images else functional.fully_attentional_call

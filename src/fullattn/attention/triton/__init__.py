@@ -139,25 +139,30 @@ def _attended(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> T
     )
 
 
+_Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 def _forward(
-    x: Tensor, column_key: Tensor, row_key: Tensor, gamma: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    def run() -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, column_key: Tensor, row_key: Tensor, gamma: Tensor | None, scale: float, keep: bool
+) -> _Results:
+    def run() -> _Results:
         from fullattn.attention.triton import tuning
 
         with launch.on_device_of(x):
-            return launch.forward(x, column_key, row_key, gamma, scale, _precision(), tuning.run)
+            return launch.forward(
+                x, column_key, row_key, gamma, scale, keep, _precision(), tuning.run
+            )
 
-    def plainly() -> tuple[Tensor, Tensor, Tensor]:
+    def plainly() -> _Results:
         attended = _attended(x, column_key, row_key, scale)
-        out, column_statistics, row_statistics = launch.empty_result(x, gamma)
+        out, *kept = launch.empty_result(x, gamma, keep)
         out.copy_(scaled_residual(x, gamma, attended))
-        # The backward of this shape does without the statistics, too.
-        return out, column_statistics.zero_(), row_statistics.zero_()
+        # The backward of this shape does without what is kept, too.
+        return out, kept[0].zero_(), kept[1].zero_(), kept[2].zero_()
 
     if x.numel() == 0:
-        return launch.empty_result(x, gamma)
-    result: tuple[Tensor, Tensor, Tensor] = _or_plainly(x, run, plainly)
+        return launch.empty_result(x, gamma, keep)
+    result: _Results = _or_plainly(x, run, plainly)
     return result
 
 
@@ -169,6 +174,7 @@ def _backward(
     gamma: Tensor | None,
     column_statistics: Tensor,
     row_statistics: Tensor,
+    kept: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (x, column_key, row_key, gamma)
@@ -178,7 +184,14 @@ def _backward(
 
         with launch.on_device_of(x):
             return launch.backward(
-                grad, *inputs, column_statistics, row_statistics, scale, _precision(), tuning.run
+                grad,
+                *inputs,
+                column_statistics,
+                row_statistics,
+                kept,
+                scale,
+                _precision(),
+                tuning.run,
             )
 
     def plainly() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -207,9 +220,9 @@ def _backward(
 
 
 def _empty_result(
-    x: Tensor, column_key: Tensor, row_key: Tensor, gamma: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch.empty_result(x, gamma)
+    x: Tensor, column_key: Tensor, row_key: Tensor, gamma: Tensor | None, scale: float, keep: bool
+) -> _Results:
+    return launch.empty_result(x, gamma, keep)
 
 
 _operator = operators.register(
@@ -221,7 +234,8 @@ _operator = operators.register(
     flops.axial_channel_attention,
     flops.axial_channel_attention_backward,
     optional=("gamma",),
-    statistics=("column_statistics", "row_statistics"),
+    statistics=("column_statistics", "row_statistics", "kept"),
+    flags=("keep",),
     devices=("CUDA", "CPU"),
 )
 
@@ -246,19 +260,22 @@ def axial_channel_attention(
         columns + rows, or gamma · (columns + rows) + x; (B, C, H, W) in x's memory layout, and in
         its dtype, or the wider one of x and gamma.
     """
-    result: Tensor = _operator(x, column_key, row_key, gamma, scale)[0]
+    inputs = (x, column_key, row_key, gamma)
+    keep = torch.is_grad_enabled() and any(i is not None and i.requires_grad for i in inputs)
+    result: Tensor = _operator(*inputs, scale, keep)[0]
     return result
 
 
-def axial_means(x: Tensor) -> tuple[Tensor, Tensor] | None:
+def axial_means(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """The means of x over W and over H, in one launch.
 
     Args:
         x: feature map, (B, C, H, W).
 
     Returns:
-        (B, H, C) and (B, W, C); None where PyTorch's own operators are to compute them: for a map
-        that is not in channels_last, where the kernels cannot run, and while x is traced.
+        x itself, (B, H, C) and (B, W, C), as `functional.axial_means`; None where PyTorch's own
+        operators are to compute them: for a map that is not in channels_last, where the kernels
+        cannot run, and while x is traced.
     """
     if (
         torch.compiler.is_compiling()
@@ -266,32 +283,34 @@ def axial_means(x: Tensor) -> tuple[Tensor, Tensor] | None:
         or not (x.is_cuda or _INTERPRETED)
         or not x.is_contiguous(memory_format=torch.channels_last)
         or x.numel() == 0
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or _reasons(x.device.type, x.dtype, 1)
     ):
         return None
     from fullattn.attention.triton.means import AxialMeans
 
-    column, row = AxialMeans.apply(x)
-    return column, row
+    means: tuple[Tensor, Tensor, Tensor] | None = _or_plainly(
+        x, functools.partial(AxialMeans.apply, x), lambda: None
+    )
+    return means
 
 
 def _workspace(shape: tuple[Size, ...], setting: Setting) -> Workspace:
     batch, channels, height, width = shape
     x = prod(shape) * setting.size
     rows = 8 * batch * channels * (height + width)  # two elements for each row of each map
-    forward, backward = launch.workspace(shape, setting.size)
+    forward, backward, kept = launch.workspace(shape, setting.size)
     grad_keys = batch * channels * (height + width) * setting.size
     return Workspace(
         flops=flops.axial_channel_attention(shape),
         backward_flops=flops.axial_channel_attention_backward(shape, shape),
         output=x,
         inference=x + rows + forward,
-        saved=rows,
-        forward=x + rows + forward,
-        backward=2 * x + rows + grad_keys + backward,
-        backward_shared=x + rows + grad_keys + backward,
+        saved=rows + kept,
+        forward=x + rows + kept + forward,
+        backward=2 * x + rows + kept + grad_keys + backward,
+        backward_shared=x + rows + kept + grad_keys + backward,
     )
 
 

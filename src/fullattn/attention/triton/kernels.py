@@ -143,7 +143,8 @@ def _scaled(tile, factor, WIDTHS: tl.constexpr):
 
 @triton.jit
 def forward(
-    x_own, x_own_rest, x, x_rest, key, key_rest, out_own, out_own_rest, gamma, m, log_l,
+    x_own, x_own_rest, x, x_rest, key, key_rest, kept_own, kept_own_rest, out_own, out_own_rest,
+    gamma, m, log_l,
     S, C, scale,
     ADD: tl.constexpr, RESIDUAL: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
     DIVIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -151,8 +152,8 @@ def forward(
 ):  # fmt: skip
     """Compute softmax(x · keyᵀ) · x for `BLOCK_M` tokens of one slice, as queries.
 
-    The result is added to what is in `out` with ADD; with RESIDUAL that sum times gamma plus x is
-    written.
+    With ADD it is added to what is in `kept`, which may be `out`; with RESIDUAL that sum times
+    gamma plus x is written.
     """
     WIDTHS: tl.constexpr = widths(FEATURES, BOX)
     blocks = tl.cdiv(C, BLOCK_M)
@@ -186,7 +187,7 @@ def forward(
     for n in tl.static_range(_count(WIDTHS)):
         result = tl.trans(acc[n] / l_i[:, None])
         if ADD:
-            earlier = _load_box(out_own, out_own_rest, image, s, first, n, WIDTHS, BLOCK_M)
+            earlier = _load_box(kept_own, kept_own_rest, image, s, first, n, WIDTHS, BLOCK_M)
             result += earlier.to(tl.float32)
         if RESIDUAL:
             # Read again: kept through the loop, it would take registers.
@@ -201,10 +202,10 @@ def forward(
 
 @triton.jit
 def backward_queries(
-    x_own, x_own_rest, grad_own, grad_own_rest, x, x_rest, key, key_rest, out_own, out_own_rest,
-    gamma, m, log_l, delta, delta_sums,
+    x_own, x_own_rest, grad_own, grad_own_rest, kept_own, kept_own_rest,
+    x, x_rest, key, key_rest, out_own, out_own_rest, gamma, m, log_l, delta, delta_sums,
     S, C, scale, signed_scale,
-    ADD: tl.constexpr, GAMMA: tl.constexpr, RESIDUAL: tl.constexpr,
+    KEPT: tl.constexpr, ADD: tl.constexpr, GAMMA: tl.constexpr, RESIDUAL: tl.constexpr,
     NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
     DIVIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FEATURES: tl.constexpr, BOX: tl.constexpr,
@@ -212,9 +213,9 @@ def backward_queries(
     """Compute the gradient of `BLOCK_M` tokens of one slice in their part as queries.
 
     It is written to `out`: times gamma with GAMMA, added to what is there with ADD, plus the
-    gradient itself, which the residual hands on, with RESIDUAL. δᵢ = Σⱼ Aᵢⱼ (gradᵢ · xⱼ), which is
-    gradᵢ · resultᵢ, is written to `delta`: taken from the map and not from the result, so that
-    neither branch's result has to be kept. `delta_sums` (B, S, C / 16) takes sums of 16 of them.
+    gradient itself, which the residual hands on, with RESIDUAL. δᵢ = gradᵢ · resultᵢ is written to
+    `delta`: with KEPT from the branch's result, which is in `kept`; otherwise, so that it need not
+    be kept, from the map, as Σⱼ Aᵢⱼ (gradᵢ · xⱼ). `delta_sums` (B, S, C / 16) takes sums of 16.
     """
     WIDTHS: tl.constexpr = widths(FEATURES, BOX)
     blocks = tl.cdiv(C, BLOCK_M)
@@ -230,18 +231,23 @@ def backward_queries(
     log_l_i = tl.load(log_l + row, mask=i < C, other=0.0)
 
     delta_i = tl.zeros([BLOCK_M], tl.float32)
-    for j in range(0, C, BLOCK_N):
-        keys = _load(key, key_rest, image, 0, j, WIDTHS, BLOCK_N)
-        values = _load(x, x_rest, image, s, j, WIDTHS, BLOCK_N)
-        scores = _scores(query, keys, WIDTHS, PRECISION)
-        if NEGATIVE:
-            scores = -scores
-        p = tl.exp2((scores - m_i[:, None]) * scale - log_l_i[:, None])
-        p *= _scores(grads, values, WIDTHS, PRECISION)
-        if not DIVIDES:
-            # Where there is no key the score is 0, and its weight may be infinite.
-            p = tl.where(j + tl.arange(0, BLOCK_N)[None, :] < C, p, 0.0)
-        delta_i += tl.sum(p, 1)
+    if KEPT:
+        for n in tl.static_range(_count(WIDTHS)):
+            kept = _load_box(kept_own, kept_own_rest, image, s, first, n, WIDTHS, BLOCK_M)
+            delta_i += tl.sum(kept.to(tl.float32) * grads[n].to(tl.float32), 0)
+    else:
+        for j in range(0, C, BLOCK_N):
+            keys = _load(key, key_rest, image, 0, j, WIDTHS, BLOCK_N)
+            values = _load(x, x_rest, image, s, j, WIDTHS, BLOCK_N)
+            scores = _scores(query, keys, WIDTHS, PRECISION)
+            if NEGATIVE:
+                scores = -scores
+            p = tl.exp2((scores - m_i[:, None]) * scale - log_l_i[:, None])
+            p *= _scores(grads, values, WIDTHS, PRECISION)
+            if not DIVIDES:
+                # Where there is no key the score is 0, and its weight may be infinite.
+                p = tl.where(j + tl.arange(0, BLOCK_N)[None, :] < C, p, 0.0)
+            delta_i += tl.sum(p, 1)
     tl.store(delta + row, delta_i, mask=i < C)
     sixteens = first // 16 + tl.arange(0, BLOCK_M // 16)
     sums = tl.sum(tl.reshape(delta_i, (BLOCK_M // 16, 16)), 1)
@@ -460,23 +466,25 @@ def means(
 
 @triton.jit
 def spread(
-    grad_column, grad_row, out,
-    C, H, W, out_b, out_p, out_c,
+    grad, grad_column, grad_row, out,
+    C, H, W, b, p,
     TILE_P: tl.constexpr, TILE_C: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of `means` for a tile (positions, channels): the sum of both shares.
+    """Add the gradient of `means` to that of the map itself, for a tile (positions, channels).
 
-    `out` is a map whose positions h · W + w lie `out_p` apart.
+    Both maps are in channels_last: images lie `b` apart, and positions h · W + w lie `p` apart.
     """
     tiles_c = tl.cdiv(C, TILE_C)
     tiles_p = tl.cdiv(H * W, TILE_P)
     pid = tl.program_id(0)
     c = (pid % tiles_c) * TILE_C + tl.arange(0, TILE_C)[None, :]
-    p = (pid // tiles_c % tiles_p) * TILE_P + tl.arange(0, TILE_P)[:, None]
+    position = (pid // tiles_c % tiles_p) * TILE_P + tl.arange(0, TILE_P)[:, None]
     image = (pid // tiles_c // tiles_p).to(tl.int64)
-    inside = (p < H * W) & (c < C)
-    of_column = tl.load(grad_column + (image * H + p // W) * C + c, mask=inside, other=0.0)
-    of_row = tl.load(grad_row + (image * W + p % W) * C + c, mask=inside, other=0.0)
-    result = of_column.to(tl.float32) / W + of_row.to(tl.float32) / H
-    place = out + image * out_b + p.to(tl.int64) * out_p + c.to(tl.int64) * out_c
-    tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+    inside = (position < H * W) & (c < C)
+    h, w = position // W, position % W
+    of_column = tl.load(grad_column + (image * H + h) * C + c, mask=inside, other=0.0)
+    of_row = tl.load(grad_row + (image * W + w) * C + c, mask=inside, other=0.0)
+    place = image * b + position.to(tl.int64) * p + c
+    result = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    result += of_column.to(tl.float32) / W + of_row.to(tl.float32) / H
+    tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)

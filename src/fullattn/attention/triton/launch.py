@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fullattn.attention.sizes import Size, maximum, minimum
 from fullattn.attention.triton.configurations import power_of_two
-from fullattn.reshape import COLUMNS, ROWS, Cut
+from fullattn.reshape import COLUMNS, ROWS
 
 __all__ = [
     "KernelName",
@@ -97,7 +97,7 @@ def _is_readable(x: Tensor) -> bool:
         return False
     unit = _unit(x.element_size())
     if x.is_contiguous(memory_format=torch.channels_last):
-        return x.shape[1] % unit == 0
+        return bool(x.shape[1] % unit == 0)
     sizes, strides = list(x.shape), list(x.stride())
     channels, channel_stride = sizes.pop(1), strides.pop(1)
     return (channels == 1 or channel_stride == 1) and all(
@@ -160,7 +160,7 @@ def parts(batch: Any, slices: Any, tokens: Any) -> Any:
     return minimum(slices, maximum(1, _PROGRAMS // (batch * -(-tokens // 64))))
 
 
-def workspace(shape: Sequence[Size], size: Size) -> tuple[Size, Size]:
+def workspace(shape: Sequence[Size], size: Size) -> tuple[Size, Size, Size]:
     """Bytes that a forward and a backward take besides inputs, results and statistics.
 
     Args:
@@ -169,24 +169,29 @@ def workspace(shape: Sequence[Size], size: Size) -> tuple[Size, Size]:
 
     Returns:
         Forward: the turned map and result. Backward: the turned map, gradient and result, δ, and
-        the sums for the gradients of the keys.
+        the sums for the gradients of the keys. The attended columns, if they are kept.
     """
     batch, channels, height, width = shape
     turned = batch * height * width * _padded(channels, size) * size
     sums = height * parts(batch, width, channels) + width * parts(batch, height, channels)
     deltas = batch * (height + width) * (channels + -(-channels // 16))
-    return 2 * turned, 3 * turned + 4 * (deltas + batch * sums * _padded(channels, 4))
+    sums_and_deltas = 4 * (deltas + batch * sums * _padded(channels, 4))
+    return 2 * turned, 3 * turned + sums_and_deltas, turned
 
 
-def empty_result(x: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def empty_result(
+    x: Tensor, gamma: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `forward` returns, not yet computed.
 
     Args:
         x: as given to `forward`.
         gamma: as given to `forward`.
+        keep: as given to `forward`.
 
     Returns:
-        The result, in the wider dtype of x and gamma, and the statistics of both maps.
+        The result, in the wider dtype of x and gamma, the statistics of both maps, and the attended
+        columns, which are empty without `keep`.
     """
     batch, channels, height, width = x.shape
     dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
@@ -194,6 +199,7 @@ def empty_result(x: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor, Tenso
         torch.empty_like(x, dtype=dtype),
         x.new_empty(2, batch, width, channels, dtype=torch.float32),
         x.new_empty(2, batch, height, channels, dtype=torch.float32),
+        _buffer(x, x.dtype) if keep else x.new_empty(0),
     )
 
 
@@ -228,9 +234,10 @@ def forward(
     row_key: Tensor,
     gamma: Tensor | None,
     scale: float,
+    keep: bool,
     precision: str,
     run: Run,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention over columns plus attention over rows, times gamma plus x where there is a gamma.
 
     Args:
@@ -239,23 +246,26 @@ def forward(
         row_key: (B, C, W).
         gamma: one number, or None.
         scale: factor on the scores, of either sign.
+        keep: whether to keep the attended columns, with which the backward is faster.
         precision: of float32 products: "ieee" or "tf32".
         run: launches a kernel.
 
     Returns:
-        The result (B, C, H, W) in x's memory layout, and of the maps' rows the maximum before the
-        scale and the base-2 logarithm of the sum, which the backward needs: (2, B, W, C) for
-        columns and (2, B, H, C) for rows.
+        The result (B, C, H, W) in x's memory layout, and what the backward needs: of the maps' rows
+        the maximum before the scale and the base-2 logarithm of the sum, (2, B, W, C) for columns
+        and (2, B, H, C) for rows; and the attended columns, (B, C, H, W) or empty.
     """
-    out, *statistics = empty_result(x, gamma)
+    out, *statistics, kept = empty_result(x, gamma, keep)
     x = _readable(x, x.dtype, run)
     result = out if _is_readable(out) else _buffer(out, out.dtype)
+    columns = kept if keep else result
     for cut, key, (m, log_l) in zip(_CUTS, (column_key, row_key), statistics, strict=True):
         last = cut is ROWS
         of_x = cut(x).mT
-        slices = {"x_own": of_x, "x": of_x, "out_own": cut(result).mT}
-        slices["key"] = _readable_key(key, x.dtype, run)
-        arguments = {"gamma": gamma, "m": m, "log_l": log_l}
+        slices = {"x_own": of_x, "x": of_x, "key": _readable_key(key, x.dtype, run)}
+        slices["out_own"] = cut(result if last else columns).mT
+        arguments: dict[str, Any] = {"gamma": gamma, "m": m, "log_l": log_l}
+        _give(slices, arguments, "kept_own", cut(columns).mT if last else None)
         run(
             _attention(
                 "forward", slices, arguments, scale, precision, m.shape[0] * m.shape[1],
@@ -264,7 +274,17 @@ def forward(
         )  # fmt: skip
     if result is not out:
         _copy(result, out, run)
-    return out, statistics[0], statistics[1]
+    return out, statistics[0], statistics[1], kept
+
+
+def _give(
+    slices: dict[str, Tensor], arguments: dict[str, Any], name: str, given: Tensor | None
+) -> None:
+    """Pass slices that may be None, for which a kernel takes no descriptor."""
+    if given is None:
+        arguments |= {name: None, f"{name}_rest": None}
+    else:
+        slices[name] = given
 
 
 def backward(
@@ -275,6 +295,7 @@ def backward(
     gamma: Tensor | None,
     column_statistics: Tensor,
     row_statistics: Tensor,
+    kept: Tensor,
     scale: float,
     precision: str,
     run: Run,
@@ -289,6 +310,7 @@ def backward(
         gamma: as given to `forward`.
         column_statistics: as returned by `forward`.
         row_statistics: as returned by `forward`.
+        kept: the attended columns, as returned by `forward`.
         scale: as given to `forward`.
         precision: as given to `forward`.
         run: launches a kernel.
@@ -304,7 +326,7 @@ def backward(
     # δ of the rows of both maps, in float32, and its sums over 16 tokens each.
     sixteens = -(-channels // 16)
     all_delta_sums = x.new_empty(batch * (height + width), sixteens, dtype=torch.float32)
-    delta_sums = all_delta_sums.split([batch * width, batch * height])
+    delta_sums = all_delta_sums[: batch * width], all_delta_sums[batch * width :]
     sums: list[Tensor] = []
     statistics = (column_statistics, row_statistics)
     for cut, key, (m, log_l), part_of_sums in zip(
@@ -314,13 +336,16 @@ def backward(
         of_x, of_grad, of_result = (cut(each).mT for each in (x, grad, result))
         of_key = _readable_key(key, x.dtype, run)
         given = {"gamma": gamma, "m": m, "log_l": log_l, "delta": torch.empty_like(m)}
+        slices = {"x_own": of_x, "grad_own": of_grad, "x": of_x, "key": of_key}
+        slices["out_own"] = of_result
+        arguments = given | {"delta_sums": part_of_sums, "signed_scale": scale}
+        known = cut(kept).mT if first and kept.numel() else None
+        _give(slices, arguments, "kept_own", known)
         run(
             _attention(
-                "backward_queries",
-                {"x_own": of_x, "grad_own": of_grad, "x": of_x, "key": of_key, "out_own": of_result},
-                given | {"delta_sums": part_of_sums, "signed_scale": scale},
-                scale, precision, m.shape[0] * m.shape[1],
-                ADD=not first, GAMMA=gamma is not None, RESIDUAL=first and gamma is not None,
+                "backward_queries", slices, arguments, scale, precision, m.shape[0] * m.shape[1],
+                KEPT=known is not None, ADD=not first,
+                GAMMA=gamma is not None, RESIDUAL=first and gamma is not None,
             )
         )  # fmt: skip
         count = parts(*m.shape)
@@ -337,8 +362,7 @@ def backward(
         )  # fmt: skip
 
     grad_keys = [
-        x.new_empty(batch, key.shape[2], channels, dtype=key.dtype)
-        for key in (column_key, row_key)
+        x.new_empty(batch, key.shape[2], channels, dtype=key.dtype) for key in (column_key, row_key)
     ]
     arguments = {
         "column_sums": sums[0], "row_sums": sums[1], "delta_sums": all_delta_sums,

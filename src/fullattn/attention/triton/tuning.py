@@ -13,7 +13,6 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 from triton.runtime.errors import OutOfResources
@@ -140,12 +139,11 @@ def run(each: Launch) -> None:
     Raises:
         TritonError: the kernel does not compile, or no configuration fits the card.
     """
-    if not each.slices:
-        return launch(each)
-    *others, last = allowed(each)
-    for entry in others:
+    entries: tuple[Configuration | None, ...] = allowed(each) if each.slices else (None,)
+    for entry in entries:
         try:
-            return launch(each, entry)
+            launch(each, entry)
+            return
         except OutOfResources:
-            continue
-    launch(each, last)
+            if entry is entries[-1]:
+                raise
