@@ -1,22 +1,26 @@
 """The Triton kernels on a GPU: checked against float64, then timed against what else there is.
 
-    PYTHONPATH=src python benchmarks/gpu.py --output benchmarks/results/gpu      # on the GPU
-    python benchmarks/gpu.py --rehearse --output out/rehearsal    # anywhere, for no figures
+    PYTHONPATH=src python benchmarks/gpu.py --output out/gpu         # on the GPU
+    python benchmarks/gpu.py --rehearse --output out/rehearsal       # anywhere, for no figures
+    python benchmarks/gpu.py --output out/gpu --shapes 8x512x96x96 --implementations official triton
 
-Every kernel is checked first; nothing is timed if one is wrong. Then for each shape and dtype all
-contenders take turns, forward and forward + backward: the official implementation, the same under
-`torch.compile`, our layer on each of PyTorch's fused kernels, our layer on the Triton kernels, and
-the two compression layers built and fused. Two ceilings are measured in the same run: a large
-bfloat16 matrix product and a large copy. What does not fit into the budget is marked so.
+Every kernel is checked first; nothing is timed if one is wrong. Then for each shape, memory format
+and mode all implementations are interleaved: the official block, the same under `torch.compile`,
+our layer on each of PyTorch's fused kernels (on turned slices, the turning counted), our layer on
+the Triton kernels, and the compression layers built and fused. Two ceilings are measured in the
+same run: a large bfloat16 matrix product and a large copy. The run may stop anywhere: results are
+written after each group, the most important first.
 
-A rehearsal runs the same on the CPU, with tiny maps and the kernels interpreted: it proves the
-script, and its times say nothing.
+Three times are taken. `gpu_ms` is that of the GPU alone: it waits for some milliseconds first, in
+which the host gets ahead. `host_ms` is what a call takes the host, where nothing waits for the GPU.
+`graph_ms` is the time under a CUDA graph.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -41,42 +45,28 @@ from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs
 from fullattn.attention import triton
 from fullattn.bench.conditions import environment
 from fullattn.bench.failures import Failure
-from fullattn.bench.measure import Clock, clock_for, take_turns
 from fullattn.bench.memory import cuda_peak
 from fullattn.bench.official import OfficialFLANetBlock
 from fullattn.bench.workload import MODES, Mode, Workload
-from fullattn.functional import columns_and_rows
+from gpu_checks import (
+    DTYPES,
+    FORMATS,
+    TINY,
+    Shape,
+    check_bit_equal,
+    checks,
+    compile_all,
+)
 
-Shape = tuple[int, int, int, int]
 SHAPES: list[Shape] = [
     (8, 512, 96, 96),
     (8, 512, 97, 97),
-    (1, 512, 128, 256),
     (2, 2048, 64, 64),
+    (1, 512, 128, 256),
     (16, 128, 64, 64),
 ]
-TINY: list[Shape] = [(2, 16, 4, 5)]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CHECKED: list[Shape] = [
-    (1, 1, 1, 1),
-    (3, 40, 7, 18),
-    (2, 64, 96, 96),
-    (1, 300, 65, 130),
-    (1, 33, 256, 5),
-    (1, 48, 1, 512),
-    (2, 512, 97, 97),
-    (70_000, 3, 1, 2),
-]
-# By how much a result may differ from float64's, relative to its largest number.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-OFFICIAL, COMPILED, TRITON = (
-    "official implementation",
-    "official implementation, torch.compile",
-    "fully, triton",
-)
-CHANNELS_LAST = "fully, triton, channels_last"
-IN_PLACE = "fully, triton, without windows"
-BASE = SHAPES[0]
+OFFICIAL, COMPILED, OURS = "official", "official, torch.compile", "fully, triton"
+BASE, ODD = SHAPES[0], SHAPES[1]
 
 
 class OnKernel(nn.Module):
@@ -93,41 +83,25 @@ class OnKernel(nn.Module):
         return y
 
 
-class InPlace(Workload):
-    """Runs the kernels on slices where they lie, without windows."""
-
-    def run(self, mode: Mode) -> None:
-        """Call the module once."""
-        from fullattn.attention.triton import launch
-
-        launch.IN_PLACE = True
-        try:
-            super().run(mode)
-        finally:
-            launch.IN_PLACE = False
-
-
-def contenders(channels: int, *, rehearsal: bool) -> dict[str, Callable[[], nn.Module]]:
+def implementations(channels: int, *, rehearsal: bool) -> dict[str, Callable[[], nn.Module]]:
     """Every module to be timed, by name."""
 
     def fully(backend: str) -> nn.Module:
         return FullyAttentional(channels, project=False, gamma_init=0.5, backend=backend)
 
-    def public() -> nn.Module:
+    def official() -> nn.Module:
         module = OfficialFLANetBlock(channels)
         nn.init.constant_(module.gamma, 0.5)
         return module
 
     compiler = "aot_eager" if rehearsal else "inductor"
     return {
-        OFFICIAL: public,
-        COMPILED: lambda: torch.compile(public(), backend=compiler),
+        OFFICIAL: official,
+        OURS: lambda: fully("triton"),
+        COMPILED: lambda: torch.compile(official(), backend=compiler),
         "fully, sdpa cuDNN": lambda: OnKernel(fully("sdpa"), SDPBackend.CUDNN_ATTENTION),
         "fully, sdpa flash": lambda: OnKernel(fully("sdpa"), SDPBackend.FLASH_ATTENTION),
         "fully, sdpa efficient": lambda: OnKernel(fully("sdpa"), SDPBackend.EFFICIENT_ATTENTION),
-        TRITON: lambda: fully("triton"),
-        CHANNELS_LAST: lambda: fully("triton"),
-        IN_PLACE: lambda: fully("triton"),
         "channel, built": lambda: ChannelNonLocal(channels, gamma_init=0.5, backend="reference"),
         "channel, fused": lambda: ChannelNonLocal(channels, gamma_init=0.5, backend="sdpa"),
         "spatial, built": lambda: SpatialNonLocal(channels, zero_init=False, backend="reference"),
@@ -149,94 +123,74 @@ def useful_flops(name: str, shape: Shape, mode: Mode) -> int:
     return cost.flops + (cost.backward_flops if mode == "training" else 0)
 
 
-# Correctness.
-
-
-@dataclass
-class Check:
-    """The largest relative error of a kernel's results at one shape."""
-
-    shape: Shape
-    dtype: str
-    layout: str
-    errors: dict[str, float]
-    passed: bool
-
-
-def check(shape: Shape, dtype: torch.dtype, layout: str, device: torch.device) -> Check:
-    """Compare the operator, forward and every gradient, with float64 on the same device."""
-    batch, channels, height, width = shape
-    # Fresh numbers for every check: no seed.
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format)
-    if layout == "sliced":
-        x = torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0]
-    column_key = torch.randn(batch, height, channels, device=device).to(dtype).mT
-    row_key = torch.randn(batch, width, channels, device=device).to(dtype).mT
-    gamma, grad = torch.full((1,), 0.7).to(x), torch.randn(shape, device=device).to(dtype)
-
-    inputs = [each.detach().requires_grad_() for each in (x, column_key, row_key, gamma)]
-    y = triton.axial_channel_attention(*inputs[:3], 0.5, inputs[3])
-    actual = [y, *torch.autograd.grad(y, inputs, grad)]
-
-    exact = [torch.zeros_like(each, dtype=torch.float64) for each in actual]
-    # A few images at a time: float64's maps are large.
-    step = max(1, 2**28 // (channels * channels * (height + width)))
-    for first in range(0, batch, step):
-        part = slice(first, first + step)
-        given = [each[part].detach().double().requires_grad_() for each in inputs[:3]]
-        given.append(gamma.double().requires_grad_())
-        result = given[3] * columns_and_rows(*given[:3], scale=0.5) + given[0]
-        *found, to_gamma = torch.autograd.grad(result, given, grad[part].double())
-        for into, each in zip(exact, [result.detach(), *found], strict=False):
-            into[part] = each
-        exact[4] += to_gamma
-    size = 0.01 * max(each.abs().max().item() for each in exact)
-    errors = {}
-    for name, one, other in zip(
-        ("result", "x", "column_key", "row_key", "gamma"), actual, exact, strict=True
-    ):
-        largest = max(other.abs().max().item(), size, 1e-30)
-        errors[name] = ((one.double() - other).abs().max() / largest).item()
-    # Not "<=" of the largest: NaN must not pass.
-    passed = all(error <= TOLERANCE[dtype] for error in errors.values())
-    return Check(shape, str(dtype).removeprefix("torch."), layout, errors, passed)
-
-
-def check_bit_equal(device: torch.device) -> bool:
-    """Whether two runs agree to the last bit under PyTorch's deterministic switch."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        found = []
-        x = torch.randn(2, 40, 7, 18, device=device)
-        keys = torch.randn(2, 40, 7, device=device), torch.randn(2, 40, 18, device=device)
-        for _ in range(2):
-            inputs = [each.detach().requires_grad_() for each in (x, *keys)]
-            y = triton.axial_channel_attention(*inputs)
-            found.append([y, *torch.autograd.grad(y, inputs, x)])
-        return all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 # Speed.
 
 
 @dataclass
 class Row:
-    """One contender at one shape, dtype and mode; None where it has no figure."""
+    """One implementation at one shape, dtype, memory format and mode; None: no figure."""
 
-    contender: str
+    implementation: str
     shape: Shape
     dtype: str
+    memory_format: str
     mode: Mode
     milliseconds: list[float] = field(default_factory=list)
-    median: float | None = None
+    gpu_ms: float | None = None
+    host_ms: float | None = None
+    graph_ms: float | None = None
     peak_bytes: int | None = None
     useful_flops: int = 0
     share_of_product: float | None = None
     share_of_copy: float | None = None
     reason: str | None = None
+
+
+class Timer:
+    """Times of calls on the GPU; in a rehearsal on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.rounds = 11 if self.cuda else 2
+
+    def gpu_ms(self, call: Callable[[], object]) -> float:
+        """The GPU's time for one call, the host being ahead."""
+        if not self.cuda:
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(7_000_000)  # type: ignore[no-untyped-call]  # some 4 ms
+        start_event.record()
+        call()
+        end_event.record()
+        torch.cuda.synchronize()
+        return float(start_event.elapsed_time(end_event))
+
+    def host_ms(self, prepare: Callable[[], object], call: Callable[[], object]) -> float:
+        """The host's time for one call, with nothing that waits for the GPU."""
+        times = []
+        for _ in range(3):
+            prepare()
+            if self.cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(5 if self.cuda else 1):
+                call()
+            times.append((time.perf_counter() - start) / (5 if self.cuda else 1) * 1e3)
+        return statistics.median(times)
+
+    def graph_ms(self, call: Callable[[], object]) -> float | None:
+        """The time of one call under a CUDA graph."""
+        if not self.cuda:
+            return None
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            call()
+        graph.replay()
+        return statistics.median(self.gpu_ms(graph.replay) for _ in range(7))
 
 
 @dataclass
@@ -247,17 +201,17 @@ class Ceilings:
     copy_bytes: float
 
 
-def ceilings(clock: Clock, device: torch.device, *, rehearsal: bool) -> Ceilings:
+def ceilings(timer: Timer, device: torch.device) -> Ceilings:
     """A large bfloat16 matrix product in FLOP/s, and a large copy in bytes/s, read and written."""
-    side, numbers = (64, 2**12) if rehearsal else (8192, 2**30)
+    side, elements = (8192, 2**30) if timer.cuda else (64, 2**12)
     left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
-    source = torch.randn(numbers, device=device).bfloat16()
+    source = torch.randn(elements, device=device).bfloat16()
     target = torch.empty_like(source)
 
     def median(call: Callable[[], object]) -> float:
         for _ in range(3):
             call()
-        return statistics.median(clock.milliseconds(call) for _ in range(15)) / 1e3
+        return statistics.median(timer.gpu_ms(call) for _ in range(9)) / 1e3
 
     return Ceilings(
         2 * side**3 / median(lambda: left @ right),
@@ -280,146 +234,183 @@ class Deadline:
 def measure(
     shape: Shape,
     dtype: torch.dtype,
+    memory_format: str,
     device: torch.device,
-    clock: Clock,
+    wanted: Callable[[str], bool],
+    timer: Timer,
     ceiling: Ceilings,
     deadline: Deadline,
-    *,
-    rehearsal: bool,
-    compiled: bool,
 ) -> Iterator[Row]:
-    """Time every contender at one shape and dtype."""
-    name_of_dtype = str(dtype).removeprefix("torch.")
-    numbers = torch.randn(shape, device=device).to(dtype)
+    """Time every wanted implementation at one shape, dtype and memory format, in both modes."""
+    of_dtype = str(dtype).removeprefix("torch.")
+    elements = torch.randn(shape, device=device).to(dtype, memory_format=FORMATS[memory_format])
+    built = implementations(shape[1], rehearsal=not timer.cuda)
     for mode in MODES:
         workloads: dict[str, Workload] = {}
-        rows: dict[str, Row] = {}
-        for name, build in contenders(shape[1], rehearsal=rehearsal).items():
-            row = rows[name] = Row(name, shape, name_of_dtype, mode)
+        rows = [Row(n, shape, of_dtype, memory_format, mode) for n in built if wanted(n)]
+        for row in rows:
+            name = row.implementation
             row.useful_flops = useful_flops(name, shape, mode)
-            if deadline.passed or (name == COMPILED and not compiled):
+            if deadline.passed:
                 row.reason = "no time left"
                 continue
-            x = numbers.clone()
-            if name == CHANNELS_LAST:
-                x = x.contiguous(memory_format=torch.channels_last)
-            kind = InPlace if name == IN_PLACE else Workload
-            workload = kind(build().to(device, dtype), x, torch.randn_like(x))
+            x = elements.clone()
+            workload = Workload(built[name]().to(device, dtype), x, torch.randn_like(x))
             try:
-                for _ in range(1 if rehearsal else 3):
+                for _ in range(3 if timer.cuda else 1):
                     workload.prepare(mode)
                     workload.run(mode)
-                if device.type == "cuda":
-                    row.peak_bytes = cuda_peak(workload, mode)
-                workload.prepare(mode)
                 workloads[name] = workload
+                if timer.cuda:
+                    row.peak_bytes = cuda_peak(workload, mode)
+                prepare = functools.partial(workload.prepare, mode)
+                run = functools.partial(workload.run, mode)
+                row.host_ms = timer.host_ms(prepare, run)
+                if name == OURS and mode == "inference":
+                    row.graph_ms = timer.graph_ms(run)
+                prepare()
             except Exception as error:
                 row.reason = Failure.of(error).reason[:300]
-        calls = dict.fromkeys(workloads, 2 if rehearsal else 20)
-        times, failures = take_turns(workloads, calls, mode, clock)
-        for name, row in rows.items():
-            if name in failures:
-                row.reason = failures[name].reason[:300]
-            elif name in times:
-                row.milliseconds = [round(each, 5) for each in times[name]]
-                row.median = statistics.median(times[name])
-                per_second = 1e3 / row.median
+        for _ in range(timer.rounds):
+            for row in rows:
+                if (found := workloads.get(row.implementation)) is None:
+                    continue
+                try:
+                    found.prepare(mode)
+                    row.milliseconds.append(timer.gpu_ms(functools.partial(found.run, mode)))
+                except Exception as error:
+                    row.reason = Failure.of(error).reason[:300]
+        for row in rows:
+            if row.milliseconds:
+                row.milliseconds = [round(each, 5) for each in row.milliseconds]
+                row.gpu_ms = statistics.median(row.milliseconds)
+                per_second = 1e3 / row.gpu_ms
                 row.share_of_product = row.useful_flops * per_second / ceiling.product_flops
                 # x read and the result written; in training also both gradients.
-                least = numbers.nbytes * (2 if mode == "inference" else 5)
+                least = elements.nbytes * (2 if mode == "inference" else 5)
                 row.share_of_copy = least * per_second / ceiling.copy_bytes
             yield row
         del workloads
-        if device.type == "cuda":
+        if timer.cuda:
             torch.cuda.empty_cache()
 
 
 # What it must show, after the issue: on a Hopper card, in bfloat16, at 8x512x96x96.
 
 
-def targets(rows: list[Row]) -> list[tuple[str, float, float | None]]:
-    """(what, at least, reached) for every target."""
-    found = {
-        (row.contender, row.mode): row
+@dataclass
+class Target:
+    """A figure that was asked for."""
+
+    what: str
+    against: str
+    at_least: float
+    aim: float
+    reached: float | None
+    less_is_better: bool = False
+
+    @property
+    def line(self) -> str:
+        """In words."""
+        reached = "no figure" if self.reached is None else f"{self.reached:.3g}"
+        required = f"{'at most' if self.less_is_better else 'at least'} {self.at_least:g}"
+        return f"{self.what}, against {self.against}: {required}, aim {self.aim:g}, {reached}"
+
+
+def targets(rows: list[Row]) -> list[Target]:
+    """Every target, the better of both memory formats on both sides."""
+
+    def best(name: str, mode: Mode, what: str = "gpu_ms", shape: Shape = BASE) -> float | None:
+        found = [
+            getattr(row, what)
+            for row in rows
+            if row.implementation.startswith(name)
+            and (row.shape, row.dtype, row.mode) == (shape, "bfloat16", mode)
+            and (name != OFFICIAL or row.implementation == OFFICIAL)
+        ]
+        found = [each for each in found if each is not None]
+        return min(found) if found else None
+
+    def ratio(one: float | None, other: float | None) -> float | None:
+        return one / other if one and other else None
+
+    shares = [
+        row.share_of_product
         for row in rows
-        if row.shape == BASE and row.dtype == "bfloat16"
-    }
-
-    def ratio(one: tuple[str, Mode], other: tuple[str, Mode], what: str) -> float | None:
-        values = [getattr(found.get(key), what, None) for key in (one, other)]
-        return values[0] / values[1] if all(values) else None
-
-    fused = [
-        row.median
-        for (name, mode), row in found.items()
-        if name.startswith("fully, sdpa") and mode == "inference" and row.median
+        if (row.implementation, row.shape) == (OURS, BASE)
+        and (row.mode, row.dtype) == ("inference", "bfloat16")
+        and row.share_of_product is not None
     ]
-    ours = found.get((TRITON, "inference"))
-    own = ours.median if ours else None
+    ours, odd = best(OURS, "inference"), best(OURS, "inference", shape=ODD)
+    area = (ODD[2] * ODD[3]) / (BASE[2] * BASE[3])
+    official, compiled = "the official block", "it under torch.compile"
     return [
-        (
-            "forward, against the official implementation",
-            5.0,
-            ratio((OFFICIAL, "inference"), (TRITON, "inference"), "median"),
+        Target(
+            "forward, speed", official, 4, 5, ratio(best(OFFICIAL, "inference"), ours)
         ),
-        (
-            "forward + backward, against the official implementation",
-            4.0,
-            ratio((OFFICIAL, "training"), (TRITON, "training"), "median"),
+        Target(
+            "forward + backward, speed", official, 3, 4,
+            ratio(best(OFFICIAL, "training"), best(OURS, "training")),
         ),
-        (
-            "forward + backward, against it under torch.compile",
-            2.0,
-            ratio((COMPILED, "training"), (TRITON, "training"), "median"),
+        Target(
+            "forward + backward, speed", compiled, 1.5, 2,
+            ratio(best(COMPILED, "training"), best(OURS, "training")),
         ),
-        (
-            "peak memory in training, the official implementation's over ours",
-            10.0,
-            ratio((OFFICIAL, "training"), (TRITON, "training"), "peak_bytes"),
+        Target(
+            "peak memory in training, its part in", official, 8, 10,
+            ratio(best(OFFICIAL, "training", "peak_bytes"), best(OURS, "training", "peak_bytes")),
         ),
-        (
-            "forward, share of the bfloat16 product",
-            0.45,
-            ours.share_of_product if ours else None,
+        Target(
+            "forward, useful FLOP/s", "a large bfloat16 product", 0.4, 0.6,
+            max(shares) if shares else None,
         ),
-        (
-            "forward, against the best fused kernel on copied slices",
-            1.2,
-            min(fused) / own if fused and own else None,
+        Target(
+            "forward, speed", "PyTorch's best fused kernel on turned slices", 1.1, 1.3,
+            ratio(best("fully, sdpa", "inference"), ours),
         ),
-    ]
+        Target(
+            "forward at 97×97, time per useful FLOP", "96×96", 1.25, 1.15,
+            ratio(odd, ours * area if ours else None), less_is_better=True,
+        ),
+    ]  # fmt: skip
+
+
+# Output.
 
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
-    """Draw the medians: one panel for each shape and dtype that has any."""
+    """Draw the medians: one panel for each shape, dtype, memory format and mode that has any."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((row.shape, row.dtype) for row in rows if row.median))
-    names = list(dict.fromkeys(row.contender for row in rows))
+    timed = [row for row in rows if row.gpu_ms]
+    panels = list(dict.fromkeys((row.shape, row.dtype, row.memory_format) for row in timed))
+    if not panels:
+        return
+    names = list(dict.fromkeys(row.implementation for row in rows))
     with matplotlib.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(11, 0.6 + 2.4 * len(panels)), layout="constrained")
+        figure = Figure(figsize=(11, 0.6 + 2.2 * len(panels)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(len(panels), 2, squeeze=False)
-        for line, (shape, dtype) in zip(axes, panels, strict=True):
+        for line, panel in zip(axes, panels, strict=True):
             for axis, mode in zip(line, MODES, strict=True):
                 medians = {
-                    row.contender: row.median
-                    for row in rows
-                    if (row.shape, row.dtype, row.mode) == (shape, dtype, mode)
+                    row.implementation: row.gpu_ms
+                    for row in timed
+                    if (row.shape, row.dtype, row.memory_format, row.mode) == (*panel, mode)
                 }
                 values = [medians.get(name) or 0.0 for name in names]
-                colours = ["#D55E00" if "triton" in name else "#0072B2" for name in names]
+                colours = ["#D55E00" if name == OURS else "#0072B2" for name in names]
                 bars = axis.barh(names, values, color=colours)
-                labels = [f" {value:.3g}" if value else " –" for value in values]
-                axis.bar_label(bars, labels)
+                axis.bar_label(bars, [f" {value:.3g}" if value else " –" for value in values])
                 axis.invert_yaxis()
-                axis.set_title(f"{'x'.join(map(str, shape))}, {dtype}, {mode}")
-                axis.set_xlabel("ms, median")
+                shape, dtype, memory_format = panel
+                axis.set_title(f"{'x'.join(map(str, shape))}, {dtype}, {memory_format}, {mode}")
+                axis.set_xlabel("ms on the GPU, median")
                 axis.margins(x=0.15)
         figure.suptitle(title)
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=90)
 
 
 def driver() -> str | None:
@@ -427,41 +418,58 @@ def driver() -> str | None:
     try:
         return subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.split()[0]
+            capture_output=True, text=True, check=True,
+        ).stdout.split()[0]  # fmt: skip
     except (OSError, subprocess.CalledProcessError, IndexError):
         return None
 
 
 def show(console: Console, rows: list[Row]) -> None:
-    """Print one table for each shape, dtype and mode."""
-    groups = dict.fromkeys((row.shape, row.dtype, row.mode) for row in rows)
-    for shape, dtype, mode in groups:
-        table = Table(title=f"{'x'.join(map(str, shape))} {dtype} {mode}", title_justify="left")
-        for head in ("contender", "median ms", "spread", "ratio", "peak MiB", "product", "copy"):
-            table.add_column(head, justify="left" if head == "contender" else "right")
-        group = [row for row in rows if (row.shape, row.dtype, row.mode) == (shape, dtype, mode)]
-        base = next((row.median for row in group if row.contender == OFFICIAL), None)
+    """Print one table for each shape, dtype, memory format and mode."""
+    for key in dict.fromkeys((r.shape, r.dtype, r.memory_format, r.mode) for r in rows):
+        title = f"{'x'.join(map(str, key[0]))} {' '.join(key[1:])}"
+        table = Table(title=title, title_justify="left")
+        heads = (
+            "implementation",
+            "GPU ms",
+            "spread",
+            "ratio",
+            "host",
+            "graph",
+            "MiB",
+            "product",
+        )
+        for head in heads:
+            table.add_column(head, justify="left" if head == "implementation" else "right")
+        group = [r for r in rows if (r.shape, r.dtype, r.memory_format, r.mode) == key]
+        base = next((row.gpu_ms for row in group if row.implementation == OFFICIAL), None)
         for row in group:
-            if row.median is None:
-                table.add_row(row.contender, "–")
+            if row.gpu_ms is None:
+                table.add_row(row.implementation, "–")
                 continue
             ordered = sorted(row.milliseconds)
             table.add_row(
-                row.contender,
-                f"{row.median:.4g}",
+                row.implementation,
+                f"{row.gpu_ms:.4g}",
                 f"{ordered[len(ordered) // 4]:.4g}–{ordered[len(ordered) * 3 // 4]:.4g}",
-                f"{base / row.median:.2f}" if base else "",
-                f"{row.peak_bytes / 2**20:.1f}" if row.peak_bytes is not None else "",
+                f"{base / row.gpu_ms:.2f}" if base else "",
+                f"{row.host_ms:.3g}" if row.host_ms is not None else "",
+                f"{row.graph_ms:.4g}" if row.graph_ms is not None else "",
+                f"{row.peak_bytes / 2**20:.0f}" if row.peak_bytes is not None else "",
                 f"{row.share_of_product or 0:.1%}",
-                f"{row.share_of_copy or 0:.1%}",
             )
         console.print(table)
         for row in group:
             if row.reason is not None:
-                console.print(f"  {row.contender}: {row.reason}", highlight=False)
+                console.print(f"  {row.implementation}: {row.reason}", highlight=False)
+
+
+def shape_of(text: str) -> Shape:
+    """Read BxCxHxW."""
+    sizes = tuple(int(each) for each in text.split("x"))
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise ValueError
+    return sizes
 
 
 def main() -> int:
@@ -469,73 +477,104 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for gpu.json, gpu.png")
     parser.add_argument("--rehearse", action="store_true", help="tiny maps, interpreted, no GPU")
-    parser.add_argument("--budget", type=float, default=420.0, help="seconds in all (420)")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--budget", type=float, default=150.0, help="seconds in all (150)")
+    parser.add_argument("--shapes", nargs="+", type=shape_of, metavar="BxCxHxW")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        help="those whose name begins so; all without this",
+    )
+    parser.add_argument("--checks-only", action="store_true", help="time nothing")
     args = parser.parse_args()
-    console = Console(width=110)
+    console = Console(width=120)
     if not args.rehearse and not torch.cuda.is_available():
         print("there is no CUDA device here; --rehearse runs the script without one")
         return 2
-    device = torch.device("cpu" if args.rehearse else "cuda")
-    args.output.mkdir(parents=True, exist_ok=True)
-    problem = triton.BACKEND.unavailable()
-    if problem is not None:
+    if (problem := triton.BACKEND.unavailable()) is not None:
         print(f"the Triton kernels cannot run here: {problem}")
         return 2
-    from fullattn.attention.triton import tuning
+    device = torch.device("cpu" if args.rehearse else "cuda")
+    args.output.mkdir(parents=True, exist_ok=True)
+    import triton as of_triton
 
-    deadline, clock = Deadline(args.budget), clock_for(device)
+    deadline, timer = Deadline(args.budget), Timer(device)
     about: dict[str, Any] = dataclasses.asdict(environment(device)) | {
-        "triton": tuning.triton.__version__,
+        "triton": of_triton.__version__,
         "driver": driver(),
         "rehearsal": args.rehearse,
+        "budget": args.budget,
         "unit": "FLOPs are 2 for a multiplication with an addition; recomputation is not counted",
     }
     console.print(about)
-
-    dtypes = [DTYPES[name] for name in args.dtypes]
-    if args.rehearse:
-        dtypes = [dtype for dtype in dtypes if dtype != torch.bfloat16]  # wrong when interpreted
-    checked = [(2, 5, 3, 4)] if args.rehearse else CHECKED
-    layouts = ("contiguous", "channels_last", "sliced")
-    checks = [check(s, d, layout, device) for s in checked for d in dtypes for layout in layouts]
-    checks_passed = all(each.passed for each in checks) and check_bit_equal(device)
-    for each in checks:
-        worst = max(each.errors, key=lambda name: each.errors[name])
-        if not each.passed or each is checks[-1]:
-            console.print(
-                f"{'ok' if each.passed else 'WRONG'} {each.shape} {each.dtype} "
-                f"{each.layout}: {worst} off by {each.errors[worst]:.2g}"
-            )
-    report: dict[str, Any] = {"about": about, "checks_passed": checks_passed}
-    report["checks"] = [dataclasses.asdict(each) for each in checks]
     path = args.output / "gpu.json"
-    path.write_text(json.dumps(report, indent=1))
-    if not checks_passed:
+    report: dict[str, Any] = {"about": about}
+
+    def write() -> None:
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+    shapes = args.shapes or (TINY if args.rehearse else SHAPES)
+    if not args.rehearse:
+        for reason in compile_all(shapes, args.dtypes):
+            console.print(f"does not compile: {reason}", highlight=False)
+        console.print(f"compiled; {deadline.end - time.monotonic():.0f} s left")
+    found = list(checks(device, rehearsal=args.rehearse))
+    equal = check_bit_equal(device)
+    report["checks"] = [dataclasses.asdict(each) for each in found]
+    report["checks_passed"] = equal and all(each.passed for each in found)
+    write()
+    for each in found:
+        if not each.passed:
+            console.print(f"WRONG {each.shape} {each.dtype} {each.layout}: {each.errors}")
+    worst: dict[str, float] = {}
+    for each in found:
+        worst[each.dtype] = max(worst.get(each.dtype, 0.0), *each.errors.values())
+    console.print(
+        f"{len(found)} checks against float64, {sum(not each.passed for each in found)} wrong, "
+        f"largest errors {worst}; two runs {'are' if equal else 'are NOT'} bit-equal; "
+        f"{deadline.end - time.monotonic():.0f} s left"
+    )
+    if not report["checks_passed"]:
         console.print("a kernel is wrong: nothing is timed")
         return 1
-    console.print(f"{len(checks)} checks against float64 passed, two runs are bit-equal")
+    if args.checks_only:
+        return 0
 
-    ceiling = ceilings(clock, device, rehearsal=args.rehearse)
+    ceiling = ceilings(timer, device)
     report["ceilings"] = dataclasses.asdict(ceiling)
     rows: list[Row] = []
+    dtypes = ["float32"] if args.rehearse else args.dtypes
     for dtype in dtypes:
-        for shape in TINY if args.rehearse else SHAPES:
-            # Compiling takes longest; bfloat16, which people train in, has it at every shape.
-            rows += measure(
-                shape, dtype, device, clock, ceiling, deadline,
-                rehearsal=args.rehearse, compiled=args.rehearse or dtype == torch.bfloat16,
-            )  # fmt: skip
-            report["rows"] = [dataclasses.asdict(row) for row in rows]
-            report["tuned"] = tuning.choices()
-            path.write_text(json.dumps(report, indent=1))
+        for shape in shapes:
+            for memory_format in FORMATS:
+
+                def wanted(name: str, shape: Shape = shape, last: str = memory_format) -> bool:
+                    named = args.implementations
+                    if named is not None and not any(name.startswith(each) for each in named):
+                        return False
+                    # Compiling takes longest.
+                    return name != COMPILED or (shape in shapes[:2] and last == "contiguous")
+
+                rows += measure(
+                    shape,
+                    DTYPES[dtype],
+                    memory_format,
+                    device,
+                    wanted,
+                    timer,
+                    ceiling,
+                    deadline,
+                )
+                report["rows"] = [dataclasses.asdict(row) for row in rows]
+                report["targets"] = [dataclasses.asdict(each) for each in targets(rows)]
+                write()
     show(console, rows)
     if not args.rehearse:
-        for what, least, reached in targets(rows):
-            console.print(f"{what}: at least {least:g}, reached {reached and round(reached, 3)}")
+        for each in targets(rows):
+            console.print(each.line, highlight=False)
         console.print(
             f"ceilings: {ceiling.product_flops / 1e12:.0f} TFLOP/s, "
-            f"{ceiling.copy_bytes / 1e12:.2f} TB/s; tuned: {tuning.choices()}"
+            f"{ceiling.copy_bytes / 1e12:.2f} TB/s; {deadline.end - time.monotonic():.0f} s left"
         )
     title = f"{about['device_name']}, torch {about['torch']}, triton {about['triton']}"
     draw(

@@ -290,12 +290,12 @@ def ranking(rows: list[Row]) -> dict[tuple[str, int], list[tuple[float, dict[str
     return ranked
 
 
-def take(path: Path, keep: int = 3) -> None:
-    """Write the order that was measured into the package."""
+def take(path: Path, into: Path, keep: int = 3) -> None:
+    """Write the order that was measured into a table of configurations."""
     rows = [Row(**row) for row in json.loads(path.read_text())["rows"]]
     for row in rows:
         row.shape = tuple(row.shape)
-    table = json.loads(CONFIGURATIONS.read_text())
+    table = json.loads(into.read_text())
     for (kernel, features), ranked in ranking(rows).items():
         entries = [
             {name: value for name, value in each.items() if value is not None}
@@ -305,7 +305,7 @@ def take(path: Path, keep: int = 3) -> None:
     text = json.dumps(table, indent=1)
     # One configuration a line.
     text = re.sub(r"{\s+(\"block_m[^}]*?)\s+}", lambda m: f"{{{' '.join(m[1].split())}}}", text)
-    CONFIGURATIONS.write_text(text + "\n")
+    into.write_text(text + "\n")
 
 
 def main() -> int:
@@ -315,10 +315,16 @@ def main() -> int:
     parser.add_argument("--take", type=Path, help="write the order of a sweep into the package")
     parser.add_argument("--rehearse", action="store_true", help="tiny maps, interpreted, no GPU")
     parser.add_argument("--budget", type=float, default=150.0, help="seconds in all (150)")
+    parser.add_argument("--table", type=Path, default=CONFIGURATIONS, help="where --take writes")
     args = parser.parse_args()
     if args.take is not None:
-        take(args.take)
+        take(args.take, args.table)
         return 0
+    if args.output is None:
+        parser.error("expected --output or --take")
+    if not args.rehearse and not torch.cuda.is_available():
+        print("there is no CUDA device here; --rehearse runs the script without one")
+        return 2
     device = "cpu" if args.rehearse else "cuda"
     until = time.monotonic() + args.budget
     chosen = lambda kernel, features: list(grid(kernel, features))  # noqa: E731

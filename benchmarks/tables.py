@@ -164,12 +164,54 @@ def camvid_tables() -> str:
     return (RESULTS / "camvid" / "table.md").read_text().strip()
 
 
+def _gpu_runs() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*/gpu.json"))]
+
+
 def gpu_tables() -> str:
-    """What benchmarks/gpu.py measured on each GPU, or that nothing has been measured yet."""
-    files = sorted(RESULTS.glob("*/gpu.json"))
-    if not files:
-        return "**Not measured yet**: no GPU has run `benchmarks/gpu.py` so far."
-    return "\n\n".join(gpu_table(json.loads(path.read_text())) for path in files)
+    """What benchmarks/gpu.py measured on each GPU."""
+    return "\n\n".join(map(gpu_table, _gpu_runs()))
+
+
+def home_gpu_tables() -> str:
+    """The same at the first shape, in short: each implementation in its better memory format."""
+    return "\n\n".join(map(home_gpu_table, _gpu_runs()))
+
+
+def home_gpu_table(data: dict[str, Any]) -> str:
+    """The implementations of our layer's function at the first shape of a run.
+
+    Args:
+        data: of its gpu.json.
+
+    Returns:
+        A table with the conditions.
+    """
+    first = data["rows"][0]
+    names = {
+        "official": "official block",
+        "official, torch.compile": "the same under `torch.compile`",
+        "fully, sdpa cuDNN": "our layer on PyTorch's cuDNN attention",
+        "fully, triton": "our layer on `triton`",
+    }
+    cells = []
+    for name, title in names.items():
+        line = [title]
+        for mode in ("inference", "training"):
+            here = [
+                row
+                for row in data["rows"]
+                if (row["implementation"], row["mode"]) == (name, mode)
+                and (row["shape"], row["dtype"]) == (first["shape"], first["dtype"])
+            ]
+            for figure in ("gpu_ms", "peak_bytes"):
+                found = [row[figure] for row in here if row[figure] is not None]
+                unit = 2**20 if figure == "peak_bytes" else 1
+                line.append(digits(min(found) / unit) if found else "–")
+        cells.append(line)
+    shape = "×".join(map(str, first["shape"]))
+    headings = [f"{shape}, {first['dtype']}", "forward ms", "peak MiB", "training ms", "peak MiB"]
+    return f"{_table(headings, cells)}\n\n{_gpu_conditions(data)}"
 
 
 def gpu_table(data: dict[str, Any]) -> str:
@@ -179,31 +221,50 @@ def gpu_table(data: dict[str, Any]) -> str:
         data: of its gpu.json.
 
     Returns:
-        A table for each shape and dtype, with the conditions.
+        A table for each shape and dtype, and one of the targets, with the conditions.
     """
     parts = []
-    rows = data.get("rows", [])
+    rows = [row for row in data.get("rows", []) if row["gpu_ms"] is not None]
     for shape, dtype in dict.fromkeys((tuple(row["shape"]), row["dtype"]) for row in rows):
-        here = [row for row in rows if (tuple(row["shape"]), row["dtype"]) == (shape, dtype)]
+        here = {
+            (row["implementation"], row["memory_format"], row["mode"]): row
+            for row in rows
+            if (tuple(row["shape"]), row["dtype"]) == (shape, dtype)
+        }
         cells = []
-        for contender in dict.fromkeys(row["contender"] for row in here):
-            line = [contender]
+        for name in dict.fromkeys(key[:2] for key in here):
+            line = list(name)
             for mode in ("inference", "training"):
-                found = [r for r in here if (r["contender"], r["mode"]) == (contender, mode)]
-                times = found[0]["milliseconds"] if found else []
-                peak = found[0]["peak_bytes"] if found else None
-                line.append(f"{statistics.median(times):.4g}" if times else "–")
-                line.append(f"{peak / 2**20:.1f}" if peak is not None else "–")
+                row = here.get((*name, mode), {"gpu_ms": None, "peak_bytes": None})
+                time, peak = row["gpu_ms"], row["peak_bytes"]
+                line.append(f"{time:.4g}" if time is not None else "–")
+                line.append(digits(peak / 2**20) if peak is not None else "–")
             cells.append(line)
-        headings = ["contender", "forward ms", "peak MiB", "forward + backward ms", "peak MiB"]
+        headings = ["implementation", "memory format", "forward ms", "peak MiB"]
+        headings += ["forward + backward ms", "peak MiB"]
         parts += [f"**{'×'.join(map(str, shape))}, {dtype}**", _table(headings, cells)]
+    if targets := data.get("targets"):
+        cells = [
+            [
+                f"{each['what']}, against {each['against']}",
+                f"{'≤' if each['less_is_better'] else '≥'} {each['at_least']:g}",
+                f"{each['aim']:g}",
+                f"{each['reached']:.3g}" if each["reached"] is not None else "–",
+            ]
+            for each in targets
+        ]
+        parts.append(_table(["target", "required", "aim", "reached"], cells))
+    return "\n\n".join([*parts, _gpu_conditions(data)])
+
+
+def _gpu_conditions(data: dict[str, Any]) -> str:
     about = data["about"]
-    parts.append(
+    return (
         f"{about['device_name']}, torch {about['torch']}, triton {about['triton']}, driver "
         f"{about['driver']}, {about['date']}; medians."
+        + ("" if data.get("checks_passed") else " **Not every check against float64 passed.**")
         + (" **A rehearsal without a GPU: times mean nothing.**" if about["rehearsal"] else "")
     )
-    return "\n\n".join(parts)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -212,6 +273,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "flanet_step": flanet_step_table,
     "camvid": camvid_tables,
     "gpu": gpu_tables,
+    "home_gpu": home_gpu_tables,
 }
 
 

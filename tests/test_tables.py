@@ -71,7 +71,7 @@ def test_every_table_names_device_and_versions() -> None:
         data["environment"]["device_name"] if "rows" in data else data["device"] for data in read
     }
     for name, make in tables.TABLES.items():
-        if name in ("camvid", "gpu"):  # conditions are told beside them; nothing measured yet
+        if name in ("camvid", "gpu", "home_gpu"):  # told beside them, or of another device
             continue
         text = make()
         assert any(device in text for device in devices), name
@@ -81,6 +81,9 @@ def test_every_table_names_device_and_versions() -> None:
 
 def test_a_run_on_a_gpu_becomes_a_table() -> None:
     row = {"shape": [8, 512, 96, 96], "dtype": "bfloat16", "peak_bytes": 3 * 2**20}
+    official = row | {"implementation": "official", "memory_format": "channels_last"}
+    ours = row | {"implementation": "fully, triton", "memory_format": "contiguous"}
+    target = {"what": "forward", "against": "b", "at_least": 4, "aim": 5, "reached": 6.034}
     data = {
         "about": {
             "device_name": "GPU",
@@ -91,17 +94,32 @@ def test_a_run_on_a_gpu_becomes_a_table() -> None:
             "rehearsal": False,
         },
         "rows": [
-            row | {"contender": "a", "mode": "inference", "milliseconds": [3.0, 1.0, 2.0]},
-            row | {"contender": "a", "mode": "training", "milliseconds": [], "peak_bytes": None},
-            row | {"contender": "b", "mode": "training", "milliseconds": [4.0]},
+            official | {"mode": "inference", "gpu_ms": 2.0},
+            official | {"mode": "training", "gpu_ms": None, "peak_bytes": None},
+            ours | {"mode": "training", "gpu_ms": 4.0},
+            ours | {"mode": "training", "gpu_ms": 3.5, "memory_format": "channels_last"},
+            ours | {"mode": "inference", "gpu_ms": None, "shape": [1, 2, 3, 4]},
         ],
+        "targets": [
+            target | {"less_is_better": False},
+            target | {"less_is_better": True, "reached": None},
+        ],
+        "checks_passed": True,
     }
     text = tables.gpu_table(data)
-    assert "| a | 2 | 3.0 | – | – |" in text
-    assert "| b | – | – | 4 | 3.0 |" in text
+    assert "| official | channels_last | 2 | 3.00 | – | – |" in text
+    assert "| fully, triton | contiguous | – | – | 4 | 3.00 |" in text
+    assert "| forward, against b | ≥ 4 | 5 | 6.03 |" in text
+    assert "| forward, against b | ≤ 4 | 5 | – |" in text
     assert "8×512×96×96, bfloat16" in text
+    assert "1×2×3×4" not in text  # nothing was measured there
     assert "GPU, torch 2.11, triton 3.6, driver 1" in text
     assert "ehearsal" not in text
+    assert "passed" not in text
+    short = tables.home_gpu_table(data)
+    assert "| our layer on `triton` | – | – | 3.50 | 3.00 |" in short
+    assert "GPU, torch 2.11, triton 3.6, driver 1" in short
+    assert "Not every check" in tables.gpu_table(data | {"checks_passed": False})
     data["about"]["rehearsal"] = True
     assert "times mean nothing" in tables.gpu_table(data)
 

@@ -116,6 +116,11 @@ def test_asked_for_by_name_on_a_cpu() -> None:
         layer(torch.randn(1, 4, 3, 5))
 
 
+def test_means_are_left_to_pytorch_where_the_kernels_do_not_run() -> None:
+    x = torch.randn(1, 4, 3, 5).contiguous(memory_format=torch.channels_last)
+    assert triton.axial_means(x) is None
+
+
 @pytest.fixture
 def _switches() -> Iterator[None]:
     before = torch.backends.cuda.matmul.allow_tf32
