@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import faulthandler
 import functools
 import json
 import os
@@ -27,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,8 @@ from typing import Any
 
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+# Inductor would move Triton's cache, in which our kernels are, when it first compiles.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".triton" / "cache"))
 
 import torch
 from rich.console import Console
@@ -171,18 +175,17 @@ class Timer:
     def host_ms(self, prepare: Callable[[], object], call: Callable[[], object]) -> float:
         """The host's time for one call, with nothing that waits for the GPU."""
         times = []
-        for _ in range(3):
+        for _ in range(9 if self.cuda else 1):
             prepare()
             if self.cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(5 if self.cuda else 1):
-                call()
-            times.append((time.perf_counter() - start) / (5 if self.cuda else 1) * 1e3)
+            call()
+            times.append((time.perf_counter() - start) * 1e3)
         return statistics.median(times)
 
     def graph_ms(self, call: Callable[[], object]) -> float | None:
-        """The time of one call under a CUDA graph."""
+        """The time of one call under a CUDA graph; None where it cannot be captured."""
         if not self.cuda:
             return None
         graph = torch.cuda.CUDAGraph()
@@ -254,9 +257,9 @@ def measure(
             if deadline.passed:
                 row.reason = "no time left"
                 continue
-            x = elements.clone()
-            workload = Workload(built[name]().to(device, dtype), x, torch.randn_like(x))
             try:
+                x = elements.clone()
+                workload = Workload(built[name]().to(device, dtype), x, torch.randn_like(x))
                 for _ in range(3 if timer.cuda else 1):
                     workload.prepare(mode)
                     workload.run(mode)
@@ -424,6 +427,17 @@ def driver() -> str | None:
         return None
 
 
+def as_text(report: dict[str, Any]) -> str:
+    """JSON with a line for each check, row and target."""
+    parts = []
+    for name, value in report.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def show(console: Console, rows: list[Row]) -> None:
     """Print one table for each shape, dtype, memory format and mode."""
     for key in dict.fromkeys((r.shape, r.dtype, r.memory_format, r.mode) for r in rows):
@@ -464,7 +478,7 @@ def show(console: Console, rows: list[Row]) -> None:
                 console.print(f"  {row.implementation}: {row.reason}", highlight=False)
 
 
-def shape_of(text: str) -> Shape:
+def shape(text: str) -> Shape:
     """Read BxCxHxW."""
     sizes = tuple(int(each) for each in text.split("x"))
     if len(sizes) != 4 or min(sizes) < 1:
@@ -478,7 +492,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for gpu.json, gpu.png")
     parser.add_argument("--rehearse", action="store_true", help="tiny maps, interpreted, no GPU")
     parser.add_argument("--budget", type=float, default=150.0, help="seconds in all (150)")
-    parser.add_argument("--shapes", nargs="+", type=shape_of, metavar="BxCxHxW")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="BxCxHxW")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument(
         "--implementations",
@@ -499,11 +513,17 @@ def main() -> int:
     import triton as of_triton
 
     deadline, timer = Deadline(args.budget), Timer(device)
+    # Results are written after each group; a call that hangs is not waited for.
+    faulthandler.dump_traceback_later(args.budget + 30, exit=True)
+    # A kernel that gave way to PyTorch's operators is an error here.
+    warnings.filterwarnings("error", message="fullattn's Triton kernels cannot run")
     about: dict[str, Any] = dataclasses.asdict(environment(device)) | {
         "triton": of_triton.__version__,
         "driver": driver(),
         "rehearsal": args.rehearse,
         "budget": args.budget,
+        "shapes": args.shapes,
+        "implementations": args.implementations,
         "unit": "FLOPs are 2 for a multiplication with an addition; recomputation is not counted",
     }
     console.print(about)
@@ -511,7 +531,7 @@ def main() -> int:
     report: dict[str, Any] = {"about": about}
 
     def write() -> None:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        path.write_text(as_text(report))
 
     shapes = args.shapes or (TINY if args.rehearse else SHAPES)
     if not args.rehearse:
@@ -545,18 +565,18 @@ def main() -> int:
     rows: list[Row] = []
     dtypes = ["float32"] if args.rehearse else args.dtypes
     for dtype in dtypes:
-        for shape in shapes:
+        for of_map in shapes:
             for memory_format in FORMATS:
 
-                def wanted(name: str, shape: Shape = shape, last: str = memory_format) -> bool:
+                def wanted(name: str, of_map: Shape = of_map, last: str = memory_format) -> bool:
                     named = args.implementations
                     if named is not None and not any(name.startswith(each) for each in named):
                         return False
                     # Compiling takes longest.
-                    return name != COMPILED or (shape in shapes[:2] and last == "contiguous")
+                    return name != COMPILED or (of_map in shapes[:2] and last == "contiguous")
 
                 rows += measure(
-                    shape,
+                    of_map,
                     DTYPES[dtype],
                     memory_format,
                     device,

@@ -374,6 +374,24 @@ def test_no_gradient_for_what_needs_none() -> None:
     assert column_key.grad is row_key.grad is gamma.grad is None
 
 
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_a_result_whose_gradient_is_undefined() -> None:
+    (x, column_key, row_key, gamma), _ = Drawn((1, 8, 2, 3)).tensors(torch.float32)
+    x.requires_grad_()
+    y = triton.axial_channel_attention(x, column_key, row_key, 1.0, gamma)
+    (found,) = torch.autograd.grad(_WithoutGradient.apply(y).sum(), x, allow_unused=True)
+    assert found is None or not found.any()
+
+
 @pytest.mark.parametrize("mode", ["no_grad", "nothing requires one"])
 def test_nothing_is_kept_where_no_gradient_is_needed(
     mode: str, monkeypatch: pytest.MonkeyPatch
