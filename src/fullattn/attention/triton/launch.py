@@ -127,6 +127,9 @@ def _copy(source: Tensor, target: Tensor, run: Run) -> None:
     """Copy a map (B, C, H, W) from one layout into another, reading and writing along both."""
     batch, channels, height, width = source.shape
     strides = {"source": list(source.stride()), "target": list(target.stride())}
+    for each in strides.values():  # an axis of length 1 may have any stride
+        each[3] = each[2] if width == 1 else each[3]
+        each[2] = each[3] * width if height == 1 else each[2]
     outer, inner = height, width
     if all(each[2] == each[3] * width for each in strides.values()):
         outer, inner = 1, height * width

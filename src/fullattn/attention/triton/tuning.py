@@ -116,12 +116,10 @@ def launch(each: Launch, entry: Configuration | None = None) -> None:
     if INTERPRETED:
         kernel[programs](**named, **options)
         return
-    x = each.slices.get("x")
-    features = None if x is None else (-(-x.shape[2] // 16), each.slices["out_own"].dtype, x.dtype)
     key = (
-        each.kernel, entry, features, *each.constants.values(), torch.cuda.current_device(),
-        *map(_kind, each.arguments.values()),
-        named.get("DIVIDES"),
+        each.kernel, entry, named.get("FEATURES"), named.get("DIVIDES"), *each.constants.values(),
+        *(slices.dtype for slices in each.slices.values()), *map(_kind, each.arguments.values()),
+        torch.cuda.current_device(),
     )  # fmt: skip
     known = _compiled.get(key)
     if known is None:
