@@ -80,10 +80,14 @@ def register(
         tensors, ctx.scale = inputs[: len(arguments)], inputs[len(arguments)]
         ctx.given = [x is not None for x in tensors]
         left = output[1:] if statistics else ()
+        # Or the backward would get zeros of the size of each statistic.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *left)
         ctx.mark_non_differentiable(*left)
 
-    def differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (len(arguments) + 1 + len(flags))
         found = backward_operator(grad, *ctx.saved_tensors, ctx.scale)
         tensors = (x if given else None for x, given in zip(found, ctx.given, strict=True))
         return (*tensors, None, *(None for _ in flags))

@@ -325,13 +325,15 @@ def backward(
     grad_x = torch.empty_like(x)
     grad_gamma = x.new_empty(0) if gamma is None else torch.empty_like(gamma)
     x, grad = (_readable(each, x.dtype, run) for each in (x, grad))
+    # Hooks of saved tensors may give them back in another layout.
+    kept = _readable(kept, x.dtype, run) if kept.numel() else kept
     result = grad_x if _is_readable(grad_x) else _buffer(grad_x, x.dtype)
     # δ of the rows of both maps, in float32, and its sums over 16 tokens each.
     sixteens = -(-channels // 16)
     all_delta_sums = x.new_empty(batch * (height + width), sixteens, dtype=torch.float32)
     delta_sums = all_delta_sums[: batch * width], all_delta_sums[batch * width :]
     sums: list[Tensor] = []
-    statistics = (column_statistics, row_statistics)
+    statistics = (column_statistics.contiguous(), row_statistics.contiguous())
     for cut, key, (m, log_l), part_of_sums in zip(
         _CUTS, (column_key, row_key), statistics, delta_sums, strict=True
     ):
