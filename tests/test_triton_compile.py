@@ -312,7 +312,7 @@ def entries_of(generation: str, kind: str) -> Iterator[tuple[str, int, Configura
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
+@pytest.mark.parametrize("kind", ["half", "tf32", "ieee"] if DEEP else ["half"])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_configuration_fits_the_shared_memory(capability: int, kind: str) -> None:
     """In every run for those of each kernel that buffer most; in a deep run for all."""
