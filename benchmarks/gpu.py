@@ -55,6 +55,7 @@ from fullattn.bench.workload import MODES, Mode, Workload
 from gpu_checks import (
     DTYPES,
     FORMATS,
+    SHAPES,
     TINY,
     Shape,
     check_bit_equal,
@@ -62,13 +63,6 @@ from gpu_checks import (
     compile_all,
 )
 
-SHAPES: list[Shape] = [
-    (8, 512, 96, 96),
-    (8, 512, 97, 97),
-    (2, 2048, 64, 64),
-    (1, 512, 128, 256),
-    (16, 128, 64, 64),
-]
 OFFICIAL, COMPILED, OURS = "official", "official, torch.compile", "fully, triton"
 BASE, ODD = SHAPES[0], SHAPES[1]
 

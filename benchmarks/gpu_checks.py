@@ -18,6 +18,7 @@ from fullattn.functional import columns_and_rows
 __all__ = [
     "DTYPES",
     "FORMATS",
+    "SHAPES",
     "TINY",
     "TOLERANCE",
     "Check",
@@ -28,6 +29,13 @@ __all__ = [
 ]
 
 Shape = tuple[int, int, int, int]
+SHAPES: list[Shape] = [
+    (8, 512, 96, 96),
+    (8, 512, 97, 97),
+    (2, 2048, 64, 64),
+    (1, 512, 128, 256),
+    (16, 128, 64, 64),
+]
 TINY: list[Shape] = [(2, 16, 3, 4)]
 DTYPES = {
     "bfloat16": torch.bfloat16,

@@ -36,16 +36,8 @@ from torch import Tensor
 from fullattn.attention.triton import kernels, launch, tuning
 from fullattn.attention.triton.configurations import CLASSES, Configuration, features_class
 from fullattn.functional import columns_and_rows
+from gpu_checks import SHAPES, TINY, Shape
 
-Shape = tuple[int, int, int, int]
-SHAPES: list[Shape] = [
-    (8, 512, 96, 96),
-    (8, 512, 97, 97),
-    (2, 2048, 64, 64),
-    (1, 512, 128, 256),
-    (16, 128, 64, 64),
-]
-TINY: list[Shape] = [(2, 16, 3, 4)]
 KERNELS = ("forward", "backward_queries", "backward_keys")
 # Products of (C, D) with (D, C) or (C, C) with (C, D) that each kernel computes, and that are
 # needed: the map and its gradient are computed again.
