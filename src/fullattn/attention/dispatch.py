@@ -141,7 +141,14 @@ def worth_building(inputs: AttentionInputs) -> bool:
 
 
 def forced(requested: str | None) -> Backend | None:
-    """The backend that was asked for by name, here or from outside; None for no such wish."""
+    """Return the backend that is asked for by name: by the context, the caller or the environment.
+
+    Args:
+        requested: the layer's own `backend=`.
+
+    Returns:
+        The backend; None for the automatic choice.
+    """
     name = _override or requested
     if name is None and _from_environment is not None:
         name = check_name(_from_environment, _ENVIRONMENT)
