@@ -2,9 +2,9 @@
 
 `configurations.json` holds the configurations in the order in which they are taken: the first that
 fits the card runs. For float16 and bfloat16 on Hopper the order was measured on an H100, by
-`benchmarks/gpu_sweep.py`, and is taken over by its `--take`. Elsewhere it is by compiling with Triton
-3.6: what keeps most in registers. Some of it still goes to the stack: float16 and bfloat16 at 97
-features on Ampere, TF32 at 97 on Hopper.
+`benchmarks/gpu_sweep.py`, and is taken over by its `--take`. Elsewhere it is by compiling with
+Triton 3.6: what keeps most in registers. Some of it still goes to the stack: float16 and bfloat16
+at 97 features on Ampere, TF32 at 97 on Hopper.
 """
 
 from __future__ import annotations
