@@ -38,7 +38,7 @@ from fullattn.attention.triton import launch
 from fullattn.attention.triton.configurations import MOST_FEATURES
 from fullattn.reshape import COLUMNS, ROWS
 
-__all__ = ["BACKEND", "axial_channel_attention"]
+__all__ = ["BACKEND", "axial_channel_attention", "axial_means"]
 
 _OLDEST_TRITON = (3, 6)
 _OLDEST_CARD = (8, 0)

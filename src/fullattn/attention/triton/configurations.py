@@ -1,9 +1,10 @@
 """How a kernel is cut and compiled, for each kind of card, dtype and number of features.
 
 `configurations.json` holds the configurations in the order in which they are taken: the first that
-fits the card runs. For float16 and bfloat16 on Hopper the order was measured on an H100, by
-`benchmarks/gpu_sweep.py`, and is taken over by its `--take`. Elsewhere it is by compiling with
-Triton 3.6: what keeps most in registers. Some of it still goes to the stack: float16 and bfloat16
+fits the card runs. For 64, 96, 97, 128 and 256 features in half precision on Hopper the order was
+measured on an H100, in bfloat16, by `benchmarks/gpu_sweep.py`, and is taken over by its `--take`;
+16, 32, 80 and 192 have that of a neighbour. Elsewhere it is by compiling with Triton 3.6: what
+keeps most in registers. Some of it still goes to the stack: float16 and bfloat16
 at 97 features on Ampere, TF32 at 97 on Hopper.
 """
 
