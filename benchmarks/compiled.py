@@ -24,8 +24,9 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
+from fullattn._cli.conditions import MODES
 from fullattn.bench.measure import Plan, clock_for, take_turns, warm_up
-from fullattn.bench.workload import MODES, Workload
+from fullattn.bench.workload import Workload
 
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "FullyAttentional": partial(FullyAttentional, gamma_init=0.7, project=False),

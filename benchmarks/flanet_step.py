@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullattn.bench.conditions import Conditions, device_name
+from fullattn._cli.conditions import Conditions, device_name
+from fullattn._cli.shapes import Shape
 from fullattn.bench.failures import Failure
 from fullattn.bench.memory import CpuMemory
-from fullattn.bench.network import Network
 from fullattn.bench.official import OfficialFLANetBlock
-from fullattn.bench.shapes import Shape
-from fullattn.models import FLANet
+from fullattn.segmentation.models import FLANet
+from fullattn.swap.network import Network
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 

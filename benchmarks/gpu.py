@@ -46,12 +46,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs
+from fullattn._cli.conditions import MODES, Mode, environment
 from fullattn.attention import triton
-from fullattn.bench.conditions import environment
 from fullattn.bench.failures import Failure
 from fullattn.bench.memory import cuda_peak
 from fullattn.bench.official import OfficialFLANetBlock
-from fullattn.bench.workload import MODES, Mode, Workload
+from fullattn.bench.workload import Workload
 from gpu_checks import (
     DTYPES,
     FORMATS,

@@ -20,9 +20,9 @@ from pathlib import Path
 from runpy import run_path
 from typing import Any
 
-from fullattn.bench.report import Report, Row, read_report
+from fullattn._cli.conditions import Mode
+from fullattn.bench.results import Report, Row, read_report
 from fullattn.bench.table import digits, si
-from fullattn.bench.workload import Mode
 from fullattn.layers import LAYERS
 
 __all__ = ["ROOT", "TABLES", "fill", "pages"]

@@ -50,14 +50,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def _plots() -> dict[str, bytes]:
-    from fullattn.bench import plot
-    from fullattn.bench.report import read_report
+    from fullattn.bench import chart
+    from fullattn.bench.results import read_report
 
     made = {}
     for path in sorted(tables.RESULTS.glob("*/*.json")):
         if path.name in ("bench.json", "sweep.json"):
             file = io.BytesIO()
-            plot.draw(read_report(str(path)), file)
+            chart.draw(read_report(str(path)), file)
             made[f"generated/{path.parent.name}_{path.stem}.png"] = file.getvalue()
     made["generated/camvid.png"] = (tables.RESULTS / "camvid" / "camvid.png").read_bytes()
     return made
@@ -65,8 +65,8 @@ def _plots() -> dict[str, bytes]:
 
 def _maps() -> dict[str, bytes]:
     """What `fullattn maps` writes for the photograph."""
-    from fullattn.evaluation import maps
     from fullattn.layers import LAYERS
+    from fullattn.segmentation.evaluation import maps
 
     photograph = maps.read(PHOTOGRAPH, 512)
     seen = maps.of_stem(photograph, list(LAYERS), channels=64, scale=None, seed=0)

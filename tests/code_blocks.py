@@ -183,6 +183,6 @@ def call(arguments: list[str], folder: Path, said: Path) -> None:
     torch.set_num_threads(1)
     os.chdir(folder)
     with said.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        from fullattn.cli import main
+        from fullattn._cli.main import main
 
         sys.exit(main(arguments))

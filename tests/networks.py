@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fullattn
 from fullattn.integrations.torchvision import ensure_importable
-from fullattn.surgery import Report
+from fullattn.swap import Report
 
 CLASSES = 5
 

@@ -11,10 +11,16 @@ import torch
 from torch import nn
 
 from fullattn import FullyAttentional
+from fullattn._cli.conditions import Conditions, Environment, Mode, parse_device, parse_dtype
+from fullattn._cli.errors import UsageError
+from fullattn._cli.inputs import check_image, feature_map
+from fullattn._cli.output import output_folder, write_all
+from fullattn._cli.shapes import DEFAULT_SHAPES, NAMED, Shape, parse_shape, sweep_shapes
 from fullattn.attention.dispatch import BACKENDS
-from fullattn.bench import compare, plot
-from fullattn.bench.conditions import Conditions, Environment, parse_device, parse_dtype
-from fullattn.bench.contenders import (
+from fullattn.bench import chart, compare
+from fullattn.bench.failures import Failure
+from fullattn.bench.formula import formula
+from fullattn.bench.implementations import (
     OFFICIAL,
     Contender,
     build,
@@ -22,19 +28,13 @@ from fullattn.bench.contenders import (
     inputs_of,
     load_class,
 )
-from fullattn.bench.errors import UsageError
-from fullattn.bench.failures import Failure
-from fullattn.bench.formula import formula
-from fullattn.bench.inputs import check_image, feature_map
 from fullattn.bench.measure import Plan, take_turns, warm_up
 from fullattn.bench.memory import CpuMemory, Probe
 from fullattn.bench.official import OfficialFLANetBlock
-from fullattn.bench.output import output_folder, write_all
-from fullattn.bench.report import Formula, Measurement, Report, Row, read_report
+from fullattn.bench.results import Formula, Measurement, Report, Row, read_report
 from fullattn.bench.run import Options, measure_all
-from fullattn.bench.shapes import DEFAULT_SHAPES, NAMED, Shape, parse_shape, sweep_shapes
 from fullattn.bench.table import WIDTH, print_report
-from fullattn.bench.workload import Mode, ShapeError, Workload
+from fullattn.bench.workload import ShapeError, Workload
 from fullattn.layers import LAYERS
 
 Console = pytest.importorskip("rich.console").Console
@@ -604,7 +604,7 @@ def test_pictures_are_drawn_with_rows_missing(tmp_path: Path, sweep: str | None)
     larger = dataclasses.replace(_row(BASE, 9.0), shape=LARGE)
     report = _report(_row(BASE, 1.0), _row(OURS, 2.0, peak=None), failed, larger, sweep=sweep)
     path = tmp_path / "picture.part"
-    plot.draw(report, path)
+    chart.draw(report, path)
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.width > 1000

@@ -25,7 +25,7 @@ import networks
 import official_code
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.checkpoints import CheckpointError, convert, load, load_into, table
-from fullattn.checkpoints.forms import _TABLE, FORMS, Form
+from fullattn.checkpoints.mappings import _TABLE, FORMS, Form
 
 pytestmark = pytest.mark.filterwarnings("ignore:mix_images=True:UserWarning")
 
@@ -248,7 +248,15 @@ ALL_FORMS = [
 
 def described(text: str) -> nn.Module:
     """The layer that a description names."""
-    names = {**vars(fullattn), "models": fullattn.models, "nn": nn, "C": C, "D": D, "K": 5, "R": 4}
+    names = {
+        **vars(fullattn),
+        "models": fullattn.segmentation.models,
+        "nn": nn,
+        "C": C,
+        "D": D,
+        "K": 5,
+        "R": 4,
+    }
     with torch.device("meta"):
         layer = eval(text, names)
     assert isinstance(layer, nn.Module)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import fullattn
+from fullattn._cli.main import main
 from fullattn.attention.dispatch import BACKENDS
-from fullattn.cli import main
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -114,7 +114,7 @@ def test_info_works_without_the_extra() -> None:
     code = (
         "import sys\n"
         "for name in ('rich', 'matplotlib', 'PIL'): sys.modules[name] = None\n"
-        "from fullattn.cli import main\n"
+        "from fullattn._cli.main import main\n"
         "sys.exit(main(['info']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -407,7 +407,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fullattn.bench.plot.draw", full)
+    monkeypatch.setattr("fullattn.bench.chart.draw", full)
     assert "no space left on device" in _refused([*QUICK, "--output", "deep/out"], capsys).lower()
 
 

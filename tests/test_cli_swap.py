@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fullattn.cli import main
+from fullattn._cli.main import main
 
 pytest.importorskip("rich", reason="fullattn swap needs rich")
 pytest.importorskip("matplotlib", reason="fullattn swap needs matplotlib")

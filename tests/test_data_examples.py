@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import tiny_data
-from fullattn.data import (
+from fullattn.segmentation.data import (
     Augment,
     DataError,
     Examples,
@@ -439,11 +439,11 @@ def test_an_absent_package_is_a_sentence_and_torchvision_is_imported_only_when_u
 import sys, torch
 sys.modules["PIL"] = None
 try:
-    import fullattn.data
+    import fullattn.segmentation.data
 except ImportError as error:
     print(error)
 del sys.modules["PIL"]
-from fullattn.data import Augment, Normalize
+from fullattn.segmentation.data import Augment, Normalize
 image, mask = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)
 Normalize()(image, mask)
 print("torchvision" in sys.modules)

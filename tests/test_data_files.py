@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import tiny_data
-from fullattn.data import DataError, SegmentationDataset, open_dataset, smallest_image
-from fullattn.data.classes import Classes, numbered
-from fullattn.data.decode import image_size, read_image, read_labels
-from fullattn.data.listing import Sample
+from fullattn.segmentation.data import DataError, SegmentationDataset, open_dataset, smallest_image
+from fullattn.segmentation.data.classes import Classes, numbered
+from fullattn.segmentation.data.decode import image_size, read_image, read_labels
+from fullattn.segmentation.data.listing import Sample
 
 HEIGHT, WIDTH = 12, 20
 RANDOM = np.random.default_rng(0)

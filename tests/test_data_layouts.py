@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 import tiny_data
-from fullattn.data import DATASETS, DataError, SegmentationDataset, open_dataset
-from fullattn.data.classes import colour, known
-from fullattn.data.layouts import LAYOUTS
-from fullattn.data.listing import pair
+from fullattn.segmentation.data import DATASETS, DataError, SegmentationDataset, open_dataset
+from fullattn.segmentation.data.classes import colour, known
+from fullattn.segmentation.data.layouts import LAYOUTS
+from fullattn.segmentation.data.listing import pair
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "cityscapes": tiny_data.cityscapes,
@@ -536,7 +536,7 @@ def test_camvid_with_other_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_layouts_are_described_in_their_module() -> None:
-    from fullattn.data import layouts
+    from fullattn.segmentation.data import layouts
 
     assert all(f"\n{name} " in (layouts.__doc__ or "") for name in LAYOUTS)
 

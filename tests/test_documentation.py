@@ -36,9 +36,9 @@ import code_blocks
 import tiny_data
 from code_blocks import Block, Command, Page, commands
 from fullattn import arguments as command_line
-from fullattn.bench.errors import UsageError
-from fullattn.bench.shapes import parse_shape
-from fullattn.cli import _parser, main
+from fullattn._cli.errors import UsageError
+from fullattn._cli.main import _parser, main
+from fullattn._cli.shapes import parse_shape
 from networks import NEEDS, load, missing
 from tiny_training import processes
 
@@ -69,8 +69,8 @@ class Instead:
 INSTEAD = (
     Instead(
         "docs/guides/flanet.md",
-        "fullattn.models.FLANet(19)",
-        "fullattn.models.FLANet(19, 'test_resnet', channels=8, out_channels=8)",
+        "fullattn.segmentation.models.FLANet(19)",
+        "fullattn.segmentation.models.FLANet(19, 'test_resnet', channels=8, out_channels=8)",
         "a ResNet-101 and a file of its weights take seconds, and test_flanet has them",
     ),
     Instead(
@@ -214,9 +214,9 @@ def photograph(path: Path) -> None:
 def checkpoint(path: Path, data: str = "camvid") -> None:
     """What `fullattn train` leaves, of the smallest network with the classes of a data set."""
     load("timm")
-    from fullattn.data import classes
-    from fullattn.models import FLANet
-    from fullattn.models.files import Description, describe
+    from fullattn.segmentation.data import classes
+    from fullattn.segmentation.models import FLANet
+    from fullattn.segmentation.models.files import Description, describe
 
     known = classes.numbered(4) if data == "folder" else classes.known(data)
     torch.manual_seed(0)
@@ -239,7 +239,7 @@ def public_weights(path: Path) -> None:
     """The weights of a small FLANet with the names of the official code."""
     load("timm")
     from fullattn import checkpoints
-    from fullattn.models import FLANet
+    from fullattn.segmentation.models import FLANet
 
     network = FLANet(19, "test_resnet", channels=8, out_channels=8)
     torch.save(checkpoints.convert(network.state_dict(), "flanet", reverse=True), path)
@@ -422,7 +422,7 @@ def _prepared(args: argparse.Namespace, arguments: list[str]) -> list[str]:
     if args.command in ("train", "evaluate", "predict"):
         load("timm")
     if args.command == "train":
-        from fullattn.training.config import read
+        from fullattn.segmentation.training.config import read
 
         for package in ("lightning", "torchmetrics"):
             if reason := missing(package):

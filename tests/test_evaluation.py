@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiny_data
-from fullattn.arguments import Parser
-from fullattn.bench.errors import UsageError
-from fullattn.data import DataError, SegmentationDataset, open_dataset
-from fullattn.evaluation import evaluate, segment
-from fullattn.evaluation.command import add_evaluate
-from fullattn.evaluation.loop import evaluating, normalised
-from fullattn.models import FLANet
-from fullattn.models.files import Description, describe, load
+from fullattn._cli.arguments import Parser
+from fullattn._cli.errors import UsageError
+from fullattn.segmentation.data import DataError, SegmentationDataset, open_dataset
+from fullattn.segmentation.evaluation import evaluate, segment
+from fullattn.segmentation.evaluation.command import add_evaluate
+from fullattn.segmentation.evaluation.loop import evaluating, normalised
+from fullattn.segmentation.models import FLANet
+from fullattn.segmentation.models.files import Description, describe, load
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
 COLOURS = list(tiny_data.CAMVID.values())
@@ -303,7 +303,7 @@ def test_the_options_of_the_command_reach_the_evaluation(
         found.update(options, split=dataset.split)
         raise ValueError("enough")
 
-    monkeypatch.setattr("fullattn.evaluation.loop.evaluate", noting)
+    monkeypatch.setattr("fullattn.segmentation.evaluation.loop.evaluate", noting)
     with pytest.raises(UsageError, match="enough"):
         _run(
             *(checkpoint, "--data", "camvid", root, "--split", "train+val", "--skip-bad"),
@@ -439,7 +439,7 @@ def test_bad_arguments_are_one_sentence(
 
 def test_the_commands_are_light_to_import_and_drawing_leaves_pyplot_alone() -> None:
     code = (
-        "import sys; import fullattn.evaluation.command;"
+        "import sys; import fullattn.segmentation.evaluation.command;"
         "heavy = {'torchmetrics', 'matplotlib', 'timm', 'torchvision', 'lightning', 'PIL', 'rich'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
         "import fullattn.plot;"

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fullattn.evaluation import segment
-from fullattn.evaluation.passes import starts
+from fullattn.segmentation.evaluation import segment
+from fullattn.segmentation.evaluation.passes import starts
 
 CLASSES = 5
 

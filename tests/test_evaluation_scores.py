@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
-from fullattn.evaluation import Scores, confusion_matrix
-from fullattn.evaluation.table import table
 from fullattn.integrations.torchvision import ensure_importable
+from fullattn.segmentation.evaluation import Scores, confusion_matrix
+from fullattn.segmentation.evaluation.table import table
 
 NAMES = ("Sky", "Pole", "Road", "Tree", "Car", "Sign")
 

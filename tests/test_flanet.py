@@ -19,8 +19,8 @@ import fullattn
 import official_code
 from fullattn import FullyAttentional, checkpoints
 from fullattn.checkpoints import CheckpointError
-from fullattn.models import FLANet, SegmentationHead, attentions, files, mobilenetv2
-from fullattn.models.backbone import load_weights
+from fullattn.segmentation.models import FLANet, SegmentationHead, attentions, files, mobilenetv2
+from fullattn.segmentation.models.backbone import load_weights
 
 EXACT = 1e-8
 WEIGHTS = Path(__file__).parents[2] / "shared" / "data" / "mobilenetv2_imagenet"
@@ -561,4 +561,4 @@ def test_a_network_is_exported_with_free_sizes() -> None:
 
 
 def test_models_are_part_of_the_package() -> None:
-    assert fullattn.models.FLANet is FLANet
+    assert fullattn.segmentation.models.FLANet is FLANet

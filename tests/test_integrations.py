@@ -25,7 +25,7 @@ LAYERS = {
 
 def test_an_import_registers_nothing_and_imports_no_other_library() -> None:
     program = (
-        "import sys, fullattn, fullattn.surgery\n"
+        "import sys, fullattn, fullattn.swap\n"
         "print(sorted({'timm', 'torchvision', 'mmengine', 'mmcv'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -21,13 +21,13 @@ from torch import nn
 import tiny_data
 import tiny_network
 from fullattn import ChannelNonLocal
-from fullattn.cli import main
-from fullattn.data.decode import read_image, read_scaled
-from fullattn.data.errors import DataError
-from fullattn.evaluation import maps
+from fullattn._cli.main import main
 from fullattn.integrations.torchvision import ensure_importable
 from fullattn.layers import LAYERS
-from fullattn.models.files import load
+from fullattn.segmentation.data.decode import read_image, read_scaled
+from fullattn.segmentation.data.errors import DataError
+from fullattn.segmentation.evaluation import maps
+from fullattn.segmentation.models.files import load
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +185,7 @@ def test_a_backbones_features_are_those_of_stride_8(photo: Path) -> None:
     seen = maps.of_backbone(
         maps.read(photo, 512), ["fully"], "test_resnet", Path("weights.pth"), None
     )
-    from fullattn.data import IMAGENET_MEAN, IMAGENET_STD
+    from fullattn.segmentation.data import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_a_photograph_beyond_pillows_limit_is_scaled_down_too(
 
 
 def test_what_cannot_be_decoded_at_once_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fullattn.data.decode._MOST_PIXELS", 30_000)
+    monkeypatch.setattr("fullattn.segmentation.data.decode._MOST_PIXELS", 30_000)
     Image.new("RGB", (800, 600)).save("huge.png")
     with pytest.raises(DataError, match=r"huge\.png has 800x600 pixels, too many to be read"):
         read_scaled(Path("huge.png"), 100)
@@ -351,7 +351,7 @@ def test_without_matplotlib_the_extra_is_named(photo: Path) -> None:
     program = (
         "import sys\n"
         "sys.modules['matplotlib'] = None\n"
-        "from fullattn.cli import main\n"
+        "from fullattn._cli.main import main\n"
         f"sys.exit(main(['maps', {str(photo)!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 import fullattn
 from cases import CASES, assert_near
 from fullattn import FullyAttentional, SpatialNonLocal, functional
-from fullattn.models import FLANet, SegmentationHead, attentions
+from fullattn.segmentation.models import FLANet, SegmentationHead, attentions
 
 pytestmark = pytest.mark.filterwarnings("ignore:mix_images=True:UserWarning")
 

@@ -27,12 +27,12 @@ def _forget_compiled_code() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def changed(network: Network, seed: int = 0) -> tuple[nn.Module, fullattn.surgery.Report]:
+def changed(network: Network, seed: int = 0) -> tuple[nn.Module, fullattn.swap.Report]:
     model = network.built(seed)
     return model, network.change(model, network.inputs(0, 2, 64, 64))
 
 
-def awake(model: nn.Module, report: fullattn.surgery.Report, inputs: Any) -> nn.Module:
+def awake(model: nn.Module, report: fullattn.swap.Report, inputs: Any) -> nn.Module:
     """The network in evaluation, with attention that its result depends on."""
     for layer in report.layers:
         open_the_layer(layer)

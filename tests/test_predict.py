@@ -13,13 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 import tiny_data
-from fullattn.arguments import Parser
-from fullattn.bench.errors import UsageError
-from fullattn.evaluation import segment
-from fullattn.evaluation.command import add_predict
-from fullattn.evaluation.loop import normalised
-from fullattn.evaluation.overlay import index_picture, overlay
-from fullattn.models.files import load
+from fullattn._cli.arguments import Parser
+from fullattn._cli.errors import UsageError
+from fullattn.segmentation.evaluation import segment
+from fullattn.segmentation.evaluation.command import add_predict
+from fullattn.segmentation.evaluation.loop import normalised
+from fullattn.segmentation.evaluation.overlay import index_picture, overlay
+from fullattn.segmentation.models.files import load
 from tiny_network import CLASSES, MEAN, PALETTE, STD, save, street
 
 

@@ -21,9 +21,9 @@ import fullattn
 import oracle
 from cases import SIZES, assert_near, peak_bytes
 from fullattn import costs
+from fullattn._cli.main import main
 from fullattn.attention import AttentionCall, BranchSizes, Operation
 from fullattn.attention.dispatch import BACKENDS
-from fullattn.cli import main
 from fullattn.layers import LAYERS, AttentionLayer, Work, register, unregister
 from fullattn.reshape import ROWS, Cut
 
@@ -248,13 +248,13 @@ def test_it_is_swapped_and_inserted(rows: Any, capsys: pytest.CaptureFixture[str
 
 
 def test_flanet_has_it_by_its_name(rows: Any) -> None:
-    assert fullattn.models.attentions()[3] == "rows"
+    assert fullattn.segmentation.models.attention_choices()[3] == "rows"
     options: dict[str, Any] = {"channels": 8, "out_channels": 8, "auxiliary": False}
-    network = fullattn.models.FLANet(4, "test_resnet", attention="rows", **options)
+    network = fullattn.segmentation.models.FLANet(4, "test_resnet", attention="rows", **options)
     assert isinstance(network.head.attention, rows)
     assert network.eval()(torch.randn(1, 3, 32, 64)).shape == (1, 4, 32, 64)
     with pytest.raises(ValueError, match="did you mean 'rows'"):
-        fullattn.models.FLANet(4, "test_resnet", attention="row", **options)
+        fullattn.segmentation.models.FLANet(4, "test_resnet", attention="row", **options)
 
 
 def test_the_explorer_has_its_formulas(rows: Any) -> None:

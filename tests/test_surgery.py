@@ -368,7 +368,7 @@ def test_looking_leaves_no_trace_in_the_model() -> None:
 # A model that has a layer in it.
 
 
-def changed() -> tuple[Net, list[fullattn.surgery.Report]]:
+def changed() -> tuple[Net, list[fullattn.swap.Report]]:
     model = net()
     reports = [
         swap(model, "reduce", FullyAttentional, gamma_init=0.5),

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 import tiny_data
-from fullattn.data import Augment, Examples, collate, open_dataset
-from fullattn.training.config import read
-from fullattn.training.sampling import StepSampler
+from fullattn.segmentation.data import Augment, Examples, collate, open_dataset
+from fullattn.segmentation.training.config import read
+from fullattn.segmentation.training.sampling import StepSampler
 from tiny_training import SETTINGS, STEPS, Tiny, result, run
 
 pytestmark = pytest.mark.slow

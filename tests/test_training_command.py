@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import tiny_data
-from fullattn.training.config import read
+from fullattn.segmentation.training.config import read
 from tiny_training import processes
 
 pytestmark = pytest.mark.slow
@@ -37,9 +37,9 @@ def _command(said: Path, arguments: list[str]) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     with said.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        from fullattn.arguments import Parser
-        from fullattn.bench.errors import UsageError
-        from fullattn.training.command import add_train
+        from fullattn._cli.arguments import Parser
+        from fullattn._cli.errors import UsageError
+        from fullattn.segmentation.training.command import add_train
 
         parser = Parser(prog="fullattn")
         add_train(parser.add_subparsers())
@@ -101,7 +101,7 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_a_trained_network_can_be_loaded_and_used(trained: Path) -> None:
-    from fullattn.models.files import load
+    from fullattn.segmentation.models.files import load
 
     for name in ("last.ckpt", "best.ckpt"):
         found = load(trained / name)
@@ -234,8 +234,8 @@ def test_images_smaller_than_the_crop_are_filled_up_on_request(root: Path, tmp_p
 def test_the_command_line_is_there_before_anything_heavy_is_imported() -> None:
     code = (
         "import sys\n"
-        "from fullattn.arguments import Parser\n"
-        "from fullattn.training.command import add_train\n"
+        "from fullattn._cli.arguments import Parser\n"
+        "from fullattn.segmentation.training.command import add_train\n"
         "add_train(Parser().add_subparsers())\n"
         "print([m for m in ('lightning', 'torchvision', 'timm', 'yaml') if m in sys.modules])\n"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fullattn.training.config import Config, ConfigError, differences, names, read
+from fullattn.segmentation.training.config import Config, ConfigError, differences, names, read
 
 SMALL = """\
 model: {backbone: resnet18}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fullattn.training.sampling import StepSampler, ValidationSampler, random_seed
+from fullattn.segmentation.training.sampling import StepSampler, ValidationSampler, random_seed
 
 Keys = list[tuple[int, int]]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import tiny_data
-from fullattn.evaluation.loop import normalised
-from fullattn.models import FLANet
-from fullattn.models.files import Description, describe
+from fullattn.segmentation.evaluation.loop import normalised
+from fullattn.segmentation.models import FLANet
+from fullattn.segmentation.models.files import Description, describe
 
 CLASSES = ["Sky", "Road", "Pole"]
 PALETTE = [(128, 130, 132), (200, 10, 30), (1, 255, 77)]

@@ -38,7 +38,7 @@ SETTINGS = (
 def processes() -> Any:
     """The context whose processes are forked from one that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fullattn.training.run", "timm"])
+    context.set_forkserver_preload(["fullattn.segmentation.training.run", "timm"])
     return context
 
 
@@ -112,8 +112,8 @@ def train(
     multiprocessing.set_start_method("fork", force=True)
     from lightning.pytorch.utilities import rank_zero_only
 
-    from fullattn.data import open_dataset
-    from fullattn.training import config, run
+    from fullattn.segmentation.data import open_dataset
+    from fullattn.segmentation.training import config, run
 
     # Lightning was imported before the environment said which process this is.
     rank_zero_only.rank = int(os.environ.get("RANK", 0))

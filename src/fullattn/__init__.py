@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fullattn import checkpoints, functional
 from fullattn.attention import BackendError, backend
 from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
-from fullattn.surgery import insert, remove, swap
+from fullattn.swap import insert, remove, swap
 
 if TYPE_CHECKING:
     from fullattn import models, plot

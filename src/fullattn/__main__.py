@@ -2,7 +2,7 @@
 
 import sys
 
-from fullattn.cli import main
+from fullattn._cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

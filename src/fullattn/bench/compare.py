@@ -9,10 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fullattn.bench.errors import UsageError
-from fullattn.bench.report import Measurement, Report, Row
+from fullattn._cli.conditions import Mode
+from fullattn._cli.errors import UsageError
+from fullattn.bench.results import Measurement, Report, Row
 from fullattn.bench.table import digits
-from fullattn.bench.workload import Mode
 
 __all__ = ["Change", "changes", "check_comparable", "lost", "print_changes"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fullattn._cli.errors import describe
 from fullattn.attention import BackendError
-from fullattn.bench.errors import describe
 
 __all__ = ["Failure"]
 

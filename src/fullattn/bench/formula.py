@@ -8,10 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fullattn import BackendError, FullyAttentional, costs
-from fullattn.bench.conditions import MEMORY_FORMATS, Conditions
-from fullattn.bench.contenders import OFFICIAL, Contender
-from fullattn.bench.report import Formula
-from fullattn.bench.shapes import Shape
+from fullattn._cli.conditions import MEMORY_FORMATS, Conditions
+from fullattn._cli.shapes import Shape
+from fullattn.bench.implementations import OFFICIAL, Contender
+from fullattn.bench.results import Formula
 from fullattn.layers import LAYERS
 
 __all__ = ["formula"]

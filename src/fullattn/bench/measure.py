@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
+from fullattn._cli.conditions import Mode
 from fullattn.bench.failures import Failure
-from fullattn.bench.workload import Mode, Workload
+from fullattn.bench.workload import Workload
 
 __all__ = ["Clock", "CpuClock", "CudaClock", "Plan", "clock_for", "take_turns", "warm_up"]
 

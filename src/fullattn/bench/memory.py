@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from fullattn.bench.conditions import Conditions
-from fullattn.bench.contenders import Contender, layer_sources
+from fullattn._cli.conditions import Conditions, Mode
+from fullattn._cli.shapes import Shape
 from fullattn.bench.failures import Failure
-from fullattn.bench.network import Network
-from fullattn.bench.shapes import Shape
-from fullattn.bench.workload import Mode, Workload
+from fullattn._cli.loading import layer_sources
+from fullattn.bench.implementations import Contender
+from fullattn.bench.workload import Workload
+from fullattn.swap.network import Network
 
 __all__ = ["CpuMemory", "Probe", "cuda_peak"]
 

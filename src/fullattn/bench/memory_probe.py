@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
-from fullattn.bench.conditions import Conditions, available_bytes
-from fullattn.bench.contenders import Contender, load_class
+from fullattn._cli.conditions import Conditions, Mode, available_bytes
+from fullattn._cli.shapes import Shape
 from fullattn.bench.failures import Failure
-from fullattn.bench.network import Network
-from fullattn.bench.shapes import Shape
-from fullattn.bench.workload import Mode, Workload
+from fullattn._cli.loading import load_class
+from fullattn.bench.implementations import Contender
+from fullattn.bench.workload import Workload
 from fullattn.layers import register
+from fullattn.swap.network import Network
 
 __all__ = ["main"]
 

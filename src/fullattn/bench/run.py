@@ -14,27 +14,27 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from fullattn._cli.conditions import Conditions, Mode, available_bytes, environment
+from fullattn._cli.errors import UsageError
+from fullattn._cli.inputs import check_image, feature_map, random_like
+from fullattn._cli.output import output_folder, write_all
+from fullattn._cli.shapes import Shape
 from fullattn.attention.dispatch import BACKENDS
-from fullattn.bench import compare, plot
-from fullattn.bench.conditions import Conditions, available_bytes, environment
-from fullattn.bench.contenders import (
+from fullattn.bench import chart, compare
+from fullattn.bench.failures import Failure
+from fullattn.bench.formula import formula
+from fullattn.bench.implementations import (
     OFFICIAL,
     Contender,
     build,
     contenders_at,
     inputs_of,
 )
-from fullattn.bench.errors import UsageError
-from fullattn.bench.failures import Failure
-from fullattn.bench.formula import formula
-from fullattn.bench.inputs import check_image, feature_map, random_like
 from fullattn.bench.measure import Plan, clock_for, take_turns, warm_up
 from fullattn.bench.memory import CpuMemory, cuda_peak
-from fullattn.bench.output import output_folder, write_all
-from fullattn.bench.report import Formula, Measurement, Report, Row
-from fullattn.bench.shapes import Shape
+from fullattn.bench.results import Formula, Measurement, Report, Row
 from fullattn.bench.table import print_report
-from fullattn.bench.workload import Mode, ShapeError, Workload
+from fullattn.bench.workload import ShapeError, Workload
 from fullattn.layers import LAYERS
 
 __all__ = ["Options", "bench", "measure_all"]
@@ -94,7 +94,7 @@ def bench(options: Options, folder: Path, old: Report | None, console: Console) 
             write_all(
                 {
                     data: lambda path: path.write_text(report.to_json(), encoding="utf-8"),
-                    picture: lambda path: plot.draw(report, path),
+                    picture: lambda path: chart.draw(report, path),
                 }
             )
         except OSError as error:

@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fullattn.bench.report import Formula, Measurement, Report, Row
-from fullattn.bench.workload import MODES, Mode
+from fullattn._cli.conditions import MODES, Mode
+from fullattn.bench.results import Formula, Measurement, Report, Row
 
 __all__ = ["WIDTH", "digits", "mebibytes", "print_report", "ratio", "si", "time"]
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
-from fullattn.bench.conditions import Conditions
-from fullattn.bench.contenders import Contender, build
-from fullattn.bench.inputs import feature_map, random_like
-from fullattn.bench.shapes import Shape
+from fullattn._cli.conditions import Conditions, Mode
+from fullattn._cli.inputs import feature_map, random_like
+from fullattn._cli.shapes import Shape
+from fullattn.bench.implementations import Contender, build
 
-__all__ = ["MODES", "Mode", "ShapeError", "Workload"]
-
-Mode = Literal["inference", "training"]
-MODES: tuple[Mode, ...] = ("inference", "training")
+__all__ = ["ShapeError", "Workload"]
 
 
 class ShapeError(RuntimeError):

@@ -29,6 +29,6 @@ C is the number of channels. With these weights our layer computes what theirs d
 
 from fullattn.checkpoints.conversion import convert, load_into
 from fullattn.checkpoints.files import CheckpointError, load
-from fullattn.checkpoints.forms import table
+from fullattn.checkpoints.mappings import table
 
 __all__ = ["CheckpointError", "convert", "load", "load_into", "table"]

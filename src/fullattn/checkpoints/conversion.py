@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Set
 import torch
 from torch import Tensor, nn
 
-from fullattn.checkpoints.forms import FORMS, Form, Shape, Source
+from fullattn.checkpoints.mappings import FORMS, Form, Shape, Source
 from fullattn.layers import _checks
 
 __all__ = ["convert", "load_into"]

@@ -7,7 +7,6 @@ that its tracer is not to look into when it extracts features by name, and there
 
 from __future__ import annotations
 
-from fullattn.integrations.torchvision import ensure_importable
 from fullattn.layers import LAYERS
 
 __all__ = ["register"]
@@ -26,7 +25,6 @@ def register() -> None:
         ...     block_args={"attn_layer": fullattn.ChannelNonLocal},
         ... )
     """
-    ensure_importable()
     from timm.layers import register_notrace_module
 
     for layer in LAYERS.values():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fullattn import attention, functional
 from fullattn.layers import LAYERS, AttentionLayer, ChannelNonLocal
 from fullattn.plot import figures
-from fullattn.plot.network import layers_with_maps
+from fullattn.plot.capture import layers_with_maps
 from fullattn.plot.tokens import (
     branches_of,
     has_channel_maps,

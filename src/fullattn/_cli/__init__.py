@@ -1,0 +1,1 @@
+"""What the commands share: the parser, types of arguments, errors, output folders."""

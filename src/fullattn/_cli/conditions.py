@@ -1,0 +1,173 @@
+"""The conditions under which everything of one run is measured."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import einops
+import torch
+
+import fullattn
+from fullattn._cli.errors import UsageError, describe
+
+__all__ = [
+    "DTYPES",
+    "MEMORY_FORMATS",
+    "MODES",
+    "Conditions",
+    "Environment",
+    "Mode",
+    "available_bytes",
+    "device_name",
+    "environment",
+    "parse_device",
+    "parse_dtype",
+]
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+MEMORY_FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+}
+
+
+Mode = Literal["inference", "training"]
+MODES: tuple[Mode, ...] = ("inference", "training")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What every contender of a run has in common; plain data, so that it can go to a process.
+
+    Attributes:
+        device: such as "cpu" or "cuda:0".
+        dtype: a name of `DTYPES`.
+        memory_format: a name of `MEMORY_FORMATS`.
+        project: whether layers that have a projection and the official implementation end with it.
+        threads: PyTorch's threads within an operator.
+        seed: of the parameters and the inputs.
+        image: path of the photograph that the inputs are made from; None for normal noise.
+        gamma: value of every layer's gamma, so that no attention is multiplied by 0.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    memory_format: str = "contiguous"
+    project: bool = False
+    threads: int = 1
+    seed: int = 0
+    image: str | None = None
+    gamma: float = 0.5
+
+    @property
+    def input_kind(self) -> str:
+        """The inputs in a few words."""
+        if self.image is None:
+            return f"normal noise (seed {self.seed})"
+        return f"image {Path(self.image).name} through a random stem (seed {self.seed})"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and when a run was made.
+
+    Attributes:
+        date: when it began.
+        device_name: of the GPU, or model of the CPU.
+        platform: operating system and architecture.
+        python: version; likewise torch, einops and fullattn.
+        load: load average of the last minute before it began; None where the system has none.
+    """
+
+    date: str
+    device_name: str
+    platform: str
+    python: str
+    torch: str
+    einops: str
+    fullattn: str
+    load: float | None = None
+
+
+def environment(device: torch.device) -> Environment:
+    """Describe this machine, with the device that is measured."""
+    return Environment(
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        device_name=device_name(device),
+        platform=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+        einops=einops.__version__,
+        fullattn=fullattn.__version__,
+        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """Name of a GPU, or the model of the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def available_bytes() -> int | None:
+    """Memory that programs may still take on this machine; None where it does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def parse_device(text: str) -> torch.device:
+    """Read a device and check that it is there.
+
+    Args:
+        text: "cpu", "cuda" or "cuda:1".
+
+    Returns:
+        The device.
+
+    Raises:
+        UsageError: it is not a device that can be measured, or not on this machine.
+    """
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise UsageError(f"expected a device such as cpu or cuda:0, got {text!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"expected a cpu or cuda device, got {text!r}")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise UsageError(f"expected a device of this machine, got {text!r}: CUDA sees {count}")
+        try:
+            torch.empty(1, device=device)
+        except RuntimeError as error:
+            raise UsageError(f"device {text!r} cannot be used: {describe(error)}") from error
+    return device
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """Read a dtype's name, or raise UsageError listing the names."""
+    if text not in DTYPES:
+        raise UsageError(f"expected a dtype of {', '.join(DTYPES)}, got {text!r}")
+    return DTYPES[text]

@@ -1,0 +1,86 @@
+"""`fullattn info`: say which backend runs, and why the others do not."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib import metadata
+
+import einops
+import torch
+
+import fullattn
+from fullattn._cli.arguments import LAYER_HELP, Parser, add_conditions, words
+from fullattn._cli.conditions import device_name, parse_device, parse_dtype
+from fullattn._cli.errors import UsageError
+from fullattn._cli.loading import layer_named
+from fullattn._cli.shapes import parse_shape
+from fullattn.attention import dispatch
+from fullattn.bench.implementations import inputs_of
+from fullattn.layers import LAYERS
+
+__all__ = ["configure"]
+
+_EXTRA = ("rich", "matplotlib", "pillow")
+
+_INFO_EXAMPLES = """\
+examples:
+  fullattn info
+  fullattn info --shape 4x128x64x64 --dtype bfloat16 --layer fully
+  FULLATTN_BACKEND=sdpa fullattn info
+"""
+
+
+def configure(parser: Parser) -> None:
+    """Add the arguments of `fullattn info`."""
+    parser.description = (
+        "Versions, the device, and for a shape, dtype and device which backend runs "
+        "and why each other one does not."
+    )
+    parser.epilog = _INFO_EXAMPLES
+    parser.add_argument(
+        "--shape", default="512x97x97", metavar="SHAPE", help="CxHxW or BxCxHxW (512x97x97)"
+    )
+    parser.add_argument(
+        "--layer", nargs="+", default=list(LAYERS), metavar="LAYER", help=LAYER_HELP
+    )
+    add_conditions(parser)
+    parser.set_defaults(run=_info)
+
+
+def _info(args: argparse.Namespace) -> None:
+    shape = parse_shape(args.shape)
+    dtype = parse_dtype(args.dtype)
+    device = parse_device(args.device)
+    layers = [layer_named(layer) for layer in words(args.layer)]
+    lines = [
+        f"fullattn {fullattn.__version__}, torch {torch.__version__}, "
+        f"einops {einops.__version__}, Python {platform.python_version()}",
+        f"device: {device}, {device_name(device)}"
+        + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),
+        f"benchmark: {_versions('bench', *_EXTRA)}",
+        f"training: {_versions('train', 'timm', 'torchvision', 'lightning', 'torchmetrics')}",
+        f"GPU kernels: {_versions('triton', 'triton')}",
+        "backends:",
+        *(f"  {entry.name:<13} {entry.summary}" for entry in dispatch.BACKENDS),
+        "layers:",
+        *(f"  {name:<13} {layer.__name__}, {layer.paper}" for name, layer in LAYERS.items()),
+    ]
+    for layer in layers:
+        lines += ["", f"{LAYERS[layer].__name__} at {shape}, {args.dtype}, {device}:"]
+        try:
+            explained = dispatch.explain(inputs_of(layer, shape, dtype, device.type))
+        except ValueError as error:  # FULLATTN_BACKEND does not name a backend
+            raise UsageError(str(error)) from error
+        lines += [f"  {entry.name:<13} {sentence}" for entry, sentence in explained]
+    print("\n".join(lines))  # noqa: T201
+
+
+def _versions(extra: str, *names: str) -> str:
+    versions = []
+    for name in names:
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            return f"{name} is missing: pip install 'fullattn[{extra}]'"
+    return ", ".join(versions)

@@ -1,0 +1,128 @@
+"""`fullattn maps`: what the layers attend to in a photograph."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fullattn._cli.arguments import Parser, count, index, number, point, seed, words
+from fullattn._cli.errors import UsageError, sentences
+from fullattn._cli.loading import layer_named
+from fullattn._cli.output import written_together
+from fullattn.layers import LAYERS
+from fullattn.segmentation.models.command_input import read_trained
+
+__all__ = ["configure"]
+
+_EXAMPLES = """\
+examples:
+  fullattn maps street.jpg
+  fullattn maps street.jpg --point 320,240 --channel 5 --output out/street
+  fullattn maps street.jpg --checkpoint last.ckpt
+  fullattn maps street.jpg --backbone resnet50
+  fullattn maps street.jpg --layers fully --scale 1
+"""
+
+
+def configure(parser: Parser) -> None:
+    """Add the arguments of `fullattn maps`."""
+    parser.description = (
+        "Draw what each layer's similarity map holds for a photograph: where a pixel "
+        "looks, which channels call each other, and the maps of a column and a row beside the "
+        "channel layer's only one. Writes PHOTO_LAYER.png for each layer, and PHOTO_maps.html, a "
+        "page in which a click on the photograph moves the point. Without --checkpoint the layers "
+        "are untrained and compare the features as they are."
+    )
+    parser.epilog = _EXAMPLES
+    parser.add_argument("photograph", type=Path, metavar="PHOTO")
+    parser.add_argument(
+        "--output", type=Path, default=Path("out/maps"), metavar="DIR", help="(out/maps)"
+    )
+    parser.add_argument(
+        "--point",
+        type=point,
+        metavar="X,Y",
+        help="pixel of the photograph, from its top left (the middle)",
+    )
+    parser.add_argument(
+        "--channel",
+        type=index,
+        metavar="C",
+        help="draw also which channels this one attends to, everywhere",
+    )
+    parser.add_argument(
+        "--longest",
+        type=count,
+        default=512,
+        metavar="PIXELS",
+        help="a photograph with a longer side is scaled down to this (512)",
+    )
+    source = parser.add_argument_group("whose maps").add_mutually_exclusive_group()
+    source.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="a network of `fullattn train`: its layers"
+    )
+    source.add_argument(
+        "--backbone",
+        metavar="NAME",
+        help="features of a network of timm, whose weights it downloads (a random stem)",
+    )
+    untrained = parser.add_argument_group("untrained layers")
+    untrained.add_argument(
+        "--weights", type=Path, metavar="FILE", help="the backbone's weights, instead of a download"
+    )
+    untrained.add_argument(
+        "--layers", nargs="+", metavar="LAYER", help=f"{', '.join(LAYERS)} (all)"
+    )
+    untrained.add_argument(
+        "--scale", type=number, help="factor on the scores; published is 1 (4/d, softer)"
+    )
+    untrained.add_argument(
+        "--channels", type=count, metavar="C", help="channels of the random stem (64)"
+    )
+    untrained.add_argument("--seed", type=seed, help="of the random stem (0)")
+    parser.set_defaults(run=_maps)
+
+
+def _check(args: argparse.Namespace) -> list[str]:
+    """The layers that are asked for."""
+    if args.checkpoint is not None:
+        for name in ("weights", "layers", "scale", "channels", "seed"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"expected no --{name} with --checkpoint, whose layers are drawn")
+    if args.backbone is not None:
+        for name in ("channels", "seed"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"expected no --{name} with --backbone, which has its own")
+    elif args.weights is not None:
+        raise UsageError("expected --backbone NAME with --weights")
+    layers = [layer_named(layer) for layer in words(args.layers or list(LAYERS))]
+    return list(dict.fromkeys(layers))
+
+
+def _maps(args: argparse.Namespace) -> None:
+    layers = _check(args)
+    with sentences():
+        from fullattn.segmentation.evaluation import maps
+
+        photograph = maps.read(args.photograph, args.longest)
+        if args.point is not None:
+            photograph.scale_point(args.point)
+    if photograph.scaled:
+        print(photograph.scaled)  # noqa: T201
+    with sentences():
+        if args.checkpoint is not None:
+            seen = maps.of_network(read_trained(args.checkpoint), photograph)
+        elif args.backbone is not None:
+            try:
+                seen = maps.of_backbone(photograph, layers, args.backbone, args.weights, args.scale)
+            except FileNotFoundError as error:
+                raise UsageError(
+                    f"expected weights at {str(args.weights)!r}: no such file"
+                ) from error
+        else:
+            stem = args.channels or 64, args.scale, args.seed or 0
+            seen = maps.of_stem(photograph, layers, *stem)
+    with written_together(args.output) as folder, sentences():
+        written = maps.write(seen, photograph, folder, point=args.point, channel=args.channel)
+    for path in written:
+        print(args.output / path.name)  # noqa: T201

@@ -1,0 +1,56 @@
+"""Images with masks: the data sets of segmentation on disk, and what training makes of them.
+
+>>> from fullattn import data
+>>> dataset = data.open_dataset("camvid", "path/to/camvid", "train+val")  # doctest: +SKIP
+>>> dataset.check().raise_for_problems()                                  # doctest: +SKIP
+>>> examples = data.Examples(dataset, data.Augment(crop=(352, 480)))      # doctest: +SKIP
+>>> loader = torch.utils.data.DataLoader(                                 # doctest: +SKIP
+...     examples, batch_size=8, shuffle=True, collate_fn=data.collate
+... )
+"""
+
+try:
+    import numpy  # noqa: F401
+    import PIL  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"fullattn.segmentation.data needs NumPy and Pillow: pip install 'fullattn[data]' ({error})"
+    ) from error
+
+from fullattn.segmentation.data.checks import Report
+from fullattn.segmentation.data.classes import IGNORE_INDEX, Classes
+from fullattn.segmentation.data.dataset import (
+    SegmentationDataset,
+    SmallestImage,
+    open_dataset,
+    smallest_image,
+)
+from fullattn.segmentation.data.decode import read_image
+from fullattn.segmentation.data.errors import DataError
+from fullattn.segmentation.data.examples import Examples, collate
+from fullattn.segmentation.data.layouts import LAYOUTS
+from fullattn.segmentation.data.listing import Problem, Sample
+from fullattn.segmentation.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augment, Normalize
+
+DATASETS = tuple(LAYOUTS)
+
+__all__ = [
+    "DATASETS",
+    "IGNORE_INDEX",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Augment",
+    "Classes",
+    "DataError",
+    "Examples",
+    "Normalize",
+    "Problem",
+    "Report",
+    "Sample",
+    "SegmentationDataset",
+    "SmallestImage",
+    "collate",
+    "open_dataset",
+    "read_image",
+    "smallest_image",
+]

@@ -1,0 +1,170 @@
+"""FLANet: a backbone, the head with attention, and two auxiliary heads.
+
+Song et al., Fully Attentional Network for Semantic Segmentation, AAAI 2022 (arXiv 2112.04108).
+
+What to know before using it:
+- Facts that the paper leaves open are as in the authors' code: every block of a dilated stage uses
+  that stage's dilation, the x2 upsampling is nearest-neighbour, and the logits are resized to the
+  image bilinearly with aligned corners.
+- Weights trained with that code saw batches whose images were mixed; `fullattn.checkpoints` takes
+  them, and single images then give the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fullattn.layers import _checks
+from fullattn.segmentation.models import backbone as backbones
+from fullattn.segmentation.models.attention_choices import Attention
+from fullattn.segmentation.models.head import OutputHead, SegmentationHead
+
+__all__ = ["FLANet"]
+
+
+class FLANet(nn.Module):
+    """The Fully Attentional Network, with any backbone of timm and any of the attentions.
+
+    Args:
+        num_classes: K.
+        backbone: name of a network in timm; the paper's is a ResNet-101 with deep stem. HRNet's
+            four branches are resized to the finest and concatenated.
+        attention: as in `SegmentationHead`: "fully", "channel", "spatial", "dual",
+            "channel_spatial", "none", "convolution", or a callable of the channel count.
+        attention_options: as in `SegmentationHead`.
+        channels: width of the attention and the convolutions around it.
+        out_channels: width of the last convolution before the classifier.
+        auxiliary: whether there are auxiliary heads on the two stages before the last.
+        auxiliary_channels: their width.
+        dropout: probability that a channel is dropped before a classifier.
+        output_stride: image size over size of the last feature map. HRNet's is 4 whatever is given,
+            and 32 is the one that every other network has.
+        uniform_dilation: whether every block of a ResNet's dilated stage has that stage's dilation;
+            without it the first one has that of the stage before, as in timm.
+        pretrained: whether the backbone starts with timm's weights, which are downloaded.
+        norm_layer: normalisation in the heads; the backbone has its own.
+        backbone_options: further keywords for `timm.create_model`.
+
+    Shape:
+        x: (B, 3, H, W).
+        output: in evaluation mode logits, (B, K, H, W); in training mode a list of them, first
+            those of the head and then, with `auxiliary`, those of the earlier and the later stage.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: a count below 1, an unknown backbone or attention, or a stride that the backbone
+            cannot have.
+        TypeError: an argument of the wrong type.
+
+    Source:
+        Song et al., AAAI 2022 (arXiv 2112.04108), figure 2 and section 4.1, and the authors' code.
+
+    Example:
+        >>> net = FLANet(19, "resnet18", channels=32, out_channels=32)  # doctest: +SKIP
+        >>> net.eval()(torch.randn(1, 3, 64, 96)).shape  # doctest: +SKIP
+        torch.Size([1, 19, 64, 96])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet101s.gluon_in1k",
+        attention: Attention = "fully",
+        *,
+        attention_options: Mapping[str, Any] | None = None,
+        channels: int = 512,
+        out_channels: int = 512,
+        auxiliary: bool = True,
+        auxiliary_channels: int = 64,
+        dropout: float = 0.1,
+        output_stride: int = 8,
+        uniform_dilation: bool = True,
+        pretrained: bool = False,
+        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        backbone_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.positive(num_classes, "num_classes")
+        _checks.positive(auxiliary_channels, "auxiliary_channels")
+        _checks.option(output_stride, "output_stride", (8, 16, 32))
+        for name, value in (
+            ("auxiliary", auxiliary),
+            ("uniform_dilation", uniform_dilation),
+            ("pretrained", pretrained),
+        ):
+            _checks.option(value, name, (False, True))
+        if not isinstance(backbone, str):
+            raise TypeError(f"backbone must be a name in timm, got {type(backbone).__name__}")
+        #: What another network like this one is built with.
+        self.arguments: dict[str, Any] = {
+            "num_classes": num_classes,
+            "backbone": backbone,
+            "attention": attention,
+            "attention_options": dict(attention_options or {}),
+            "channels": channels,
+            "out_channels": out_channels,
+            "auxiliary": auxiliary,
+            "auxiliary_channels": auxiliary_channels,
+            "dropout": dropout,
+            "output_stride": output_stride,
+            "uniform_dilation": uniform_dilation,
+            "norm_layer": norm_layer,
+            "backbone_options": dict(backbone_options or {}),
+        }
+        self.num_classes = num_classes
+        self.backbone = backbones.build(
+            backbone,
+            output_stride=output_stride,
+            uniform_dilation=uniform_dilation,
+            pretrained=pretrained,
+            options=backbone_options or {},
+        )
+        self._stages = backbones.Stages(self.backbone)
+        earlier, later, last = self._stages.channels
+        self.auxiliary = nn.ModuleList(
+            OutputHead(
+                width,
+                num_classes,
+                channels=auxiliary_channels,
+                dropout=dropout,
+                norm_layer=norm_layer,
+            )
+            for width in ((earlier, later) if auxiliary else ())
+        )
+        self.head = SegmentationHead(
+            last,
+            num_classes,
+            attention=attention,
+            attention_options=attention_options,
+            channels=channels,
+            out_channels=out_channels,
+            dropout=dropout,
+            norm_layer=norm_layer,
+        )
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Logits of images.
+
+        Args:
+            x: normalised images, (B, 3, H, W).
+
+        Returns:
+            (B, K, H, W) in evaluation mode; in training mode a list with them first.
+        """
+        if x.dim() != 4 or x.shape[1] != 3:
+            raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(x.shape)}")
+        size = x.shape[-2:]
+        *earlier, last = self._stages(self.backbone(x))
+        logits = self._resized(self.head(last), size)
+        if not self.training:
+            return logits
+        auxiliary = [head(feature) for head, feature in zip(self.auxiliary, earlier, strict=False)]
+        return [logits, *(self._resized(y, size) for y in auxiliary)]
+
+    @staticmethod
+    def _resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+        return F.interpolate(logits, size, mode="bilinear", align_corners=True)

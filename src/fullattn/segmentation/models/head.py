@@ -1,0 +1,152 @@
+"""FLANet's heads: feature maps to logits."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fullattn.layers import _checks
+from fullattn.segmentation.models import attention_choices
+from fullattn.segmentation.models.attention_choices import Attention
+
+__all__ = ["OutputHead", "SegmentationHead", "convolution"]
+
+
+def convolution(
+    in_channels: int, out_channels: int, norm_layer: Callable[..., nn.Module] | None
+) -> nn.Sequential:
+    """A 3x3 convolution, normalisation and ReLU."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=norm_layer is None)
+    nn.init.kaiming_normal_(conv.weight, a=1)
+    steps: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
+    if norm_layer is not None:
+        steps["norm"] = norm_layer(out_channels)
+    steps["act"] = nn.ReLU()
+    return nn.Sequential(steps)
+
+
+class OutputHead(nn.Module):
+    """Nearest-neighbour x2 upsampling, 3x3 convolution, 2-D dropout and a 1x1 classifier.
+
+    Args:
+        in_channels: C of the feature map.
+        num_classes: K.
+        channels: width of the convolution.
+        dropout: probability that a channel is dropped.
+        norm_layer: class or callable of the channel count; None for none.
+
+    Shape:
+        x: (B, C, H, W).
+        output: (B, K, 2H, 2W).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        channels: int,
+        dropout: float = 0.1,
+        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        if not 0 <= _checks.number(dropout, "dropout") <= 1:
+            raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
+        self.reduce = convolution(in_channels, channels, norm_layer)
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(channels, num_classes, 1)
+        nn.init.kaiming_normal_(self.classifier.weight, a=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a feature map."""
+        y: Tensor = self.classifier(self.dropout(self.reduce(self.upsample(x))))
+        return y
+
+
+class SegmentationHead(nn.Module):
+    """FLANet's head for the last feature map of any backbone.
+
+    reduced = two 3x3 convolutions of x, each with normalisation and ReLU
+    attended = 3x3 convolution, normalisation and ReLU of attention(reduced)
+    logits = output( concatenation of x and attended )
+
+    where output upsamples x2 by nearest neighbours and has a 3x3 convolution with normalisation
+    and ReLU, dropout of channels and a 1x1 convolution to the classes. With one seed, heads that
+    differ in attention alone have the same initial parameters everywhere else.
+
+    Args:
+        in_channels: channels of x.
+        num_classes: K.
+        attention: name of a registered layer, such as "fully" (the paper's), "channel", "spatial";
+            "dual" (channel and spatial side by side, summed), "channel_spatial" (one after the
+            other), "none", "convolution" (a control with the parameters of "fully" and no
+            attention); or a callable that gives for the channel count a module from (B, C, H, W) to
+            the same. The convolution behind it is the projection of the paper's layer and is there
+            for all of them.
+        attention_options: keywords for a registered layer, such as {"scale": None}.
+        channels: width of the attention and the convolutions around it.
+        out_channels: width of the output's convolution.
+        dropout: probability that a channel is dropped before the classifier.
+        norm_layer: class or callable of the channel count; None for none.
+
+    Shape:
+        x: (B, in_channels, H, W).
+        output: (B, K, 2H, 2W), not resized to the image.
+
+    Raises:
+        ValueError: a count below 1, dropout outside 0 to 1, or an unknown attention.
+        TypeError: an argument of the wrong type, or an option that the layer does not have.
+
+    Source:
+        Song et al., AAAI 2022 (arXiv 2112.04108), section 3, and the authors' code.
+
+    Example:
+        >>> import torch
+        >>> head = SegmentationHead(32, num_classes=11, channels=16, out_channels=16)
+        >>> head(torch.randn(2, 32, 9, 7)).shape
+        torch.Size([2, 11, 18, 14])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        *,
+        attention: Attention = "fully",
+        attention_options: Mapping[str, Any] | None = None,
+        channels: int = 512,
+        out_channels: int = 512,
+        dropout: float = 0.1,
+        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        _checks.positive(in_channels, "in_channels")
+        _checks.positive(num_classes, "num_classes")
+        _checks.positive(channels, "channels")
+        _checks.positive(out_channels, "out_channels")
+        _checks.module_factory(norm_layer, "norm_layer")
+        self.reduce = nn.Sequential(
+            convolution(in_channels, channels, norm_layer),
+            convolution(channels, channels, norm_layer),
+        )
+        self.project = convolution(channels, channels, norm_layer)
+        self.output = OutputHead(
+            in_channels + channels,
+            num_classes,
+            channels=out_channels,
+            dropout=dropout,
+            norm_layer=norm_layer,
+        )
+        # Last, so that its random numbers leave those of the others alone.
+        self.attention = attention_choices.build(attention, channels, attention_options or {})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a feature map, at twice its size."""
+        attended = self.project(self.attention(self.reduce(x)))
+        y: Tensor = self.output(torch.cat([x, attended], dim=1))
+        return y

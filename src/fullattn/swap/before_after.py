@@ -1,0 +1,171 @@
+"""`fullattn swap`: a network before and after a change, measured in turns, as one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fullattn._cli.conditions import Mode, environment
+from fullattn._cli.errors import UsageError
+from fullattn.bench.failures import Failure
+from fullattn.bench.measure import Plan, clock_for, take_turns, warm_up
+from fullattn.bench.memory import CpuMemory, cuda_peak
+from fullattn.bench.results import Measurement
+from fullattn.bench.table import mebibytes, ratio, si, time
+from fullattn.swap import Report, count_flops
+from fullattn.swap.network import Network, NetworkWorkload
+
+__all__ = ["compare"]
+
+_TITLES: dict[Mode, str] = {"inference": "forward", "training": "forward + backward"}
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The network before or after the change."""
+
+    network: Network
+    workload: NetworkWorkload
+    measured: dict[Mode, Measurement]
+
+    @classmethod
+    def of(cls, network: Network, model: nn.Module, images: Tensor) -> _Side:
+        return cls(network, NetworkWorkload(model, images, None), {})
+
+    @property
+    def parameters(self) -> int:
+        return sum(x.numel() for x in self.workload.module.parameters())
+
+
+def compare(
+    network: Network, modes: tuple[Mode, ...], plan: Plan, console: Console, *, memory: bool
+) -> None:
+    """Measure a network as it is and as it is after its change, and print both.
+
+    Args:
+        network: with a target.
+        modes: which of "inference" and "training".
+        plan: how often each call is timed.
+        console: where to print.
+        memory: whether to measure peak memory.
+
+    Raises:
+        UsageError: the network cannot be built, changed or called.
+    """
+    changed, report = network.built()
+    assert report is not None
+    untouched = replace(network, target=None)
+    images = network.images()
+    sides = {
+        "before": _Side.of(untouched, untouched.built()[0], images),
+        "after": _Side.of(network, changed, images),
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(network.conditions.threads)
+    try:
+        with ExitStack() as stack:
+            probe = None
+            if memory and images.device.type == "cpu" and CpuMemory.available:
+                probe = stack.enter_context(CpuMemory())
+            for mode in modes:
+                _time(sides, mode, plan)
+                if memory:
+                    _add_peaks(sides, mode, plan, probe)
+            measured = sides["before"].measured.values()
+            reasons = [m.failure.reason for m in measured if m.failure is not None]
+            if len(reasons) == len(modes):
+                raise UsageError(f"the model does not run: {'; '.join(dict.fromkeys(reasons))}")
+    finally:
+        torch.set_num_threads(threads)
+    _print(sides, report, modes, console)
+
+
+def _time(sides: Mapping[str, _Side], mode: Mode, plan: Plan) -> None:
+    workloads = {name: side.workload for name, side in sides.items()}
+    clock = clock_for(sides["before"].workload.x.device)
+    calls: dict[str, int] = {}
+    failures: dict[str, Failure] = {}
+    for name, workload in workloads.items():
+        try:
+            calls[name] = plan.calls(warm_up(workload, mode, clock, None))
+        except Exception as error:
+            failures[name] = Failure.of(error)
+    ready = {name: workloads[name] for name in calls}
+    times, failed = take_turns(ready, calls, mode, clock)
+    failures |= failed
+    for name, side in sides.items():
+        side.measured[mode] = Measurement(times.get(name, []), None, failures.get(name))
+
+
+def _add_peaks(sides: Mapping[str, _Side], mode: Mode, plan: Plan, probe: CpuMemory | None) -> None:
+    for side in sides.values():
+        if side.measured[mode].failure is not None:
+            continue
+        if side.workload.x.device.type == "cuda":
+            peak = cuda_peak(side.workload, mode)
+        elif probe is None:
+            return
+        else:
+            found = probe.probe_network(side.network, mode, 10 * plan.limit)
+            if isinstance(found, Failure):
+                side.measured[mode] = replace(side.measured[mode], failure=found)
+                continue
+            peak = found.peak_bytes
+        side.measured[mode] = replace(side.measured[mode], peak_bytes=peak)
+
+
+def _print(
+    sides: Mapping[str, _Side], report: Report, modes: tuple[Mode, ...], console: Console
+) -> None:
+    before, after = sides["before"], sides["after"]
+    network = after.network
+    console.print()
+    console.print(str(report), highlight=False, markup=False)
+    table = Table(title=network.factory, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for heading in ("before", "after", "after / before"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    pair = before.parameters, after.parameters
+    table.add_row("parameters", *map(si, pair), ratio(_quotient(*pair)))
+    flops = [count_flops(side.workload.module, network.shape) for side in (before, after)]
+    table.add_row("FLOPs", *map(si, flops), ratio(_quotient(*flops)))
+    for mode in modes:
+        one, two = before.measured[mode], after.measured[mode]
+        quotient = _quotient(one.median_ms, two.median_ms)
+        table.add_row(f"{_TITLES[mode]}, ms", time(one), time(two), ratio(quotient))
+        peaks = one.peak_bytes, two.peak_bytes
+        if any(peaks):
+            cells = map(mebibytes, peaks)
+            table.add_row(f"{_TITLES[mode]}, peak MiB", *cells, ratio(_quotient(*peaks)))
+    console.print()
+    console.print(table)
+    conditions, here = network.conditions, environment(before.workload.x.device)
+    given = f"image {conditions.image}" if conditions.image else "normal noise"
+    for line in (
+        f"{network.shape}, {given}, {conditions.dtype}, {conditions.memory_format}, random weights "
+        f"(seed {conditions.seed})",
+        f"{here.device_name}, {conditions.threads} threads, PyTorch {here.torch}, "
+        f"fullattn {here.fullattn}, {here.date}"
+        + ("" if here.load is None else f", load {here.load:g}"),
+        "Times: median ± interquartile range of calls taken in turns. Peaks: over parameters and "
+        "input.",
+        "FLOPs are 2 × multiply-accumulate, of one forward.",
+        *(
+            f"{name}, {_TITLES[mode]}: {measurement.failure.reason}"
+            for name, side in sides.items()
+            for mode, measurement in side.measured.items()
+            if measurement.failure is not None
+        ),
+    ):
+        console.print(line, style="dim", highlight=False, markup=False)
+
+
+def _quotient(before: float | None, after: float | None) -> float | None:
+    return after / before if before and after is not None else None
