@@ -21,21 +21,22 @@ bench: $(READY)  ## compare the layers and their backends: a table, out/bench/be
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen from the start.
 test: $(READY)  ## every test but those of `make networks` and `make browser`
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/attention/triton/test_triton.py
 
 quick: $(READY)  ## every test but those that compile or time something
 	$(PYTEST) -m 'not slow and not network and not browser'
 
 networks: $(READY)  ## other people's networks compiled and exported too: the table in docs
-	$(TESTS) tests/test_networks.py tests/test_export.py --networks-table docs/networks.md
+	$(TESTS) tests/integrations/test_networks.py tests/export/test_onnx.py --networks-table docs/networks.md
 
 deep: $(READY)  ## the same tests as `make test`, with many more hypothesis examples
 	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600
-	HYPOTHESIS_PROFILE=deep TRITON_INTERPRET=1 $(PYTEST) --timeout 3600 tests/test_triton.py
+	HYPOTHESIS_PROFILE=deep TRITON_INTERPRET=1 $(PYTEST) --timeout 3600 tests/attention/triton/test_triton.py
 
 camvid: $(READY)  ## train a small FLANet on CamVid: make camvid DATA=folder [WEIGHTS=mobilenetv2.npz]
+	$(if $(WEIGHTS),$(BIN)/python benchmarks/mobilenetv2.py $(WEIGHTS) out/mobilenetv2.pt --camvid $(DATA))
 	$(BIN)/fullattn train camvid_small --data $(DATA) --output out/camvid-small \
-	    $(if $(WEIGHTS),--set model.backbone_weights=$(WEIGHTS))
+	    $(if $(WEIGHTS),--set model.backbone_weights=out/mobilenetv2.pt)
 	$(BIN)/fullattn evaluate out/camvid-small/last.ckpt --data camvid $(DATA)
 
 docs: $(READY)  ## the site, into out/site; a broken link or reference fails
@@ -43,7 +44,7 @@ docs: $(READY)  ## the site, into out/site; a broken link or reference fails
 	@echo "out/site/index.html (to serve it: $(BIN)/mkdocs serve)"
 
 browser: $(READY)  ## the site in Chromium, at the width of a desk and of a phone, light and dark
-	$(TESTS) -m browser tests/test_site.py
+	$(TESTS) -m browser tests/docs/test_site.py
 
 tables: $(READY)  ## the tables of README and documentation, out of benchmarks/results
 	$(BIN)/python benchmarks/tables.py

@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import mobilenetv2
 from fullattn.plot.style import BLUE, GRID, ORANGE, QUIET, styled
 from fullattn.segmentation.data import open_dataset
 from fullattn.segmentation.evaluation.scores import Scores, confusion_matrix
-from fullattn.segmentation.models import SegmentationHead, attentions, backbone, mobilenetv2
+from fullattn.segmentation.models import SegmentationHead, attentions, backbone
 
 RESULTS = Path(__file__).parent / "results" / "camvid"
 CACHE = Path("out/camvid")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from networks import NEEDS, load
+from helpers.networks import NEEDS, load
 
 # Parts of the site's build that import it, where it is not installed.
 collect_ignore = [

@@ -65,7 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class NetworksTable:
-    """Collects the outcomes of tests/test_networks.py by network and test."""
+    """Collects the outcomes of tests/integrations/test_networks.py by network and test."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,7 +89,7 @@ class NetworksTable:
         return reason or "fails"
 
     def pytest_terminal_summary(self) -> None:
-        from networks import NETWORKS, table
+        from helpers.networks import NETWORKS, table
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(table([network.name for network in NETWORKS], self.cells))

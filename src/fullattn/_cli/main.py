@@ -15,7 +15,7 @@ import fullattn
 from fullattn._cli.arguments import Parser
 from fullattn._cli.errors import UsageError
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "parser_of"]
 
 # Each command: where the function is that adds its arguments to a parser, and a line of help. Only
 # the module of the command that runs is imported.
@@ -39,8 +39,8 @@ COMMANDS = {
 }
 
 
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """The whole parser, with the arguments of the chosen command alone."""
+def parser_of(*chosen: str) -> argparse.ArgumentParser:
+    """Build the parser, with the arguments of the chosen commands alone."""
     parser = Parser(
         prog="fullattn",
         description="Attention layers for 2-D feature maps: what they cost, and what runs them.",
@@ -51,7 +51,7 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, help=help_line, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name == chosen:
+        if name in chosen:
             module, _, configure = place.partition(":")
             getattr(import_module(module), configure)(command)
     return parser
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = sys.argv[1:] if argv is None else list(argv)
-        args = _parser(next(iter(arguments), None)).parse_args(arguments)
+        args = parser_of(*arguments[:1]).parse_args(arguments)
         args.run(args)
     except SystemExit as end:  # argparse has printed its help or its sentence
         return end.code if isinstance(end.code, int) else 2

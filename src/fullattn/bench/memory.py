@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from fullattn._cli.conditions import Conditions, Mode
+from fullattn._cli.loading import layer_sources
 from fullattn._cli.shapes import Shape
 from fullattn.bench.failures import Failure
-from fullattn._cli.loading import layer_sources
 from fullattn.bench.implementations import Contender
 from fullattn.bench.workload import Workload
 from fullattn.swap.network import Network

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from fullattn._cli.conditions import Conditions, Mode, available_bytes
+from fullattn._cli.loading import load_class
 from fullattn._cli.shapes import Shape
 from fullattn.bench.failures import Failure
-from fullattn._cli.loading import load_class
 from fullattn.bench.implementations import Contender
 from fullattn.bench.workload import Workload
 from fullattn.layers import register

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fullattn._cli.conditions import MEMORY_FORMATS, Conditions, Mode
 from fullattn._cli.errors import UsageError, describe
 from fullattn._cli.inputs import noise, photograph
-from fullattn._cli.shapes import Shape
 from fullattn._cli.loading import load_class
+from fullattn._cli.shapes import Shape
 from fullattn.bench.workload import Workload
 from fullattn.layers import LAYERS
 from fullattn.swap import Report, insert, swap

@@ -239,8 +239,8 @@ def open_dataset(
 ) -> SegmentationDataset:
     """Find the images and masks of a data set in its own layout.
 
-    Files are listed, not opened; `check` opens them. Only for a folder without a list of classes are
-    all masks read, to find the highest label.
+    Files are listed, not opened; `check` opens them. For a folder without a list of classes all
+    masks are read, to find the highest label.
 
     Args:
         name: "cityscapes", "ade20k", "voc", "camvid" or "folder".

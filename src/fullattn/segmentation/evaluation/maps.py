@@ -205,14 +205,13 @@ def of_backbone(
     from fullattn.segmentation.data.transforms import IMAGENET_MEAN, IMAGENET_STD
     from fullattn.segmentation.models import backbone as backbones
 
-    tensorflow = weights is not None and weights.suffix == ".npz"
     try:
         backbone = backbones.build(
             name,
             output_stride=32,
             uniform_dilation=False,
             pretrained=weights is None,
-            options={"pad_type": "same"} if tensorflow else {},
+            options={},
         )
     except OSError as error:  # no connection
         reason = str(error).splitlines()[0].rstrip(".")
@@ -223,10 +222,8 @@ def of_backbone(
         holder = nn.Module()
         holder.backbone = backbone
         backbones.load_weights(holder, weights)
-    half = (0.5, 0.5, 0.5)
-    mean, std = (half, half) if tensorflow else (IMAGENET_MEAN, IMAGENET_STD)
     with torch.no_grad(), evaluating(backbone):
-        stages = backbone(normalised(photograph.pixels[None], mean, std))
+        stages = backbone(normalised(photograph.pixels[None], IMAGENET_MEAN, IMAGENET_STD))
     if getattr(backbone, "output_fmt", None) is not None and str(backbone.output_fmt) == "NHWC":
         stages = [stage.permute(0, 3, 1, 2).contiguous() for stage in stages]
     stride = [round(photograph.pixels.shape[2] / stage.shape[3]) for stage in stages]
