@@ -34,7 +34,7 @@ import torch
 
 from fullattn._cli import arguments as command_line
 from fullattn._cli.errors import UsageError
-from fullattn._cli.main import main
+from fullattn._cli.main import COMMANDS, main, parser_of
 from fullattn._cli.shapes import parse_shape
 from helpers import ROOT, code_blocks, tiny_data
 from helpers.code_blocks import Block, Command, Page, commands
@@ -505,7 +505,7 @@ def run_torchrun(command: Command, arguments: list[str], environment: Mapping[st
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            args = get_argsparser_of(*arguments[:1]).parse_args(arguments)
+            args = get_args_parser().parse_args(arguments)
     except SystemExit:
         fail(command, said.getvalue())
     if not args.module or args.training_script != "fullattn":
