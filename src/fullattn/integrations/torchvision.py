@@ -35,7 +35,7 @@ def ensure_importable() -> None:
         return
     try:
         for operators in Path(spec.origin).parent.glob("_C.*"):
-            torch.ops.load_library(operators)
+            torch.ops.load_library(operators)  # type: ignore[no-untyped-call]
             return
     except OSError:
         pass
