@@ -12,8 +12,8 @@ from typing import Literal
 import einops
 import torch
 
-import fullattn
 from fullattn._cli.errors import UsageError, describe
+from fullattn._version import __version__
 
 __all__ = [
     "DTYPES",
@@ -108,7 +108,7 @@ def environment(device: torch.device) -> Environment:
         python=platform.python_version(),
         torch=torch.__version__,
         einops=einops.__version__,
-        fullattn=fullattn.__version__,
+        fullattn=__version__,
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
 

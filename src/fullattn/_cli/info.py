@@ -9,12 +9,12 @@ from importlib import metadata
 import einops
 import torch
 
-import fullattn
 from fullattn._cli.arguments import LAYER_HELP, Parser, add_conditions, words
 from fullattn._cli.conditions import device_name, parse_device, parse_dtype
 from fullattn._cli.errors import UsageError
 from fullattn._cli.loading import layer_named
 from fullattn._cli.shapes import parse_shape
+from fullattn._version import __version__
 from fullattn.attention import dispatch
 from fullattn.bench.implementations import inputs_of
 from fullattn.layers import LAYERS
@@ -54,7 +54,7 @@ def _info(args: argparse.Namespace) -> None:
     device = parse_device(args.device)
     layers = [layer_named(layer) for layer in words(args.layer)]
     lines = [
-        f"fullattn {fullattn.__version__}, torch {torch.__version__}, "
+        f"fullattn {__version__}, torch {torch.__version__}, "
         f"einops {einops.__version__}, Python {platform.python_version()}",
         f"device: {device}, {device_name(device)}"
         + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),

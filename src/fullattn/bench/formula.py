@@ -7,12 +7,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fullattn import BackendError, FullyAttentional, costs
+from fullattn import costs
 from fullattn._cli.conditions import MEMORY_FORMATS, Conditions
 from fullattn._cli.shapes import Shape
+from fullattn.attention import BackendError
 from fullattn.bench.implementations import OFFICIAL, Contender
 from fullattn.bench.results import Formula
-from fullattn.layers import LAYERS
+from fullattn.layers import LAYERS, FullyAttentional
 
 __all__ = ["formula"]
 
