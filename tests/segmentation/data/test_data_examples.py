@@ -230,12 +230,12 @@ def test_an_image_smaller_than_the_crop_is_refused_unless_padding_is_asked_for(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"crop": (0, 3)}, "crop must be a positive height and width, got"),
+        ({"crop": (0, 3)}, "expected a positive height and width for crop, got"),
         ({"crop": (3,)}, "crop"),
         ({"crop": (3.5, 3)}, "crop"),
-        ({"crop": (3, 3), "scale": (0.0, 1.0)}, "scale must be 0 < smallest <= largest"),
+        ({"crop": (3, 3), "scale": (0.0, 1.0)}, "expected scale with 0 < smallest <= largest"),
         ({"crop": (3, 3), "scale": (2.0, 1.0)}, "scale"),
-        ({"crop": (3, 3), "flip": 1.5}, "flip must be a probability"),
+        ({"crop": (3, 3), "flip": 1.5}, "expected a probability for flip"),
         ({"crop": (3, 3), "std": (0.0, 1.0, 1.0)}, "std positive"),
         ({"crop": (3, 3), "mean": (0.5,)}, "three numbers"),
     ],
@@ -399,7 +399,7 @@ def test_a_bad_file_in_the_middle_is_an_error_that_names_it(dataset: Segmentatio
 def test_skipping_ends_where_every_file_is_bad(dataset: SegmentationDataset) -> None:
     for sample in dataset.samples:
         tiny_data.truncate(sample.image)
-    with pytest.raises(DataError, match="none of 6 samples can be read, among them"):
+    with pytest.raises(DataError, match="none of 6 samples can be read, for example"):
         Examples(dataset, Normalize(), skip_bad=True)[0]
 
 

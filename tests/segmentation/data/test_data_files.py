@@ -14,7 +14,7 @@ from PIL import Image
 from fullattn.segmentation.data import DataError, SegmentationDataset, open_dataset, smallest_image
 from fullattn.segmentation.data.classes import Classes, numbered
 from fullattn.segmentation.data.decode import image_size, read_image, read_labels
-from fullattn.segmentation.data.listing import Sample
+from fullattn.segmentation.data.files import Sample
 from helpers import tiny_data
 
 HEIGHT, WIDTH = 12, 20
@@ -128,7 +128,7 @@ def test_exif_orientation_is_applied_to_the_pixels_and_to_the_size(
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_pixels_of_32_bits_are_refused(dtype: type, tmp_path: Path) -> None:
     tiny_data.save(tmp_path / "a.tif", GREY.astype(dtype))
-    with pytest.raises(DataError, match=r"a.tif has pixels of 32 bits; expected 8 or 16"):
+    with pytest.raises(DataError, match=r"a.tif has 32 bits per channel: expected 8 or 16"):
         read_image(tmp_path / "a.tif")
 
 
@@ -182,13 +182,13 @@ def test_a_grey_mask_saved_as_colour_is_read(tmp_path: Path) -> None:
 
 def test_a_mask_in_colours_is_refused(tmp_path: Path) -> None:
     tiny_data.save(tmp_path / "a.png", RGB)
-    with pytest.raises(DataError, match=r"a.png is a picture in colours \(RGB\)"):
+    with pytest.raises(DataError, match=r"a.png is a colour image \(RGB\)"):
         read_labels(tmp_path / "a.png")
 
 
 def test_a_mask_of_fractions_is_refused(tmp_path: Path) -> None:
     tiny_data.save(tmp_path / "a.tif", GREY.astype(np.float32))
-    with pytest.raises(DataError, match=r"a.tif is no mask: its pixels are float32"):
+    with pytest.raises(DataError, match=r"a.tif is not a mask: expected integers, got float32"):
         read_labels(tmp_path / "a.tif")
 
 
@@ -231,7 +231,7 @@ def test_damage_is_an_error_that_names_the_file(damage: str, half: str, tmp_path
         "truncated": "truncated or damaged",
         "cut in its head": "",
         "empty": "the file is empty",
-        "text": "no picture of a format",
+        "text": "not a valid image file",
         "gone": "does not exist",
         "overwritten": "",
     }
@@ -356,7 +356,7 @@ def test_samples_can_be_selected_by_name(tmp_path: Path) -> None:
     chosen = dataset.select("Seq05VD_*")
     assert len(chosen) == 3
     assert set(chosen.samples) < set(dataset.samples)
-    with pytest.raises(DataError, match=r"no image .* 'Seq06\*': they are 0001TP_008550"):
+    with pytest.raises(DataError, match=r"no image .* 'Seq06\*': got 0001TP_008550"):
         dataset.select("Seq06*")
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from fullattn.segmentation.data import DATASETS, DataError, SegmentationDataset, open_dataset
 from fullattn.segmentation.data.classes import colour, known
+from fullattn.segmentation.data.files import pair
 from fullattn.segmentation.data.layouts import LAYOUTS
-from fullattn.segmentation.data.listing import pair
 from helpers import SHARED_DATA, tiny_data
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -172,8 +172,10 @@ def test_hidden_files_are_no_images(tmp_path: Path) -> None:
 def test_pairing_takes_time_in_proportion_to_the_number_of_files() -> None:
     names = [f"{i}" for i in range(30_000)]
     start = time.process_time()
-    found = pair({name: [Path(name)] for name in names}, {name: [Path(name)] for name in names})
-    assert len(found.samples) == 30_000
+    found, issues = pair(
+        {name: [Path(name)] for name in names}, {name: [Path(name)] for name in names}
+    )
+    assert (len(found), issues) == (30_000, [])
     assert time.process_time() - start < 5  # comparing each with each takes minutes
 
 
@@ -229,7 +231,7 @@ def test_each_data_set_says_which_labels_it_does_not_have(name: str, tmp_path: P
     labels[2, 3:5] = stray
     tiny_data.save(path, labels)
     with pytest.raises(
-        DataError, match=rf"{path.name} has labels .* {stray} \(pixels: 2\)"
+        DataError, match=rf"{path.name} has invalid labels .* got {stray} \(pixels: 2\)"
     ) as raised:
         dataset.read(1)
     assert raised.value.paths == (path,)
@@ -253,7 +255,7 @@ def test_the_message_says_which_labels_there_may_be(
     path = dataset.samples[0].mask
     assert path is not None
     tiny_data.save(path, np.full_like(raw(dataset, 0), 200))
-    with pytest.raises(DataError, match=f"expected {expected}$"):
+    with pytest.raises(DataError, match=f": expected {expected}, got 200 "):
         dataset.read(0)
 
 
@@ -340,7 +342,7 @@ def test_a_folder_takes_names_colours_groups_and_void_from_classes_json(tmp_path
 @pytest.mark.parametrize(
     ("listed", "reason"),
     [
-        ("{", "classes.json is no list of classes"),
+        ("{", "classes.json is not a class list"),
         ("[]", "expected {"),
         ('{"classes": [{"name": "a"}]}', "expected {"),
         ('{"classes": []}', "1 to 254 classes, got 0"),
@@ -350,7 +352,7 @@ def test_a_folder_takes_names_colours_groups_and_void_from_classes_json(tmp_path
         ('{"classes": [{"index": 0, "name": ""}]}', "a name for every class"),
         (
             '{"classes": [{"index": 0, "name": "a"}, {"index": 1, "name": "a"}]}',
-            "two classes have the name 'a'",
+            "got 'a' twice",
         ),
         ('{"classes": [{"index": 0, "name": "a"}], "groups": {"thin": ["b"]}}', "'thin'.*'b'"),
         ('{"classes": [{"index": 0, "name": "a"}], "ignore_index": -1}', "ignore_index"),
@@ -369,7 +371,7 @@ def test_masks_of_0_and_255_alone_are_refused_where_the_classes_are_counted(tmp_
     for path in (root / "masks").rglob("*.png"):
         labels = np.array(Image.open(path))
         tiny_data.save(path, np.where(labels == 0, 0, 255).astype(np.uint8))
-    with pytest.raises(DataError, match="no label but 0 and 255, which means ignored"):
+    with pytest.raises(DataError, match="no label but 0 and 255"):
         open_dataset("folder", root, "train")
 
 
@@ -518,7 +520,7 @@ def test_two_images_for_one_mask_are_refused(tmp_path: Path) -> None:
     root = tiny_data.camvid(tmp_path)
     first = min((root / "images/train").iterdir())
     Image.open(first).save(first.with_suffix(".png"))
-    with pytest.raises(DataError, match=r"has the name of .* too"):
+    with pytest.raises(DataError, match=r"has the same name as"):
         open_dataset("camvid", root, "train")
     assert len(open_dataset("camvid", root, "train", skip_bad=True)) == 5
 
@@ -529,7 +531,7 @@ def test_camvid_with_other_classes_is_refused(tmp_path: Path) -> None:
     listed["classes"][2]["name"] = "Lamp"
     (root / "classes.json").write_text(json.dumps(listed))
     with pytest.raises(
-        DataError, match=r"other classes than the 11 of CamVid.*read it as 'folder'"
+        DataError, match=r"other classes than the 11 of CamVid.*open it as 'folder'"
     ):
         open_dataset("camvid", root, "train")
     assert open_dataset("folder", root, "train").classes[2] == "Lamp"

@@ -362,7 +362,7 @@ BAD: dict[str, tuple[Callable[[Path, Path, Path], list[Any]], str]] = {
     ),
     "no data set of the name": (
         lambda c, root, tmp: [c, "--data", "camwid", root],
-        "no data set 'camwid'",
+        "unknown dataset 'camwid'",
     ),
     "no data": (lambda c, root, tmp: [c, "--data", "camvid", tmp / "none"], "none"),
     "no file that matches": (

@@ -22,7 +22,7 @@ from fullattn.layers import LAYERS, AttentionLayer, ChannelNonLocal
 from fullattn.plot import figures, inputs_of, layers_with_maps, page, similarity
 from fullattn.plot.tokens import has_channel_maps
 from fullattn.segmentation.data.decode import read_scaled
-from fullattn.segmentation.data.errors import DataError
+from fullattn.segmentation.data.files import DataError
 from fullattn.segmentation.evaluation.loop import evaluating, normalised
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from fullattn.segmentation.data import (
     Augment,
     DataError,
-    Report,
+    DatasetReport,
     SegmentationDataset,
     open_dataset,
     smallest_image,
@@ -70,7 +70,7 @@ def datasets(
 
 def check(
     dataset: SegmentationDataset, config: DataConfig, *, trained: bool, skip_bad: bool = False
-) -> Report:
+) -> DatasetReport:
     """Decode every file, and compare the sizes of images with the crop.
 
     Args:
