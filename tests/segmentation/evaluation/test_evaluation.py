@@ -220,7 +220,7 @@ def test_files_that_the_data_set_dropped_are_listed_too(tmp_path: Path) -> None:
         ({"scales": (0.0,)}, "scales above 0"),
         ({"precision": "float8"}, "a precision of float32, bfloat16, float16, got 'float8'"),
         ({"batch_size": 0}, "a batch size of at least 1, got 0"),
-        ({"indices": []}, "expected images to evaluate on, got none of camvid"),
+        ({"indices": []}, "expected at least one image of camvid, got none"),
     ],
 )
 def test_bad_options_are_sentences(root: Path, options: dict[str, Any], said: str) -> None:
@@ -230,7 +230,7 @@ def test_bad_options_are_sentences(root: Path, options: dict[str, Any], said: st
 
 def test_what_would_give_no_score_is_a_sentence(damaged: Path) -> None:
     dataset = open_dataset("camvid", damaged, "test")
-    with pytest.raises(ValueError, match="of camvid's 11 classes, got one of 7"):
+    with pytest.raises(ValueError, match="the 11 classes of camvid, got 7"):
         _evaluate(nn.Conv2d(3, 7, 1), damaged, indices=[0])
     with pytest.raises(ValueError, match="none of 2 images of camvid can be read"):
         _evaluate(NearestColour(), damaged, indices=[1, 3], skip_bad=True)

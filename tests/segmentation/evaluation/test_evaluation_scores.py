@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fullattn.integrations.torchvision import ensure_importable
 from fullattn.segmentation.evaluation import Scores, confusion_matrix
-from fullattn.segmentation.evaluation.table import table
+from fullattn.segmentation.evaluation.scores import table
 
 NAMES = ("Sky", "Pole", "Road", "Tree", "Car", "Sign")
 

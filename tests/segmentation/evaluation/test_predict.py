@@ -219,7 +219,9 @@ def test_maps_are_drawn_of_each_layer_that_has_them(
     maps_of = [f"street_point_79_47{layer}.png" for layer in at_point]
     assert _names(tmp_path / "at_point") == ["street_overlay.png", *maps_of]
     if at_channel is None:
-        with pytest.raises(UsageError, match="a map of positions and none of channels"):
+        with pytest.raises(
+            UsageError, match="expected a layer with a map of channels, got only SpatialNonLocal"
+        ):
             _run(*given, "--output", "at_channel", "--channel", "7")
         assert not Path("at_channel").exists()
         return
@@ -304,7 +306,7 @@ BAD: dict[str, tuple[Given, str]] = {
     ),
     "damaged weights": (
         lambda c, p: [p, "--checkpoint", _not_a_number(c("fully"))],
-        "the network's output is not a number",
+        "the network's output is nan",
     ),
 }
 

@@ -286,15 +286,23 @@ def test_without_auxiliary_heads_training_gives_one_tensor_in_a_list() -> None:
     [
         (lambda: small(0), ValueError, "num_classes must be a positive integer, got 0"),
         (lambda: small(2.5), TypeError, "num_classes must be a positive integer, got 2.5"),
-        (lambda: small(backbone="resnet1"), ValueError, "has no model 'resnet1'; near it are"),
+        (
+            lambda: small(backbone="resnet1"),
+            ValueError,
+            "has no model 'resnet1'; similar names are",
+        ),
         (lambda: small(backbone=None), TypeError, "backbone must be a name in timm, got NoneType"),
         (lambda: small(attention="fuly"), ValueError, "did you mean 'fully'?"),
-        (lambda: small(attention=3), TypeError, "attention must be a name or a callable"),
-        (lambda: small(attention=lambda c: None), TypeError, r"attention\(8\) must give a module"),
+        (lambda: small(attention=3), TypeError, "expected attention to be a name or a callable"),
+        (
+            lambda: small(attention=lambda c: None),
+            TypeError,
+            r"expected attention\(8\) to return a module",
+        ),
         (
             lambda: small(attention="dual", attention_options={"scale": None}),
             ValueError,
-            "attention_options are for 'fully', 'channel', 'spatial', got attention='dual'",
+            "attention_options need attention of 'fully', 'channel', 'spatial', got 'dual'",
         ),
         (lambda: small(output_stride=4), ValueError, "output_stride must be one of 8, 16, 32"),
         (lambda: small(dropout=1.5), ValueError, "dropout must be from 0 to 1, got 1.5"),
@@ -302,7 +310,7 @@ def test_without_auxiliary_heads_training_gives_one_tensor_in_a_list() -> None:
             lambda: small(backbone="swin_tiny_patch4_window7_224"),
             ValueError,
             "cannot build 'swin_tiny_patch4_window7_224' as a backbone with {'output_stride': 8}: "
-            ".*; output_stride=32 leaves its strides as they are",
+            ".*; output_stride=32 keeps the network's own strides",
         ),
         (
             lambda: small(backbone="resnet18").eval()(torch.zeros(1, 4, 32, 32)),
@@ -357,8 +365,8 @@ def test_a_file_gives_the_same_network_back(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"format": 2}, "does not describe its network"),
-        ({"classes": ["a"]}, "names 1 classes for a network of 5"),
-        ({"model": {"num_classes": 5, "backbone": "resnet26"}}, "does not hold the tensors"),
+        ({"classes": ["a"]}, "expected 5 class names, got 1"),
+        ({"model": {"num_classes": 5, "backbone": "resnet26"}}, r"into FLANet: .*Missing key\(s\)"),
         ({"model": {"num_classes": 5, "bacbone": "x"}}, "cannot be built.*bacbone"),
     ],
     ids=["format", "classes", "architecture", "argument"],
@@ -391,8 +399,10 @@ def test_a_callable_is_not_written(tmp_path: Path) -> None:
 def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
     other = tmp_path / "resnet26.pt"
     torch.save(small(backbone="resnet26").backbone.state_dict(), other)
-    with pytest.raises(CheckpointError, match=r"resnet26\.pt does not hold the weights of this"):
-        load_weights(small(), other)
+    with pytest.raises(
+        CheckpointError, match=r"cannot load .*resnet26\.pt into \w+: .*size mismatch"
+    ):
+        load_weights(small().backbone, other)
 
 
 def test_backbone_weights_are_found_in_a_whole_network_and_below_its_classifier(
@@ -400,13 +410,13 @@ def test_backbone_weights_are_found_in_a_whole_network_and_below_its_classifier(
 ) -> None:
     source, target = small(), small()
     torch.save({"state_dict": source.state_dict()}, tmp_path / "whole.pt")
-    load_weights(target, tmp_path / "whole.pt")
+    load_weights(target.backbone, tmp_path / "whole.pt")
     for name, x in source.backbone.state_dict().items():
         assert torch.equal(target.backbone.state_dict()[name], x)
     weights = {**source.backbone.state_dict(), "fc.weight": torch.zeros(1000, 512)}
     torch.save(weights, tmp_path / "classifier.pt")
     other = small()
-    load_weights(other, tmp_path / "classifier.pt")
+    load_weights(other.backbone, tmp_path / "classifier.pt")
     assert torch.equal(
         next(iter(other.backbone.parameters())), next(iter(source.backbone.parameters()))
     )

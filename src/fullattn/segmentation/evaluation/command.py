@@ -180,7 +180,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
         from fullattn.segmentation.data import open_dataset
         from fullattn.segmentation.evaluation.loop import evaluate
-        from fullattn.segmentation.evaluation.table import table
+        from fullattn.segmentation.evaluation.scores import table
 
         dataset = open_dataset(name, root, args.split, skip_bad=args.skip_bad)
     if len(dataset.classes) != len(description.classes):

@@ -1,4 +1,4 @@
-"""Pictures of labels: colours over a photograph with a legend, and labels as a paletted PNG."""
+"""Images of labels: an overlay of colours with a legend, and a palette image of class indices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["index_picture", "overlay"]
 
 _TEXT = "#222222"
 _EDGE = "#888888"
-_SMALLEST_LETTERS = 12  # pixels; below that they cannot be read
+_MIN_FONT_SIZE = 12  # pixels; smaller letters are not legible
 
 
 def overlay(
@@ -25,21 +25,21 @@ def overlay(
     classes: Sequence[str],
     alpha: float = 0.5,
 ) -> Image:
-    """A photograph under the colours of its classes, above a legend of those that are in it.
+    """Blend an image with the colours of its classes and add a legend below.
 
     Args:
         image: uint8, (3, H, W).
-        labels: class indices, (H, W); a pixel whose index is of no class keeps its own colour.
+        labels: class indices, (H, W); pixels without a valid index keep their colour.
         palette: (red, green, blue) from 0 to 255 of each class.
         classes: names of the classes.
-        alpha: how much of the colour there is, from 0 (the photograph) to 1 (the colours).
+        alpha: opacity of the colours, from 0 (the image) to 1 (the colours).
 
     Returns:
-        An RGB picture of at least (H, W): the photograph's top left corner is the picture's. The
-        legend gives each class's share of the pixels.
+        An RGB image of at least (H, W) with the given one at its top left. The legend has each
+        class in the image and its share of the pixels.
 
     Raises:
-        ValueError: alpha is out of range, or shapes or counts do not fit each other.
+        ValueError: alpha is out of range, or shapes or counts do not match.
 
     Example:
         >>> image = torch.zeros(3, 20, 30, dtype=torch.uint8)
@@ -82,14 +82,14 @@ def overlay(
 
 
 def index_picture(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
-    """Labels as an 8-bit picture whose values are the class indices, shown in their colours.
+    """Convert labels to a palette image, whose values are the class indices.
 
     Args:
         labels: class indices below 256, (H, W).
         palette: (red, green, blue) from 0 to 255 of each class.
 
     Returns:
-        A picture of mode "P", as PASCAL VOC's masks are; what is of no class is black.
+        An image of mode "P", as PASCAL VOC's masks; invalid indices are black.
 
     Example:
         >>> index_picture(torch.tensor([[0, 1]]), [(0, 0, 0), (100, 200, 50)]).getpixel((1, 0))
@@ -97,7 +97,7 @@ def index_picture(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
     """
     from PIL import Image
 
-    # All 256 colours: of a shorter palette Pillow writes fewer bits, and 255 becomes another index.
+    # With fewer than 256 colours Pillow writes fewer bits, and 255 becomes another index.
     colours = [*palette, *[(0, 0, 0)] * (256 - len(palette))]
     picture = Image.fromarray(labels.to(torch.uint8).numpy())
     picture.putpalette([value for colour in colours for value in colour])
@@ -109,10 +109,10 @@ def _percent(share: float) -> str:
 
 
 def _above_legend(picture: Image, entries: Sequence[tuple[str, tuple[int, ...]]]) -> Image:
-    """The picture on white, and below it the entries in as many lines as they take."""
+    """Draw the picture on white and the entries below it, in as many lines as needed."""
     from PIL import Image, ImageDraw, ImageFont
 
-    letters = max(_SMALLEST_LETTERS, picture.height // 40)
+    letters = max(_MIN_FONT_SIZE, picture.height // 40)
     font = ImageFont.load_default(letters)
     widths = [letters * 3 + round(font.getlength(text)) for text, _ in entries]
     width = max([picture.width, *(letters + width for width in widths)])

@@ -173,7 +173,7 @@ def start_backbone(model: FLANet, config: Config) -> None:
     path = Path(config.model.backbone_weights)
     if not path.is_file():
         raise ConfigError(f"model.backbone_weights: there is no file {path}")
-    load_weights(model, path)
+    load_weights(model.backbone, path)
 
 
 def describe_network(
