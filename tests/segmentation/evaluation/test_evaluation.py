@@ -339,7 +339,7 @@ def test_classes_of_other_names_are_pointed_out(
 ) -> None:
     file = _save(tmp_path / "a.ckpt", 11, names=[f"class{i}" for i in range(11)])
     _run(file, "--data", "camvid", root)
-    assert "Beware: the checkpoint names its classes class0, class1" in capsys.readouterr().out
+    assert "the checkpoint's classes have other names: class0, class1" in capsys.readouterr().out
 
 
 def _cut(path: Path) -> Path:
@@ -358,7 +358,7 @@ BAD: dict[str, tuple[Callable[[Path, Path, Path], list[Any]], str]] = {
     ),
     "another number of classes": (
         lambda c, root, tmp: [_save(tmp / "five.ckpt", 5), "--data", "camvid", root],
-        "five.ckpt was trained on 5 classes of camvid, and camvid has 11",
+        "five.ckpt was trained on 5 classes of camvid, but camvid has 11",
     ),
     "no data set of the name": (
         lambda c, root, tmp: [c, "--data", "camwid", root],

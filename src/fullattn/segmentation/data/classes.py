@@ -70,24 +70,15 @@ class Classes:
             raise ValueError(f"expected an ignore_index of 0 to 255, got {self.void!r}")
 
     def table(self) -> NDArray[np.uint8]:
-        """Return the train id of every label, for masks whose labels are the class indices.
+        """Return the train id of every label, if the labels are the class indices.
 
-        Returns:
-            uint8 (256,): 255 for `void` and 255, 254 for invalid labels.
+        uint8 (256,): 255 for `void` and 255, 254 for invalid labels.
         """
         return label_table(range(len(self.names)), (self.void, IGNORE_INDEX))
 
 
 def label_table(labels: Sequence[int], ignored: Sequence[int]) -> NDArray[np.uint8]:
-    """Return the train id of every label.
-
-    Args:
-        labels: the label of each class.
-        ignored: labels that are ignored.
-
-    Returns:
-        uint8 (256,): 255 for ignored labels, 254 for invalid ones.
-    """
+    """Return the train id of every label, uint8 (256,): 255 for ignored, 254 for invalid labels."""
     table = np.full(256, STRAY, np.uint8)
     table[list(labels)] = range(len(labels))
     table[list(ignored)] = IGNORE_INDEX
@@ -95,13 +86,7 @@ def label_table(labels: Sequence[int], ignored: Sequence[int]) -> NDArray[np.uin
 
 
 def known(name: str) -> Classes:
-    """Return the classes of a known dataset.
-
-    Args:
-        name: "ade20k", "camvid", "cityscapes" or "voc".
-
-    Returns:
-        The classes with the groups "thin" and "large".
+    """Return the classes of "ade20k", "camvid", "cityscapes" or "voc".
 
     Example:
         >>> known("camvid").groups["thin"]
@@ -112,14 +97,7 @@ def known(name: str) -> Classes:
 
 
 def numbered(count: int) -> Classes:
-    """Return classes named "0", "1", … in the colours of VOC's colour map.
-
-    Args:
-        count: number of classes.
-
-    Returns:
-        The classes.
-    """
+    """Return classes named "0", "1", … in the colours of VOC's colour map."""
     return _in_vocs_colours(map(str, range(count)))
 
 
@@ -130,9 +108,6 @@ def read(path: Path) -> Classes:
         path: a JSON file in the form of CamVid's classes.json ({"classes": [{"index", "name",
             "color"}, …]} with optional "ignore_index", "groups" and colours), or a text file with
             one name per line.
-
-    Returns:
-        The classes.
 
     Raises:
         DataError: the file is not of that form.
@@ -153,13 +128,7 @@ def read(path: Path) -> Classes:
 
 
 def colour(index: int) -> Colour:
-    """Return a class's colour in VOC's colour map, whose channels interleave the index's bits.
-
-    Args:
-        index: class index, 0 to 255.
-
-    Returns:
-        (red, green, blue), 0 to 255.
+    """Return a class's (red, green, blue) in VOC's colour map, which interleaves the index's bits.
 
     Example:
         >>> colour(1)

@@ -50,14 +50,10 @@ def read_image(path: Path) -> Tensor:
 
 
 def read_scaled(path: Path, longest: int) -> tuple[Tensor, tuple[int, int]]:
-    """Read an image and scale it down if a side is too long.
-
-    Args:
-        path: the file, which may exceed Pillow's own limit of pixels.
-        longest: largest length of a side, in pixels.
+    """Read an image and scale it down so that no side exceeds `longest` pixels.
 
     Returns:
-        uint8 (3, H, W), and the height and width in the file.
+        uint8 (3, H, W), and the height and width in the file, which may exceed Pillow's limit.
 
     Raises:
         DataError: as `read_image`, or the image has too many pixels.
@@ -104,13 +100,7 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_labels(path: Path) -> NDArray[Any]:
-    """Read a mask's labels as they are in the file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Integers (H, W): uint8 unless the file has more than 8 bits.
+    """Read a mask's labels, integers (H, W): uint8 unless the file has more than 8 bits.
 
     Raises:
         DataError: the file is missing, truncated, not an image, or in colour.
@@ -135,13 +125,7 @@ def read_labels(path: Path) -> NDArray[Any]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Read the height and width of `read_image`'s result from the file's header.
-
-    Args:
-        path: the file.
-
-    Returns:
-        (H, W) in pixels.
+    """Read (H, W) of `read_image`'s result from the file's header.
 
     Raises:
         DataError: the file is missing or not an image.

@@ -85,11 +85,7 @@ class DatasetReport:
         return tuple(name for name, count in self.pixels.items() if count == 0)
 
     def raise_for_problems(self) -> None:
-        """Raise an error if a file is bad.
-
-        Raises:
-            DataError: names the first bad files and the number of all.
-        """
+        """Raise a DataError with the first bad files, if there are any."""
         if self.problems:
             raise DataError(
                 f"{len(self.problems)} of {self.images} samples of {self.name} {self.split} are "
@@ -117,14 +113,9 @@ class DatasetReport:
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
-    """Find the files below a folder that end in one of the suffixes, without hidden ones.
+    """Find the files below a folder that end in one of the lower-case suffixes.
 
-    Args:
-        folder: searched at any depth.
-        suffixes: ends of file names, in lower case.
-
-    Returns:
-        The files by their path relative to the folder without the suffix, sorted.
+    Hidden ones are left out. Keys are sorted paths relative to the folder, without the suffix.
     """
     found: dict[str, list[Path]] = {}
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -141,15 +132,7 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
 def pair(
     images: Mapping[str, Sequence[Path]], masks: Mapping[str, Sequence[Path]]
 ) -> tuple[list[Sample], list[FileIssue]]:
-    """Pair images with the masks of the same name.
-
-    Args:
-        images: by name, from `find_files`.
-        masks: by name, from `find_files`.
-
-    Returns:
-        The pairs in the order of `images`, and an issue for every file without a counterpart.
-    """
+    """Pair images with the masks of the same name; return issues of files without counterpart."""
     issues = []
     for files, counterparts, kind in ((images, masks, "mask"), (masks, images, "image")):
         for name, (first, *duplicates) in files.items():

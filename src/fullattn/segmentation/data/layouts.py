@@ -15,7 +15,7 @@ folder       images/{split}/**, masks/{split}/** (or labels/), [classes.json or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +52,8 @@ class Layout:
         required: folders that identify the layout.
         images: folder of images; {} stands for the split's folder.
         masks: folder of masks, likewise.
-        splits: the folder of each split, by the split's name; None if the subfolders of the images'
-            folder are the splits.
+        splits: names of the splits; None if the subfolders of the images' folder are the splits.
+        split_folders: the folder of each split, if it is not the split's name.
         lists: text file with the names of a split's samples; {} stands for the split's name. None:
             all files of the folders.
         bases: where the required folders may be, below the folder that the user gives.
@@ -67,7 +67,8 @@ class Layout:
     required: tuple[str, ...]
     images: str
     masks: str
-    splits: Mapping[str, str] | None
+    splits: tuple[str, ...] | None = ("train", "val", "test")
+    split_folders: tuple[str, ...] | None = None
     lists: str | None = None
     bases: tuple[str, ...] = ("",)
     image_suffixes: tuple[str, ...] = IMAGE_SUFFIXES
@@ -84,14 +85,7 @@ class Layout:
         return classes.table() if self.labels is None else label_table(self.labels, self.ignored)
 
     def find_samples(self, base: Path, split: str) -> tuple[list[Sample], list[FileIssue]]:
-        """Find the samples of one split.
-
-        Args:
-            base: the folder with the required folders.
-            split: name of the split.
-
-        Returns:
-            Images with masks, and an issue for every file without a counterpart.
+        """Return the samples of a split and issues of files without counterpart.
 
         Raises:
             DataError: unknown split, or a folder or list without samples.
@@ -113,17 +107,19 @@ class Layout:
         return samples, issues
 
     def _split_folder(self, base: Path, split: str) -> str:
-        splits = self.splits
-        if splits is None:
-            folders = (base / self.images.format("")).iterdir()
-            splits = {path.name: path.name for path in folders if path.is_dir()} | {"all": ""}
-        if split not in splits:
+        if self.splits is None:
+            subfolders = (base / self.images.format("")).iterdir()
+            folders = {path.name: path.name for path in subfolders if path.is_dir()}
+            folders["all"] = ""
+        else:
+            folders = dict(zip(self.splits, self.split_folders or self.splits, strict=True))
+        if split not in folders:
             raise DataError(
-                f"{self.title} has no split {split!r}: expected one of {', '.join(splits)}, or "
+                f"{self.title} has no split {split!r}: expected one of {', '.join(folders)}, or "
                 "several joined by +",
                 base,
             )
-        return splits[split]
+        return folders[split]
 
 
 def _find_some(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
@@ -147,10 +143,6 @@ def _read_names(path: Path, split: str) -> list[str]:
     return [Path(line.split()[0]).stem for line in lines if line.strip()]
 
 
-def _same(*names: str) -> dict[str, str]:
-    return {name: name for name in names}
-
-
 _FOLDER = "a folder of images and masks"
 
 # By name, the possible layouts in the order in which they are tried.
@@ -161,7 +153,6 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             ("leftImg8bit", "gtFine"),
             "leftImg8bit/{}",
             "gtFine/{}",
-            _same("train", "val", "test"),
             image_suffixes=("_leftimg8bit.png",),
             mask_suffixes=("_gtfine_labelids.png",),
             labels=_CITYSCAPES_IDS,
@@ -174,7 +165,8 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             ("images", "annotations"),
             "images/{}",
             "annotations/{}",
-            {"train": "training", "val": "validation"},
+            splits=("train", "val"),
+            split_folders=("training", "validation"),
             bases=("ADEChallengeData2016", ""),
             image_suffixes=(".jpg",),
             mask_suffixes=(".png",),
@@ -188,7 +180,8 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             ("JPEGImages", "ImageSets/Segmentation"),
             "JPEGImages",
             "SegmentationClass{}",
-            {"train": "", "val": "", "trainval": "", "trainaug": "Aug", "test": ""},
+            splits=("train", "val", "trainval", "trainaug", "test"),
+            split_folders=("", "", "", "Aug", ""),
             lists="ImageSets/Segmentation/{}.txt",
             bases=("VOCdevkit/VOC2012", "VOC2012", ""),
             image_suffixes=(".jpg",),
@@ -197,41 +190,22 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     ),
     "camvid": (
         Layout(
-            "CamVid (SegNet)",
-            ("trainannot",),
-            "{}",
-            "{}annot",
-            _same("train", "val", "test"),
-            labels=range(11),
-            ignored=(11, 255),
+            "CamVid (SegNet)", ("trainannot",), "{}", "{}annot", labels=range(11), ignored=(11, 255)
         ),
-        Layout(
-            "CamVid",
-            ("images", "labels"),
-            "images/{}",
-            "labels/{}",
-            _same("train", "val", "test"),
-        ),
+        Layout("CamVid", ("images", "labels"), "images/{}", "labels/{}"),
     ),
     "folder": (
-        Layout(_FOLDER, ("images", "masks"), "images/{}", "masks/{}", None),
-        Layout(_FOLDER, ("images", "labels"), "images/{}", "labels/{}", None),
+        Layout(_FOLDER, ("images", "masks"), "images/{}", "masks/{}", splits=None),
+        Layout(_FOLDER, ("images", "labels"), "images/{}", "labels/{}", splits=None),
     ),
 }
 
 
 def find_layout(name: str, root: Path) -> tuple[Layout, Path]:
-    """Find which layout of a dataset a folder has.
-
-    Args:
-        name: a key of `LAYOUTS`.
-        root: the folder that the user gives.
-
-    Returns:
-        The layout and the folder with its required folders.
+    """Find the layout of a folder, and its base: the folder with the required folders.
 
     Raises:
-        DataError: the folder has none of the layouts.
+        DataError: the folder has none of the dataset's layouts.
     """
     for layout in LAYOUTS[name]:
         for base in layout.bases:
@@ -248,14 +222,7 @@ def find_layout(name: str, root: Path) -> tuple[Layout, Path]:
 
 
 def find_classes(name: str, base: Path) -> Classes | None:
-    """Return the classes of a dataset: the known ones, or those in a folder's own list.
-
-    Args:
-        name: a key of `LAYOUTS`.
-        base: the folder from `find_layout`.
-
-    Returns:
-        The classes; None for a folder without a list.
+    """Return the classes of a known dataset or in a folder's list; None without a list.
 
     Raises:
         DataError: the list is invalid, or CamVid's has other classes than CamVid.

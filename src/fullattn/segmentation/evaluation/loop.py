@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from fullattn.segmentation.evaluation.passes import check_options, segment
+from fullattn.segmentation.evaluation.passes import PassOptions, check_options, segment
 from fullattn.segmentation.evaluation.scores import Scores, confusion_matrix
 
 if TYPE_CHECKING:
@@ -29,10 +29,6 @@ def evaluate(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    window: tuple[int, int] | None = None,
-    stride: tuple[int, int] | None = None,
     indices: Sequence[int] | None = None,
     batch_size: int = 1,
     workers: int = 0,
@@ -40,6 +36,7 @@ def evaluate(
     precision: Precision = "float32",
     skip_bad: bool = False,
     progress: Callable[[int], object] | None = None,
+    **passes: Unpack[PassOptions],
 ) -> Scores:
     """Segment every image of a dataset and compare the classes with its masks.
 
@@ -52,10 +49,6 @@ def evaluate(
         dataset: images with masks.
         mean: mean of each colour of the training images, in 0..1.
         std: their standard deviation.
-        scales: as in `segment`.
-        flip: as in `segment`.
-        window: as in `segment`.
-        stride: as in `segment`.
         indices: indices of the samples to use; None for all.
         batch_size: largest number of images in a batch.
         workers: number of processes that read files; 0 to read in this one.
@@ -64,6 +57,7 @@ def evaluate(
         skip_bad: whether to leave out files that cannot be read. The scores list them, after those
             that the dataset dropped when it was opened.
         progress: called with the number of images after each batch.
+        passes: keywords of `segment`: scales, flip, window and stride.
 
     Returns:
         The scores, on the CPU.
@@ -83,7 +77,7 @@ def evaluate(
     from fullattn.segmentation.data import DataError
     from fullattn.segmentation.data.dataset import ErrorsAsValues
 
-    check_options(scales, window, stride)
+    check_options(**passes)
     if precision not in PRECISIONS:
         raise ValueError(f"expected a precision of {', '.join(PRECISIONS)}, got {precision!r}")
     if batch_size < 1:
@@ -121,14 +115,8 @@ def evaluate(
     images = 0
     with evaluating(model.to(device)), torch.inference_mode():
         for batch, masks in _batches(readable(), batch_size):
-            probabilities = segment(
-                network,
-                normalised(batch.to(device), mean, std),
-                scales=scales,
-                flip=flip,
-                window=window,
-                stride=stride,
-            )
+            inputs = normalised(batch.to(device), mean, std)
+            probabilities = segment(network, inputs, **passes)
             if probabilities.shape[1] != number:
                 raise ValueError(
                     f"expected a network with the {number} classes of {dataset.name}, "
@@ -147,16 +135,7 @@ def evaluate(
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalise images for a network.
-
-    Args:
-        images: uint8, (B, 3, H, W).
-        mean: mean of each colour, in 0..1.
-        std: standard deviation of each colour.
-
-    Returns:
-        (images / 255 - mean) / std, float32, (B, 3, H, W).
-    """
+    """Compute (images / 255 - mean) / std, float32, of uint8 images (B, 3, H, W)."""
     statistics = torch.tensor([list(mean), list(std)], device=images.device).view(2, 3, 1, 1)
     return (images.float() / 255 - statistics[0]) / statistics[1]
 

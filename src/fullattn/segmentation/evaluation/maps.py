@@ -69,13 +69,7 @@ class Photograph:
         return f"{self.path} is scaled from {self.size[1]}x{self.size[0]} to {width}x{height}"
 
     def scale_point(self, point: tuple[int, int]) -> tuple[int, int]:
-        """Convert a point of the file to pixels of the scaled photograph.
-
-        Args:
-            point: x and y.
-
-        Returns:
-            x and y.
+        """Convert a point (x, y) of the file to pixels of the scaled photograph.
 
         Raises:
             ValueError: the point is outside.
@@ -100,14 +94,7 @@ class LayerInputs:
 
 
 def read(path: Path, longest: int) -> Photograph:
-    """Read a photograph.
-
-    Args:
-        path: the file.
-        longest: largest length of a side in pixels; a larger photograph is scaled down to it.
-
-    Returns:
-        The photograph.
+    """Read a photograph and scale it down so that no side exceeds `longest` pixels.
 
     Raises:
         DataError: it cannot be read or is too small.
@@ -123,13 +110,7 @@ def read(path: Path, longest: int) -> Photograph:
 
 
 def attention_layers(trained: Trained) -> dict[str, nn.Module]:
-    """Find the layers with similarity maps in a trained network's attention.
-
-    Args:
-        trained: the network.
-
-    Returns:
-        The layers by their name in the attention, which itself is named "".
+    """Find the layers with similarity maps in a network's attention, which itself is named "".
 
     Raises:
         ValueError: there are none.
@@ -143,12 +124,6 @@ def attention_layers(trained: Trained) -> dict[str, nn.Module]:
 
 def with_channel_maps(layers: Mapping[str, nn.Module]) -> list[str]:
     """Return the names of the layers with maps of channels.
-
-    Args:
-        layers: by name.
-
-    Returns:
-        The names.
 
     Raises:
         ValueError: there are none.
@@ -165,17 +140,10 @@ def with_channel_maps(layers: Mapping[str, nn.Module]) -> list[str]:
 
 
 def of_network(trained: Trained, photograph: Photograph) -> LayerInputs:
-    """Compute the inputs of a trained network's layers.
-
-    Args:
-        trained: the network and the normalisation of its images.
-        photograph: the network's input.
-
-    Returns:
-        The layers with maps, by their names.
+    """Compute the inputs of a trained network's layers for a photograph.
 
     Raises:
-        ValueError: the network has no such layers.
+        ValueError: the network has no layers with maps.
     """
     described = trained.description
     layers = {
@@ -199,17 +167,14 @@ def _layer_name(layer: nn.Module) -> str:
 def of_stem(
     photograph: Photograph, layers: Sequence[str], channels: int, scale: float | None, seed: int
 ) -> LayerInputs:
-    """Build untrained layers with features from a random stem.
+    """Build untrained layers, by their registered names, with features from a random stem.
 
     Args:
         photograph: the stem's input.
         layers: names of registered layers.
-        channels: C of the stem's features.
+        channels: C of the features.
         scale: the layers' factor on their scores; None for 4/d, with d the features compared.
         seed: seed of the stem's weights.
-
-    Returns:
-        The layers, all with the same features.
     """
     pixels = photograph.pixels.float()
     images = (pixels - pixels.mean()) / pixels.std().clamp(min=1e-3)
@@ -225,17 +190,14 @@ def of_backbone(
     weights: Path | None,
     scale: float | None,
 ) -> LayerInputs:
-    """Build untrained layers with features from a backbone of timm.
+    """Build untrained layers with a backbone's features, of stride 8 or the nearest.
 
     Args:
         photograph: the backbone's input.
         layers: names of registered layers.
         name: the backbone's name in timm.
         weights: a file of the backbone's weights; None for those that timm downloads.
-        scale: the layers' factor on their scores; None for 4/d, with d the features compared.
-
-    Returns:
-        The layers, all with the same features: the map of stride 8, or of the nearest stride.
+        scale: as in `of_stem`.
 
     Raises:
         CheckpointError: the file does not hold weights of this backbone.
@@ -305,9 +267,6 @@ def write(
         folder: the output folder.
         point: x and y in pixels of the file; None for the middle.
         channel: index of a channel.
-
-    Returns:
-        The written files.
 
     Raises:
         ValueError: the point is outside or the channel does not exist.

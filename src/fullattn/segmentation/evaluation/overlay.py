@@ -25,18 +25,17 @@ def overlay(
     classes: Sequence[str],
     alpha: float = 0.5,
 ) -> Image:
-    """Blend an image with the colours of its classes and add a legend below.
+    """Blend an image with the colours of its classes and add a legend with their shares below.
 
     Args:
         image: uint8, (3, H, W).
         labels: class indices, (H, W); pixels without a valid index keep their colour.
         palette: (red, green, blue) from 0 to 255 of each class.
         classes: names of the classes.
-        alpha: opacity of the colours, from 0 (the image) to 1 (the colours).
+        alpha: opacity of the colours, 0 to 1.
 
     Returns:
-        An RGB image of at least (H, W) with the given one at its top left. The legend has each
-        class in the image and its share of the pixels.
+        An RGB image of at least (H, W) with the given one at its top left.
 
     Raises:
         ValueError: alpha is out of range, or shapes or counts do not match.
@@ -44,8 +43,7 @@ def overlay(
     Example:
         >>> image = torch.zeros(3, 20, 30, dtype=torch.uint8)
         >>> labels = torch.ones(20, 30, dtype=torch.uint8)
-        >>> picture = overlay(image, labels, [(0, 0, 0), (100, 200, 50)], ["Road", "Tree"])
-        >>> picture.getpixel((0, 0))
+        >>> overlay(image, labels, [(0, 0, 0), (100, 200, 50)], ["Road", "Tree"]).getpixel((0, 0))
         (50, 100, 25)
     """
     from PIL import Image
@@ -82,14 +80,7 @@ def overlay(
 
 
 def index_picture(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
-    """Convert labels to a palette image, whose values are the class indices.
-
-    Args:
-        labels: class indices below 256, (H, W).
-        palette: (red, green, blue) from 0 to 255 of each class.
-
-    Returns:
-        An image of mode "P", as PASCAL VOC's masks; invalid indices are black.
+    """Convert labels (H, W) to an image of mode "P", as PASCAL VOC's masks; invalid ones are black.
 
     Example:
         >>> index_picture(torch.tensor([[0, 1]]), [(0, 0, 0), (100, 200, 50)]).getpixel((1, 0))

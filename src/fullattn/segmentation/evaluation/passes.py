@@ -13,29 +13,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["check_options", "segment", "starts"]
+__all__ = ["PassOptions", "check_options", "segment", "starts"]
+
+
+class PassOptions(TypedDict, total=False):
+    """Keywords of `segment`."""
+
+    scales: Sequence[float]
+    flip: bool
+    window: tuple[int, int] | None
+    stride: tuple[int, int] | None
 
 
 def check_options(
-    scales: Sequence[float],
-    window: tuple[int, int] | None,
-    stride: tuple[int, int] | None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
 ) -> None:
-    """Check the options of `segment`.
-
-    Args:
-        scales: as in `segment`.
-        window: as in `segment`.
-        stride: as in `segment`.
-
-    Raises:
-        ValueError: an option is invalid.
-    """
+    """Check the options of `segment`; raise a ValueError if one is invalid."""
     if not scales:
         raise ValueError("expected at least one scale, got none")
     for scale in scales:
@@ -94,7 +96,7 @@ def segment(
         >>> segment(model, images, scales=(0.5, 1.0), flip=True, window=(16, 16)).shape
         torch.Size([2, 5, 24, 32])
     """
-    check_options(scales, window, stride)
+    check_options(scales, flip, window, stride)
     if images.dim() != 4 or 0 in images.shape:
         raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
     size = images.shape[2], images.shape[3]
@@ -119,15 +121,7 @@ def segment(
 
 
 def starts(size: int, window: int, stride: int) -> list[int]:
-    """Compute where windows start along an axis to cover every pixel.
-
-    Args:
-        size: length of the axis, in pixels.
-        window: length of a window, at most `size`.
-        stride: step between windows, at most `window`.
-
-    Returns:
-        Multiples of the stride, and last the start of a window that ends at the edge.
+    """Compute where windows of one length start along an axis, the last one ending at the edge.
 
     Example:
         >>> starts(10, 4, 3), starts(11, 4, 3), starts(4, 4, 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 
@@ -13,7 +13,7 @@ from fullattn.segmentation.data.decode import read_image
 from fullattn.segmentation.evaluation.loop import evaluating, normalised
 from fullattn.segmentation.evaluation.maps import attention_layers, with_channel_maps
 from fullattn.segmentation.evaluation.overlay import index_picture, overlay
-from fullattn.segmentation.evaluation.passes import check_options, segment
+from fullattn.segmentation.evaluation.passes import PassOptions, check_options, segment
 from fullattn.segmentation.models.files import Trained
 
 __all__ = ["predict"]
@@ -29,7 +29,7 @@ def predict(
     point: tuple[int, int] | None = None,
     channel: int | None = None,
     device: torch.device | str = "cpu",
-    **options: Any,
+    **passes: Unpack[PassOptions],
 ) -> Iterator[list[Path]]:
     """Segment photographs and write the results as PNG files.
 
@@ -47,7 +47,7 @@ def predict(
             over the whole photograph at its own size.
         channel: index of a channel whose maps are drawn.
         device: device to run on, to which the network is moved.
-        options: keywords of `segment`.
+        passes: keywords of `segment`: scales, flip, window and stride.
 
     Yields:
         The written files of each photograph.
@@ -58,7 +58,8 @@ def predict(
             maps, or two photographs have the same name. Everything that can be checked is checked
             before the first file is written.
     """
-    _check(photographs, alpha, point, options)
+    check_options(**passes)
+    _check(photographs, alpha, point)
     layers = {} if point is None and channel is None else attention_layers(trained)
     if channel is not None:
         layers = {name: layers[name] for name in with_channel_maps(layers)}
@@ -69,7 +70,7 @@ def predict(
         for path in photographs:
             photograph = read_image(path)
             images = normalised(photograph[None].to(device), description.mean, description.std)
-            found = segment(model, images, **options)[0].argmax(0).cpu()
+            found = segment(model, images, **passes)[0].argmax(0).cpu()
             written = [folder / f"{path.stem}_overlay.png"]
             overlay(photograph, found, description.palette, description.classes, alpha).save(
                 written[-1]
@@ -92,13 +93,7 @@ def predict(
             yield written
 
 
-def _check(
-    photographs: Sequence[Path],
-    alpha: float,
-    point: tuple[int, int] | None,
-    options: dict[str, Any],
-) -> None:
-    check_options(**{name: value for name, value in options.items() if name != "flip"})
+def _check(photographs: Sequence[Path], alpha: float, point: tuple[int, int] | None) -> None:
     if not 0 <= alpha <= 1:
         raise ValueError(f"expected alpha from 0 to 1, got {alpha}")
     first: dict[str, Path] = {}

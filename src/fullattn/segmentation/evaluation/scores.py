@@ -174,14 +174,7 @@ def _or_none(value: float) -> float | None:
 
 
 def table(scores: Scores) -> Table:
-    """Format IoU, accuracy and fraction of the pixels of each class, and the means.
-
-    Args:
-        scores: the scores.
-
-    Returns:
-        A table for the terminal, in per cent; a dash for nan.
-    """
+    """Format IoU, accuracy and share of the pixels of each class, and the means, in per cent."""
     from rich import box
     from rich.table import Table
 

@@ -105,10 +105,7 @@ _OTHERS: Mapping[str, Callable[[int], nn.Module]] = {
 
 
 def attentions() -> tuple[str, ...]:
-    """Return the names that `build` accepts: registered layers, combinations and baselines.
-
-    Returns:
-        The names.
+    """Return the names of attentions: registered layers, combinations and baselines.
 
     Example:
         >>> attentions()
@@ -118,15 +115,12 @@ def attentions() -> tuple[str, ...]:
 
 
 def build(attention: Attention, channels: int, options: Mapping[str, Any]) -> nn.Module:
-    """Build the module for a name of `attentions()`, or call a callable of the channel count.
+    """Build the attention of a head.
 
     Args:
-        attention: the name or the callable.
+        attention: a name of `attentions()`, or a callable of the channel count.
         channels: C.
         options: keywords for a registered layer, which override its `head_options`.
-
-    Returns:
-        The module.
 
     Raises:
         ValueError: an unknown name, or options for an attention that takes none.

@@ -71,15 +71,11 @@ def build(
 
     Args:
         name: timm's name, with or without the tag of its weights.
-        output_stride: stride of the last map: 8, 16 or 32; ignored by HRNet, whose strides are
-            fixed.
+        output_stride: stride of the last map: 8, 16 or 32; ignored by HRNet.
         uniform_dilation: whether the first block of a ResNet's dilated stage is dilated like the
             others, as in the official FLANet; timm's keeps the dilation of the stage before.
         pretrained: whether timm loads the weights that it has for this name.
         options: further keywords for `timm.create_model`.
-
-    Returns:
-        The network.
 
     Raises:
         ImportError: timm is not installed.
@@ -130,12 +126,7 @@ def _dilate_first_blocks(backbone: nn.Module) -> None:
 
 
 def load_weights(backbone: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load weights into a backbone.
-
-    Args:
-        backbone: from `build`.
-        path: a checkpoint that `fullattn.checkpoints.load` can read, with timm's names. Other keys,
-            such as those of a classifier, are ignored.
+    """Load weights with timm's names into a backbone, ignoring other keys (a classifier's).
 
     Raises:
         FileNotFoundError: the file does not exist.

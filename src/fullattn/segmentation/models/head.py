@@ -32,16 +32,9 @@ def convolution(
 class OutputHead(nn.Module):
     """Nearest-neighbour x2 upsampling, 3x3 convolution, 2-D dropout and a 1x1 classifier.
 
-    Args:
-        in_channels: C of the feature map.
-        num_classes: K.
-        channels: channels of the convolution.
-        dropout: probability that a channel is dropped.
-        norm_layer: class or callable of the channel count; None for none.
-
     Shape:
-        x: (B, C, H, W).
-        output: (B, K, 2H, 2W).
+        x: (B, in_channels, H, W).
+        output: (B, num_classes, 2H, 2W).
     """
 
     def __init__(
