@@ -356,7 +356,8 @@ def test_samples_can_be_selected_by_name(tmp_path: Path) -> None:
     chosen = dataset.select("Seq05VD_*")
     assert len(chosen) == 3
     assert set(chosen.samples) < set(dataset.samples)
-    with pytest.raises(DataError, match=r"no image .* 'Seq06\*': got 0001TP_008550"):
+    assert dataset.select("Seq05VD_*.jpg").samples == chosen.samples
+    with pytest.raises(DataError, match=r"no image .* 'Seq06\*': the names are 0001TP_008550"):
         dataset.select("Seq06*")
 
 

@@ -177,10 +177,10 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         return self._subset(kept, (*self.dropped, *problems))
 
     def select(self, pattern: str) -> SegmentationDataset:
-        """Select the samples whose image's name matches a pattern.
+        """Select the samples whose image's file name matches a pattern.
 
         Args:
-            pattern: a shell pattern for the file name without its extension: "Seq05VD_*".
+            pattern: a shell pattern for the name with or without its extension: "Seq05VD_*".
 
         Returns:
             A dataset of these samples.
@@ -188,11 +188,15 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             DataError: no name matches.
         """
-        kept = [sample for sample in self.samples if fnmatch.fnmatchcase(sample.name, pattern)]
+        kept = [
+            sample
+            for sample in self.samples
+            if any(fnmatch.fnmatchcase(n, pattern) for n in (sample.name, sample.image.name))
+        ]
         if not kept:
-            names = join_first(sample.name for sample in self.samples)
+            names = join_first(sample.image.name for sample in self.samples)
             raise DataError(
-                f"no image of {self.name} {self.split} has a name like {pattern!r}: got {names}"
+                f"no image of {self.name} {self.split} matches {pattern!r}: the names are {names}"
             )
         return self._subset(kept, self.dropped)
 

@@ -9,7 +9,6 @@ import argparse
 import json
 from contextlib import nullcontext
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -151,31 +150,22 @@ def _evaluate(args: argparse.Namespace) -> None:
         from fullattn.segmentation.evaluation.scores import table
 
         dataset = open_dataset(name, root, args.split, skip_bad=args.skip_bad)
+        if args.only is not None:
+            dataset = dataset.select(args.only)
     if len(dataset.classes) != len(description.classes):
         raise UsageError(
             f"{args.checkpoint} was trained on {len(description.classes)} classes of "
             f"{description.dataset}, but {name} has {len(dataset.classes)}"
         )
-    indices = [
-        index
-        for index, sample in enumerate(dataset.samples)
-        if args.only is None or fnmatchcase(sample.image.name, args.only)
-    ]
-    if not indices:
-        raise UsageError(
-            f"expected file names that match {args.only!r}, got none among {len(dataset.samples)} "
-            f"such as {dataset.samples[0].image.name}"
-        )
     writable = nullcontext() if args.output is None else output_folder(args.output.parent)
     with writable, sentences():
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("images", total=len(indices))
+            task = progress.add_task("images", total=len(dataset))
             scores = evaluate(
                 trained.model,
                 dataset,
                 mean=description.mean,
                 std=description.std,
-                indices=indices,
                 batch_size=args.batch_size,
                 workers=args.workers,
                 device=device,

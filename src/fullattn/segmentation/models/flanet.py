@@ -122,13 +122,7 @@ class FLANet(nn.Module):
         self._stages = backbones.Stages(self.backbone)
         earlier, later, last = self._stages.channels
         self.auxiliary = nn.ModuleList(
-            OutputHead(
-                width,
-                num_classes,
-                channels=auxiliary_channels,
-                dropout=dropout,
-                norm_layer=norm_layer,
-            )
+            OutputHead(width, num_classes, auxiliary_channels, dropout, norm_layer)
             for width in ((earlier, later) if auxiliary else ())
         )
         self.head = SegmentationHead(

@@ -22,7 +22,7 @@ def convolution(
     """Build a 3x3 convolution with normalisation and ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=norm_layer is None)
     nn.init.kaiming_normal_(conv.weight, a=1)
-    steps: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
+    steps = OrderedDict[str, nn.Module](conv=conv)
     if norm_layer is not None:
         steps["norm"] = norm_layer(out_channels)
     steps["act"] = nn.ReLU()
@@ -41,10 +41,9 @@ class OutputHead(nn.Module):
         self,
         in_channels: int,
         num_classes: int,
-        *,
         channels: int,
-        dropout: float = 0.1,
-        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        dropout: float,
+        norm_layer: Callable[..., nn.Module] | None,
     ) -> None:
         super().__init__()
         if not 0 <= _checks.number(dropout, "dropout") <= 1:
@@ -129,11 +128,7 @@ class SegmentationHead(nn.Module):
         )
         self.project = convolution(channels, channels, norm_layer)
         self.output = OutputHead(
-            in_channels + channels,
-            num_classes,
-            channels=out_channels,
-            dropout=dropout,
-            norm_layer=norm_layer,
+            in_channels + channels, num_classes, out_channels, dropout, norm_layer
         )
         # Last, so that the other modules draw the same random numbers.
         self.attention = attention_choices.build(attention, channels, attention_options or {})
