@@ -1,4 +1,4 @@
-"""The data sets in their own layouts: what is found, with which labels, and what is refused."""
+"""The layouts of datasets: their samples, labels, classes and errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def names(dataset: SegmentationDataset) -> list[str]:
 # What is found
 
 
-def test_every_layout_has_a_tiny_one_here() -> None:
+def test_every_layout_is_tested_with_a_tiny_dataset() -> None:
     assert set(MAKERS) == set(DATASETS)
 
 
@@ -89,7 +89,7 @@ def test_every_pair_of_a_split_is_found_and_readable(
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_pairs_are_in_the_order_of_their_names_whatever_the_file_system_says(
+def test_pairs_are_sorted_by_name_on_every_file_system(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = MAKERS[name](tmp_path)
@@ -220,7 +220,7 @@ def test_labels_that_are_indices_stay_as_they_are(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_each_data_set_says_which_labels_it_does_not_have(name: str, tmp_path: Path) -> None:
+def test_invalid_labels_raise_an_error_that_names_them(name: str, tmp_path: Path) -> None:
     root = MAKERS[name](tmp_path)
     (root / "classes.txt").write_text("a\nb\nc\nd\n")  # for the folder
     dataset = open_dataset(name, root, "train")
@@ -248,9 +248,7 @@ def test_each_data_set_says_which_labels_it_does_not_have(name: str, tmp_path: P
         ("folder", "0 to 3 and 255"),
     ],
 )
-def test_the_message_says_which_labels_there_may_be(
-    name: str, expected: str, tmp_path: Path
-) -> None:
+def test_the_error_names_the_valid_labels(name: str, expected: str, tmp_path: Path) -> None:
     dataset = open_dataset(name, MAKERS[name](tmp_path), "train")
     path = dataset.samples[0].mask
     assert path is not None
@@ -358,7 +356,7 @@ def test_a_folder_takes_names_colours_groups_and_void_from_classes_json(tmp_path
         ('{"classes": [{"index": 0, "name": "a"}], "ignore_index": -1}', "ignore_index"),
     ],
 )
-def test_a_bad_list_of_classes_is_refused(listed: str, reason: str, tmp_path: Path) -> None:
+def test_an_invalid_class_list_raises(listed: str, reason: str, tmp_path: Path) -> None:
     root = tiny_data.folder(tmp_path)
     (root / "classes.json").write_text(listed)
     with pytest.raises(DataError, match=reason) as raised:
@@ -366,7 +364,7 @@ def test_a_bad_list_of_classes_is_refused(listed: str, reason: str, tmp_path: Pa
     assert str(root / "classes.json") in str(raised.value)
 
 
-def test_masks_of_0_and_255_alone_are_refused_where_the_classes_are_counted(tmp_path: Path) -> None:
+def test_masks_with_only_0_and_255_raise_if_classes_are_counted(tmp_path: Path) -> None:
     root = tiny_data.folder(tmp_path)
     for path in (root / "masks").rglob("*.png"):
         labels = np.array(Image.open(path))
@@ -375,7 +373,7 @@ def test_masks_of_0_and_255_alone_are_refused_where_the_classes_are_counted(tmp_
         open_dataset("folder", root, "train")
 
 
-def test_more_classes_than_bytes_can_tell_are_refused(tmp_path: Path) -> None:
+def test_labels_above_253_raise_if_classes_are_counted(tmp_path: Path) -> None:
     root = tiny_data.folder(tmp_path)
     path = min((root / "masks").rglob("*.png"))
     tiny_data.save(path, np.array(Image.open(path)).astype(np.uint16) + 300)
@@ -387,7 +385,7 @@ def test_more_classes_than_bytes_can_tell_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_another_layout_is_refused_saying_what_was_expected_and_found(
+def test_another_layout_raises_with_the_expected_and_found_folders(
     name: str, tmp_path: Path
 ) -> None:
     (tmp_path / "pictures").mkdir()
@@ -402,33 +400,33 @@ def test_another_layout_is_refused_saying_what_was_expected_and_found(
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_a_folder_that_does_not_exist_is_said_to(name: str, tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere does not exist"):
         open_dataset(name, tmp_path / "nowhere", "train")
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_a_file_in_place_of_the_folder_is_said_to_be_one(name: str, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_reported(name: str, tmp_path: Path) -> None:
     (tmp_path / "archive.zip").touch()
     with pytest.raises(DataError, match=r"archive.zip is a file"):
         open_dataset(name, tmp_path / "archive.zip", "train")
 
 
-def test_an_unknown_data_set_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_dataset_raises_with_the_known_ones() -> None:
     with pytest.raises(DataError, match="'cityscape': expected one of cityscapes, ade20k"):
         open_dataset("cityscape", "anywhere", "train")
 
 
 @pytest.mark.parametrize("split", ["training", "", "train+", "train+valid", "..", "train/day0"])
 @pytest.mark.parametrize("name", DATASETS)
-def test_an_unknown_split_is_refused(name: str, split: str, tmp_path: Path) -> None:
+def test_an_unknown_split_raises(name: str, split: str, tmp_path: Path) -> None:
     root = MAKERS[name](tmp_path)
     with pytest.raises(DataError, match=r"no split"):
         open_dataset(name, root, split)
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_a_split_given_twice_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_split_given_twice_raises(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="more than once"):
         open_dataset(name, MAKERS[name](tmp_path), "train+train")
 
@@ -447,7 +445,7 @@ def test_a_split_given_twice_is_refused(name: str, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("gone", [True, False])
-def test_an_empty_split_is_refused_naming_the_folder(
+def test_an_empty_split_raises_and_names_the_folder(
     name: str, emptied: str, gone: bool, tmp_path: Path
 ) -> None:
     root = MAKERS[name](tmp_path)
@@ -460,14 +458,14 @@ def test_an_empty_split_is_refused_naming_the_folder(
     assert len(open_dataset(name, MAKERS[name](tmp_path / "again"), "train")) > 0
 
 
-def test_an_empty_list_of_voc_is_refused(tmp_path: Path) -> None:
+def test_an_empty_list_of_voc_raises(tmp_path: Path) -> None:
     root = tiny_data.voc(tmp_path)
     (root / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_text("\n")
     with pytest.raises(DataError, match="is empty"):
         open_dataset("voc", root, "val")
 
 
-def test_voc_without_the_augmented_list_says_which_lists_there_are(tmp_path: Path) -> None:
+def test_a_missing_list_of_voc_raises_with_the_existing_ones(tmp_path: Path) -> None:
     root = tiny_data.voc(tmp_path, augmented=False)
     with pytest.raises(
         DataError, match=r"no list trainaug.txt.*holds train.txt, trainval.txt, val"
@@ -475,7 +473,7 @@ def test_voc_without_the_augmented_list_says_which_lists_there_are(tmp_path: Pat
         open_dataset("voc", root, "trainaug")
 
 
-def test_cityscapes_with_train_ids_only_shows_what_is_there(tmp_path: Path) -> None:
+def test_cityscapes_without_label_ids_raises_with_the_folder_contents(tmp_path: Path) -> None:
     root = tiny_data.cityscapes(tmp_path)
     for path in (root / "gtFine").rglob("*_labelIds.png"):
         path.rename(path.with_name(path.name.replace("labelIds", "labelTrainIds")))
@@ -516,7 +514,7 @@ def test_many_missing_masks_are_counted_and_a_few_named(tmp_path: Path) -> None:
     assert len(raised.value.paths) == 8
 
 
-def test_two_images_for_one_mask_are_refused(tmp_path: Path) -> None:
+def test_two_images_for_one_mask_raise(tmp_path: Path) -> None:
     root = tiny_data.camvid(tmp_path)
     first = min((root / "images/train").iterdir())
     Image.open(first).save(first.with_suffix(".png"))
@@ -525,7 +523,7 @@ def test_two_images_for_one_mask_are_refused(tmp_path: Path) -> None:
     assert len(open_dataset("camvid", root, "train", skip_bad=True)) == 5
 
 
-def test_camvid_with_other_classes_is_refused(tmp_path: Path) -> None:
+def test_camvid_with_other_classes_raises(tmp_path: Path) -> None:
     root = tiny_data.camvid(tmp_path)
     listed = json.loads((root / "classes.json").read_text())
     listed["classes"][2]["name"] = "Lamp"
