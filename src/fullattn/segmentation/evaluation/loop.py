@@ -135,7 +135,16 @@ def evaluate(
 
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Compute (images / 255 - mean) / std, float32, of uint8 images (B, 3, H, W)."""
+    """Normalise images for a network: (images / 255 - mean) / std.
+
+    Args:
+        images: uint8, (B, 3, H, W).
+        mean: mean of each colour, in 0..1.
+        std: standard deviation of each colour.
+
+    Returns:
+        float32, (B, 3, H, W).
+    """
     statistics = torch.tensor([list(mean), list(std)], device=images.device).view(2, 3, 1, 1)
     return (images.float() / 255 - statistics[0]) / statistics[1]
 
