@@ -127,10 +127,10 @@ def build(attention: Attention, channels: int, options: Mapping[str, Any]) -> nn
         TypeError: neither a name nor a callable, an unknown option, or a callable that does not
             return a module.
     """
+    if isinstance(attention, str) and attention in LAYERS:
+        layer = LAYERS[attention]
+        return layer(channels, **{**layer.head_options, **options})
     if isinstance(attention, str):
-        if attention in LAYERS:
-            layer = LAYERS[attention]
-            return layer(channels, **{**layer.head_options, **options})
         if attention not in _OTHERS:
             near = difflib.get_close_matches(attention, attentions(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -138,19 +138,19 @@ def build(attention: Attention, channels: int, options: Mapping[str, Any]) -> nn
             raise ValueError(
                 f"expected attention of {allowed} or a callable, got {attention!r}{hint}"
             )
-        if options:
-            raise ValueError(
-                f"attention_options need attention of {', '.join(map(repr, LAYERS))}, "
-                f"got {attention!r}"
-            )
-        return _OTHERS[attention](channels)
-    if isinstance(attention, nn.Module) or not callable(attention):
+        factory = _OTHERS[attention]
+    elif isinstance(attention, nn.Module) or not callable(attention):
         raise TypeError(
             f"expected attention to be a name or a callable of the channel count, got {attention!r}"
         )
+    else:
+        factory = attention
     if options:
-        raise ValueError("attention_options need a named attention; bind them to the callable")
-    module = attention(channels)
+        raise ValueError(
+            f"attention_options need attention of {', '.join(map(repr, LAYERS))}, "
+            f"got {attention!r}; bind the options of a callable to it"
+        )
+    module = factory(channels)
     if not isinstance(module, nn.Module):
         raise TypeError(
             f"expected attention({channels}) to return a module, got {type(module).__name__}"
