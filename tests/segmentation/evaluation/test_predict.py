@@ -16,7 +16,7 @@ from torch import Tensor
 from fullattn._cli.errors import UsageError
 from fullattn.segmentation.evaluation import segment
 from fullattn.segmentation.evaluation.loop import normalised
-from fullattn.segmentation.evaluation.overlay import index_picture, overlay
+from fullattn.segmentation.evaluation.overlay import overlay, palette_image
 from fullattn.segmentation.models.files import load
 from helpers import tiny_data
 from helpers.command_line import run_command
@@ -125,9 +125,9 @@ def test_invalid_overlay_arguments_raise(change: dict[str, Any], said: str) -> N
         overlay(**{**arguments, **change})
 
 
-def test_an_index_picture_holds_indices_and_shows_colours(tmp_path: Path) -> None:
+def test_a_palette_image_holds_indices_and_shows_colours(tmp_path: Path) -> None:
     labels = _labels()
-    index_picture(labels, PALETTE).save(tmp_path / "labels.png")
+    palette_image(labels, PALETTE).save(tmp_path / "labels.png")
     with Image.open(tmp_path / "labels.png") as picture:
         assert (np.asarray(picture) == labels.numpy()).all()
         assert picture.convert("RGB").getpixel((39, 23)) == PALETTE[2]

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["index_picture", "overlay"]
+__all__ = ["overlay", "palette_image"]
 
 _TEXT = "#222222"
 _EDGE = "#888888"
@@ -79,43 +79,43 @@ def overlay(
     return _above_legend(Image.fromarray(pixels.numpy()), entries)
 
 
-def index_picture(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
+def palette_image(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
     """Convert labels (H, W) to an image of mode "P", as PASCAL VOC's masks; invalid ones are black.
 
     Example:
-        >>> index_picture(torch.tensor([[0, 1]]), [(0, 0, 0), (100, 200, 50)]).getpixel((1, 0))
+        >>> palette_image(torch.tensor([[0, 1]]), [(0, 0, 0), (100, 200, 50)]).getpixel((1, 0))
         1
     """
     from PIL import Image
 
     # With fewer than 256 colours Pillow writes fewer bits, and 255 becomes another index.
     colours = [*palette, *[(0, 0, 0)] * (256 - len(palette))]
-    picture = Image.fromarray(labels.to(torch.uint8).numpy())
-    picture.putpalette([value for colour in colours for value in colour])
-    return picture
+    image = Image.fromarray(labels.to(torch.uint8).numpy())
+    image.putpalette([value for colour in colours for value in colour])
+    return image
 
 
 def _percent(share: float) -> str:
     return "<1%" if share < 0.01 else f"{share:.0%}"
 
 
-def _above_legend(picture: Image, entries: Sequence[tuple[str, tuple[int, ...]]]) -> Image:
-    """Draw the picture on white and the entries below it, in as many lines as needed."""
+def _above_legend(image: Image, entries: Sequence[tuple[str, tuple[int, ...]]]) -> Image:
+    """Draw the image on white and the entries below it, in as many lines as needed."""
     from PIL import Image, ImageDraw, ImageFont
 
-    letters = max(_MIN_FONT_SIZE, picture.height // 40)
+    letters = max(_MIN_FONT_SIZE, image.height // 40)
     font = ImageFont.load_default(letters)
     widths = [letters * 3 + round(font.getlength(text)) for text, _ in entries]
-    width = max([picture.width, *(letters + width for width in widths)])
+    width = max([image.width, *(letters + width for width in widths)])
     places: list[tuple[int, int]] = []
-    x, y = letters, picture.height + letters
+    x, y = letters, image.height + letters
     for wide in widths:
         if x + wide > width and x > letters:
             x, y = letters, y + 2 * letters
         places.append((x, y))
         x += wide
     sheet = Image.new("RGB", (width, y + 2 * letters), "white")
-    sheet.paste(picture)
+    sheet.paste(image)
     draw = ImageDraw.Draw(sheet)
     for (text, colour), (left, top) in zip(entries, places, strict=True):
         draw.rectangle((left, top, left + letters, top + letters), tuple(colour), _EDGE)

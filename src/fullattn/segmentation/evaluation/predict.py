@@ -12,7 +12,7 @@ from fullattn.plot import figures, inputs_of, similarity
 from fullattn.segmentation.data.decode import read_image
 from fullattn.segmentation.evaluation.loop import evaluating, normalised
 from fullattn.segmentation.evaluation.maps import attention_layers, with_channel_maps
-from fullattn.segmentation.evaluation.overlay import index_picture, overlay
+from fullattn.segmentation.evaluation.overlay import overlay, palette_image
 from fullattn.segmentation.evaluation.passes import PassOptions, check_options, segment
 from fullattn.segmentation.models.files import Trained
 
@@ -77,7 +77,7 @@ def predict(
             )
             if labels:
                 written.append(folder / f"{path.stem}_labels.png")
-                index_picture(found, description.palette).save(written[-1])
+                palette_image(found, description.palette).save(written[-1])
             for name, features in (inputs_of(model, layers, images) if layers else {}).items():
                 figure = similarity(
                     layers[name],
