@@ -1,8 +1,8 @@
-"""Evaluation and prediction: what a trained network sees, and how often it is right.
+"""Evaluation and prediction with trained segmentation networks.
 
-`segment` gives the probability of every class at every pixel, from one pass or many; `evaluate`
-compares them with the masks of a data set and returns `Scores`. `overlay` draws the classes, `maps`
-the similarity maps of a photograph.
+`segment` computes class probabilities, with optional test-time augmentation; `evaluate` compares
+them with the masks of a dataset and returns `Scores`. `overlay` draws the classes, `maps` the
+similarity maps of a photograph.
 """
 
 from fullattn.segmentation.evaluation.loop import evaluate, normalised

@@ -1,4 +1,4 @@
-"""Segmentation networks around the attention layers."""
+"""Segmentation networks with the attention layers."""
 
 from fullattn.segmentation.models import files
 from fullattn.segmentation.models.attention_choices import Dual, attentions

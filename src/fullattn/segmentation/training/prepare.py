@@ -11,7 +11,7 @@ import torch
 from fullattn.segmentation.data import (
     Augment,
     DataError,
-    Report,
+    DatasetReport,
     SegmentationDataset,
     open_dataset,
     smallest_image,
@@ -70,7 +70,7 @@ def datasets(
 
 def check(
     dataset: SegmentationDataset, config: DataConfig, *, trained: bool, skip_bad: bool = False
-) -> Report:
+) -> DatasetReport:
     """Decode every file, and compare the sizes of images with the crop.
 
     Args:
@@ -173,7 +173,7 @@ def start_backbone(model: FLANet, config: Config) -> None:
     path = Path(config.model.backbone_weights)
     if not path.is_file():
         raise ConfigError(f"model.backbone_weights: there is no file {path}")
-    load_weights(model, path)
+    load_weights(model.backbone, path)
 
 
 def describe_network(
