@@ -68,7 +68,7 @@ def test_the_layer_is_where_it_was_put_and_the_result_has_its_shape(network: Net
     assert all(y.isfinite().all() for y in after)
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) == network.identity
     for change in report.changes:
-        assert model.get_submodule(change.name) is change.now
+        assert model.get_submodule(change.name) is change.new
         assert change.flops_after
     assert report.parameters_after == sum(p.numel() for p in model.parameters())
     fullattn.remove(report)

@@ -136,7 +136,7 @@ def test_swap_puts_the_layer_in_place_of_the_module(layer: Any) -> None:
     assert type(model.context) is layer
     assert model.context.channels == 16
     (change,) = report.changes
-    assert (change.name, change.was, change.now, change.layer) == (
+    assert (change.name, change.old, change.new, change.layer) == (
         "context",
         old,
         model.context,
@@ -154,7 +154,7 @@ def test_other_channels_are_adapted_by_a_convolution_and_reported(sample: Any) -
     assert (change.in_channels, change.out_channels) == (16, 8)
     assert change.adapter.weight.shape == (8, 16, 1, 1)
     assert change.layer.channels == 8
-    assert "1×1 convolution takes 16 channels to 8" in str(report)
+    assert "1×1 convolution from 16 to 8 channels" in str(report)
     x = torch.randn(2, 16, 6, 10)
     assert torch.equal(model.reduce(x), change.layer(change.adapter(x)))
 
@@ -250,8 +250,8 @@ def test_device_dtype_mode_and_memory_format_are_inherited(layer: Any, target: s
         report = swap(model, target, layer, sample_input=sample)
     change = report.changes[0]
     assert change.layer.training
-    assert change.now.training
-    for name, parameter in change.now.named_parameters():
+    assert change.new.training
+    for name, parameter in change.new.named_parameters():
         assert parameter.dtype == torch.float64, name
         if parameter.dim() == 4:
             assert parameter.is_contiguous(memory_format=torch.channels_last), name
@@ -342,7 +342,7 @@ def test_two_changes_are_undone_one_after_the_other() -> None:
     before = model(image())["out"]
     first = insert(model, ChannelNonLocal, after="context", gamma_init=0.5)
     second = insert(model, FullyAttentional, after="context")
-    with pytest.raises(ValueError, match="context has been changed since"):
+    with pytest.raises(ValueError, match="Inserted at 'context', got Inserted; remove later"):
         remove(first)
     remove(second)
     remove(first)
@@ -485,12 +485,12 @@ def test_the_report_prints_as_a_table() -> None:
     model = net()
     model.context.join.register_forward_hook(print)
     lines = str(swap(model, Pyramid, FullyAttentional, sample_input=X)).splitlines()
-    assert lines[0].split() == ["was", "now", "channels", "parameters", "FLOPs", "at"]
+    assert lines[0].split() == ["old", "new", "channels", "parameters", "FLOPs", "at"]
     assert lines[2].startswith("context")
     assert lines[3].startswith("reduce")
     assert "16 → 8" in lines[3]
     assert lines[4].startswith("the model")
-    assert "context: no longer called: forward hook print of context.join" in lines
+    assert "context: no longer called: forward_hook print of context.join" in lines
     assert max(map(len, lines)) <= 100
 
 
@@ -530,7 +530,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         FullyAttentional,
         {},
         ValueError,
-        r"no module matches the name 'contxt'; near: context",
+        r"no module matches the name 'contxt'; did you mean 'context'",
     ),
     (
         "no such name at all",
@@ -538,7 +538,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         FullyAttentional,
         {},
         ValueError,
-        r"no module matches the name 'zzz'; there are: stem, act, body",
+        r"no module matches the name 'zzz'; known are stem, act, body",
     ),
     (
         "its last part only",
@@ -546,7 +546,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         FullyAttentional,
         {},
         ValueError,
-        r"near: .*context.join",
+        r"did you mean 'context.join'",
     ),
     (
         "glob without match",
@@ -562,7 +562,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         FullyAttentional,
         {},
         ValueError,
-        r"no module is a ConvTranspose2d; near: Conv2d",
+        r"no module is a ConvTranspose2d; known are BatchNorm2d, Conv2d",
     ),
     (
         "predicate without match",
@@ -572,7 +572,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"no module of the \d+ in Net satisfies the predicate",
     ),
-    ("root by name", "", FullyAttentional, {}, ValueError, "the target means the model itself"),
+    ("root by name", "", FullyAttentional, {}, ValueError, "the target is the model itself"),
     ("root by class", Net, FullyAttentional, {}, ValueError, r"the model itself \(Net\)"),
     ("target a number", 3, FullyAttentional, {}, TypeError, "expected a target .* got int"),
     ("target a module", nn.ReLU(), FullyAttentional, {}, TypeError, "expected a target .* ReLU"),
@@ -583,7 +583,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         FullyAttentional,
         {},
         ValueError,
-        r"channels of act \(ReLU\) cannot be found without sample_input: nothing in it says",
+        r"'act' \(ReLU\): cannot infer its channels without sample_input: neither .* in_channels",
     ),
     (
         "two arguments",
@@ -591,7 +591,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         FullyAttentional,
         {},
         ValueError,
-        r"channels of skip \(Skip\) cannot be found without sample_input: it takes x.*, skip",
+        r"'skip' \(Skip\): cannot infer its channels without .*: its forward takes \(x.*, skip",
     ),
     (
         "two arguments traced",
@@ -599,17 +599,16 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         FullyAttentional,
         {"sample_input": X},
         ValueError,
-        r"skip takes a tensor \(2, 16, 6, 10\) and a tensor \(2, 8, 6, 10\); expected one tensor",
+        r"'skip' .* to take one .* got a tensor \(2, 16, 6, 10\), a tensor \(2, 8, 6, 10\)",
     ),
-    ("list", "context.branches", FullyAttentional, {}, ValueError, "cannot be found without"),
+    ("list", "context.branches", FullyAttentional, {}, ValueError, "cannot infer its channels"),
     (
         "size changed alone",
         "stem",
         FullyAttentional,
         {},
         ValueError,
-        r"stem \(Sequential\) changes the size of its input from 32×32 to 16×16 "
-        r"\(height by a factor of 0.5 and width by a factor of 0.5\)",
+        r"cannot replace 'stem' \(Sequential\): it changes .* size .* from 32×32 to 16×16",
     ),
     (
         "size changed traced",
@@ -625,7 +624,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         FullyAttentional,
         {"sample_input": X},
         ValueError,
-        r"the model does not call unused when it runs on a tensor \(2, 3, 12, 20\)",
+        r"the model does not call 'unused' when it runs on a tensor \(2, 3, 12, 20\)",
     ),
     (
         "sample does not fit",
@@ -649,7 +648,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         Shrinks,
         {},
         ValueError,
-        r"expected the replacement Shrinks to give \(1, 16, 32, 32\) .* got \(1, 16, 30, 30\)",
+        r"'context' .*: expected Shrinks to return \(1, 16, 32, 32\) .* got \(1, 16, 30, 30\)",
     ),
     (
         "breaks",
@@ -657,7 +656,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         Breaks,
         {},
         ValueError,
-        r"context: the replacement Breaks does not run .*does not work",
+        r"cannot replace 'context' .*: Breaks does not run .*does not work",
     ),
     (
         "no module",
@@ -673,7 +672,7 @@ REFUSED: list[tuple[str, Any, Any, dict[str, Any], type[Exception], str]] = [
         ChannelNonLocal(16),
         {},
         TypeError,
-        "expected a layer class or a callable .* got a module of ChannelNonLocal",
+        "expected a layer class or a callable .* got ChannelNonLocal",
     ),
     ("no callable", "context", "fully", {}, TypeError, "expected a layer class .* got str"),
     ("unknown option", "context", FullyAttentional, {"scal": 1}, TypeError, "scal"),
@@ -726,9 +725,13 @@ def test_what_returns_no_feature_map_is_refused() -> None:
             return self.pool(self.backbone(x)[-1])
 
     model = Outer()
-    with pytest.raises(ValueError, match=r"backbone returns a list of 2; expected one tensor"):
+    with pytest.raises(
+        ValueError, match=r"'backbone' \(Features\): expected it to return .* got a list of 2"
+    ):
         insert(model, ChannelNonLocal, after="backbone", sample_input=X)
-    with pytest.raises(ValueError, match=r"pool returns a tensor \(2, 960\); expected one tensor"):
+    with pytest.raises(
+        ValueError, match=r"'pool' \(Flatten\): expected .* got a tensor \(2, 960\)"
+    ):
         insert(model, ChannelNonLocal, after="pool", sample_input=X)
 
 
@@ -743,7 +746,7 @@ def test_a_module_called_by_keyword_is_not_replaced_and_can_be_followed() -> Non
 
     model = Keyword()
     with pytest.raises(
-        ValueError, match=r"conv takes input=a tensor \(2, 3, 12, 20\); expected one"
+        ValueError, match=r"expected it to take .* got input=a tensor \(2, 3, 12, 20\)"
     ):
         swap(model, "conv", ChannelNonLocal, sample_input=X)
     insert(model, ChannelNonLocal, after="conv", sample_input=X)
@@ -752,7 +755,7 @@ def test_a_module_called_by_keyword_is_not_replaced_and_can_be_followed() -> Non
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = nn.Sequential(nn.LazyConv2d(4, 1), nn.ReLU())
-    with pytest.raises(ValueError, match="Sequential cannot be copied to find its shapes"):
+    with pytest.raises(ValueError, match="cannot copy Sequential to infer its shapes"):
         insert(model, ChannelNonLocal, after="1", sample_input=X)
     model(X)
     assert insert(model, ChannelNonLocal, after="1", sample_input=X).changes[0].in_channels == 4
@@ -783,7 +786,7 @@ def test_a_module_that_changes_the_size_in_its_second_call_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.pool(x) + self.pool(x[..., ::2, ::2])
 
-    with pytest.raises(ValueError, match=r"from 6×10 to 12×20 \(height by a factor of 2"):
+    with pytest.raises(ValueError, match="from 6×10 to 12×20"):
         swap(Pool(), "pool", ChannelNonLocal, sample_input=X)
 
 
@@ -798,7 +801,9 @@ def test_a_reference_that_cannot_be_changed_is_refused() -> None:
             return self.pair[0](x)
 
     model = Hidden()
-    with pytest.raises(ValueError, match="calls conv by a reference of its own"):
+    with pytest.raises(
+        ValueError, match="cannot replace 'conv': the model calls it through a reference"
+    ):
         swap(model, "conv", ChannelNonLocal, sample_input=X)
     assert isinstance(model.conv, nn.Conv2d)
 
@@ -813,7 +818,7 @@ def test_a_module_called_with_several_channel_counts_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.act(self.conv(self.act(x)))
 
-    with pytest.raises(ValueError, match="act is called several times and takes different numbers"):
+    with pytest.raises(ValueError, match="the same number of channels, got 3, 4"):
         swap(Twice(), "act", ChannelNonLocal, sample_input=X)
 
 
@@ -829,10 +834,19 @@ def test_a_model_that_branches_on_numbers_is_run_with_numbers() -> None:
 
     model = Branches().train()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="does not call conv"):
+    with pytest.raises(ValueError, match="does not call 'conv'"):
         swap(model, "conv", ChannelNonLocal, sample_input=X + 2)
     assert same(snapshot(model), before)
     assert swap(model, "conv", ChannelNonLocal, sample_input=X).changes[0].out_channels == 4
+
+
+def test_the_function_and_the_package_of_one_name_are_both_importable() -> None:
+    from fullattn.swap import insert as inserting
+    from fullattn.swap.report import Report
+
+    assert callable(fullattn.swap)
+    assert inserting is fullattn.insert
+    assert Report.__module__ == "fullattn.swap.report"
 
 
 def test_model_must_be_a_module() -> None:
