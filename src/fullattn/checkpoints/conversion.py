@@ -149,8 +149,8 @@ def _explain(
     if names:
         closest = min(mappings, key=lambda m: len(m.names() ^ m.mapped(names)))
         unexpected = closest.mapped(names) - closest.names()
-        reasons = _key_errors(closest.required() - names, unexpected, prefix)
-        reason = f"cannot convert from source {source!r}, closest layer {closest.old}: {'; '.join(reasons)}"
+        errors = "; ".join(_key_errors(closest.required() - names, unexpected, prefix))
+        reason = f"cannot convert from source {source!r}, closest layer {closest.old}: {errors}"
     elif all_names:
         reason = f"no key begins with prefix {prefix!r}"
     else:
