@@ -49,7 +49,7 @@ def test_a_layers_input_is_what_it_was_given_and_the_hooks_are_gone() -> None:
     assert torch.equal(inputs["second"], first(stem(images)))
     assert not inputs["first"].requires_grad
     assert not first._forward_pre_hooks
-    with pytest.raises(ValueError, match="did not run its layers 'other'"):
+    with pytest.raises(ValueError, match="did not call its layers 'other'"):
         inputs_of(model, {"other": ChannelNonLocal(4)}, images)
 
 
