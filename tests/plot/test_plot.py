@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 import fullattn
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.plot import figures, inputs_of, layers_with_maps, page, similarity
+from helpers.page_script import PageScript, page_data, page_tensor, position_tokens
 
 
 def _photograph(height: int = 24, width: int = 40) -> Tensor:
@@ -295,66 +293,25 @@ def test_a_figure_does_not_change_how_the_users_own_figures_look() -> None:
 # The page
 
 
-def _data(text: str) -> dict[str, Any]:
-    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
-    return dict(json.loads(found))
-
-
-def _tensor(data: dict[str, Any], number: int) -> np.ndarray[Any, Any]:
-    return np.frombuffer(base64.b64decode(data["tensors"][number]), "<f4")
-
-
-class _Engine:
-    """The page's own functions, in V8."""
-
-    def __init__(self) -> None:
-        racer = pytest.importorskip(
-            "py_mini_racer", reason="needs mini-racer: a V8 to run scripts in"
-        )
-        self.context = racer.MiniRacer()
-        self.context.eval(resources.files("fullattn.plot").joinpath("maps.js").read_text())
-
-    def call(self, function: str, *arguments: Any) -> Any:
-        given = ", ".join(map(json.dumps, arguments))
-        out = self.context.eval(
-            f"(() => {{ const made = fullattnMaps.{function}({given});"
-            "return JSON.stringify(made.length ? Array.from(made) : made) })()"
-        )
-        return json.loads(out)
-
-
 @pytest.fixture(scope="module")
-def engine() -> _Engine:
-    return _Engine()
+def engine() -> PageScript:
+    return PageScript()
 
 
 _sizes = st.integers(1, 6)
 
 
-def _position_tokens(data: Any, described: Any, branch: Any) -> dict[str, Any]:
-    return {
-        "query": _tensor(data, branch["query"]).tolist(),
-        "key": _tensor(data, branch["key"]).tolist(),
-        "features": branch["tokenFeatures"],
-        "factor": described["factor"],
-        "score": described["score"],
-        "width": described["width"],
-        "keyWidth": branch["keyWidth"],
-        "within": branch["within"],
-    }
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_the_page_computes_the_spatial_layers_map(engine: _Engine, mode: str) -> None:
+def test_the_page_computes_the_spatial_layers_map(engine: PageScript, mode: str) -> None:
     @given(c=_sizes, h=st.integers(2, 6), w=st.integers(2, 6), step=st.integers(1, 2), seed=_sizes)
     def check(c: int, h: int, w: int, step: int, seed: int) -> None:
         torch.manual_seed(seed)
         layer = SpatialNonLocal(c, mode=mode, subsample=step, scale=None if seed % 2 else 0.7)
         x = torch.randn(c, h, w)
-        data = _data(page({"a": (layer, x)}, _photograph()))
+        data = page_data(page({"a": (layer, x)}, _photograph()))
         (described,) = data["layers"]
         (branch,) = described["branches"]
-        tokens = _position_tokens(data, described, branch)
+        tokens = position_tokens(data, described, branch)
         assert branch["keyHeight"] * branch["keyWidth"] == (h // step) * (w // step)
         expected = layer.similarity(x).detach().numpy()
         for column, row in {(0, 0), (w - 1, 0), (w - 1, h - 1)}:
@@ -364,29 +321,29 @@ def test_the_page_computes_the_spatial_layers_map(engine: _Engine, mode: str) ->
     check()
 
 
-def test_the_page_computes_the_fully_attentional_layers_maps(engine: _Engine) -> None:
+def test_the_page_computes_the_fully_attentional_layers_maps(engine: PageScript) -> None:
     @given(c=_sizes, h=_sizes, w=_sizes, seed=_sizes)
     def check(c: int, h: int, w: int, seed: int) -> None:
         torch.manual_seed(seed)
         layer = FullyAttentional(c, scale=(1.0, None, -0.3)[seed % 3])
         x = torch.randn(1, c, h, w)
-        data = _data(page({"a": (layer, x)}, _photograph()))
+        data = page_data(page({"a": (layer, x)}, _photograph()))
         (described,) = data["layers"]
         columns, rows = (each[0].detach().numpy() for each in layer.similarity(x))
         for branch, slices, maps in zip(
             described["branches"], ("column", "row"), (columns, rows), strict=True
         ):
             assert branch["slices"] == slices
-            tokens = described | {"query": _tensor(data, branch["query"]).tolist()}
-            key = _tensor(data, branch["key"]).tolist()
+            tokens = described | {"query": page_tensor(data, branch["query"]).tolist()}
+            key = page_tensor(data, branch["key"]).tolist()
             for index in {0, len(maps) - 1}:
                 found = engine.call("sliceMap", tokens, key, slices, index)
                 expected = maps[index].ravel()
                 np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-        single = _tensor(data, described["single"]).reshape(c, c)
+        single = page_tensor(data, described["single"]).reshape(c, c)
         expected = ChannelNonLocal(c, scale=layer.scale).similarity(x)[0].detach().numpy()
         np.testing.assert_allclose(single, expected, rtol=1e-5, atol=1e-7)
-        distances = _tensor(data, described["branches"][0]["distances"])
+        distances = page_tensor(data, described["branches"][0]["distances"])
         expected = np.abs(columns - single).sum(2).mean(1) / 2
         np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-6)
 
@@ -395,8 +352,8 @@ def test_the_page_computes_the_fully_attentional_layers_maps(engine: _Engine) ->
 
 def test_the_page_holds_the_channel_layers_map() -> None:
     layer = _layer(ChannelNonLocal, least_similar=True)
-    data = _data(page({"a": (layer, FEATURES)}, _photograph()))
-    found = _tensor(data, data["layers"][0]["map"]).reshape(6, 6)
+    data = page_data(page({"a": (layer, FEATURES)}, _photograph()))
+    found = page_tensor(data, data["layers"][0]["map"]).reshape(6, 6)
     np.testing.assert_array_equal(found, layer.similarity(FEATURES)[0].detach())
 
 
@@ -404,7 +361,7 @@ def test_the_page_holds_the_channel_layers_map() -> None:
     "values", [[0.2, 0.3, 0.25], [1e-9, 0.5, 0.1], [-0.2, 0.1, 0.0], [0.0, 0.0]]
 )
 def test_the_page_has_the_scales_of_colours_that_the_figures_have(
-    engine: _Engine, values: list[float]
+    engine: PageScript, values: list[float]
 ) -> None:
     norm = figures.weight_norm(torch.tensor(values))
     found = engine.call("weightNorm", values)
@@ -424,7 +381,7 @@ def test_the_page_has_the_scales_of_colours_that_the_figures_have(
     ],
 )
 def test_the_scale_of_differences_ends_where_all_but_the_diagonal_are_within(
-    engine: _Engine, maps: Any, half: float, cut: bool
+    engine: PageScript, maps: Any, half: float, cut: bool
 ) -> None:
     norm, exceeded = figures.difference_norm(torch.tensor(maps))
     assert (norm.vmin, norm.vmax) == pytest.approx((-half, half))
@@ -443,14 +400,14 @@ def test_the_page_asks_for_nothing_from_outside_and_is_small() -> None:
         "a": (ChannelNonLocal(6), FEATURES),
         "b": (SpatialNonLocal(6, mode="gaussian"), FEATURES),
     }
-    assert len(_data(page(shared, _photograph()))["tensors"]) == 2
+    assert len(page_data(page(shared, _photograph()))["tensors"]) == 2
 
 
 def test_what_is_written_in_a_page_stays_text() -> None:
     bad = "</script><script>alert(1)</script>{{data}}"
     text = page({bad: (_layer(ChannelNonLocal), FEATURES)}, _photograph(), title=bad, notes=[bad])
     assert "<script>alert" not in text
-    assert _data(text)["layers"][0]["title"] == bad
+    assert page_data(text)["layers"][0]["title"] == bad
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def add_device(parser: Adds) -> None:
 
 
 def add_conditions(parser: Adds) -> None:
+    """Add --dtype and --device."""
     parser.add_argument(
         "--dtype", default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (float32)"
     )
@@ -154,6 +155,7 @@ def add_conditions(parser: Adds) -> None:
 
 
 def add_inputs(parser: Adds) -> None:
+    """Add --memory-format, --seed and --threads."""
     parser.add_argument(
         "--memory-format",
         default="contiguous",
@@ -165,6 +167,7 @@ def add_inputs(parser: Adds) -> None:
 
 
 def add_repetition(parser: Adds) -> None:
+    """Add --seconds, --repeats and --no-memory."""
     parser.add_argument(
         "--seconds",
         type=seconds,
@@ -181,6 +184,7 @@ def add_repetition(parser: Adds) -> None:
 
 
 def conditions_of(args: argparse.Namespace) -> Conditions:
+    """Check the options of `add_conditions` and `add_inputs`."""
     parse_dtype(args.dtype)
     parse_device(args.device)
     if args.memory_format not in MEMORY_FORMATS:
@@ -198,6 +202,7 @@ def conditions_of(args: argparse.Namespace) -> Conditions:
 
 
 def need_extra(what: str) -> None:
+    """Raise UsageError unless the packages of the extra `bench` are installed."""
     missing = [name for name in ("rich", "matplotlib", "PIL") if not importlib.util.find_spec(name)]
     if missing:
         raise UsageError(f"{what} needs {', '.join(missing)}: pip install 'fullattn[bench]'")
@@ -209,6 +214,7 @@ def modes_named(chosen: str | None) -> tuple[Mode, ...]:
 
 
 def console() -> Console:
+    """Make a console that is wide enough for the tables."""
     from rich.console import Console
 
     from fullattn.bench.table import WIDTH

@@ -93,13 +93,8 @@ def _import(place: str) -> Any:
     if not place.endswith(".py"):
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-        try:
-            return importlib.import_module(place)
-        except RuntimeError as error:
-            if "torchvision::" not in str(error):
-                raise
-            ensure_importable()
-            return importlib.import_module(place)
+        ensure_importable()  # for models of torchvision, timm, segmentation-models-pytorch
+        return importlib.import_module(place)
     path = Path(place).resolve()
     name = f"fullattn_contender_{abs(hash(path))}"
     if name not in sys.modules:

@@ -5,8 +5,8 @@ compares them with the masks of a data set and returns `Scores`. `overlay` draws
 the similarity maps of a photograph.
 """
 
-from fullattn.segmentation.evaluation.loop import evaluate
+from fullattn.segmentation.evaluation.loop import evaluate, normalised
 from fullattn.segmentation.evaluation.passes import segment
 from fullattn.segmentation.evaluation.scores import Scores, confusion_matrix
 
-__all__ = ["Scores", "confusion_matrix", "evaluate", "segment"]
+__all__ = ["Scores", "confusion_matrix", "evaluate", "normalised", "segment"]
