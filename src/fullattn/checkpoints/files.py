@@ -78,18 +78,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def contents(path: str | os.PathLike[str]) -> Any:
-    """Read everything in a checkpoint, on the CPU, without running code in it.
+    """Read tensors and plain values as they were saved, on the CPU, without running code.
 
-    Args:
-        path: the file.
-
-    Returns:
-        What was saved: tensors, and plain values in dicts and lists.
-
-    Raises:
-        CheckpointError: as in `load`, except that it need not be a state dict.
-        FileNotFoundError: there is no such file.
-        ImportError: a safetensors file, and the safetensors package is missing.
+    Raises the errors of `load`, but the contents need not be a state dict.
     """
     path = Path(path)
     if path.is_dir():

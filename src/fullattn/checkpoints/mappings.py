@@ -191,30 +191,34 @@ def _mmcv(mode: str | None, normalised: bool, pooled: bool) -> KeyMapping:
     )
 
 
-def _danet_position(
-    variant: str, suffix: str, gamma: str, gamma_shape: SymbolicShape
-) -> KeyMapping:
-    return KeyMapping(
+# Variant, suffix of the convolutions' names, name and shape of gamma.
+_DANET: tuple[tuple[str, str, str, SymbolicShape], ...] = (
+    ("original", "conv", "gamma", (1,)),
+    ("mmseg", "project", "gamma.scale", ()),
+)
+_DANET_POSITION = tuple(
+    KeyMapping(
         f"position attention ({variant})",
         "SpatialNonLocal(C, project=False)",
         (
             *_affine(f"query_{suffix}", "query", "D", "C", 1, 1),
             *_affine(f"key_{suffix}", "key", "D", "C", 1, 1),
             *_affine(f"value_{suffix}", "value", "C", "C", 1, 1),
-            Key(gamma, "gamma", gamma_shape, (1,)),
+            Key(gamma, "gamma", shape, (1,)),
         ),
         variant,
     )
-
-
-def _danet_channel(variant: str, gamma: str, gamma_shape: SymbolicShape) -> KeyMapping:
-    return KeyMapping(
+    for variant, suffix, gamma, shape in _DANET
+)
+_DANET_CHANNEL = tuple(
+    KeyMapping(
         f"channel attention ({variant})",
         "ChannelNonLocal(C, least_similar=True)",
-        (Key(gamma, "gamma", gamma_shape, (1,)),),
+        (Key(gamma, "gamma", shape, (1,)),),
         variant,
     )
-
+    for variant, _, gamma, shape in _DANET
+)
 
 # If several layers correspond to one of ours, reverse conversion returns the first by default.
 MAPPINGS: dict[Source, tuple[KeyMapping, ...]] = {
@@ -227,12 +231,7 @@ MAPPINGS: dict[Source, tuple[KeyMapping, ...]] = {
             (None, "gaussian", "concatenation"), (False, True), (False, True)
         )
     ),
-    "danet": (
-        _danet_position("original", "conv", "gamma", (1,)),
-        _danet_position("mmseg", "project", "gamma.scale", ()),
-        _danet_channel("original", "gamma", (1,)),
-        _danet_channel("mmseg", "gamma.scale", ()),
-    ),
+    "danet": _DANET_POSITION + _DANET_CHANNEL,
 }
 
 # An indented row is an option of the layer above it.
