@@ -125,16 +125,14 @@ def _references(owners: dict[nn.Module, list[str]], module: nn.Module) -> Iterat
 
 def _no_match(target: Target, names: dict[nn.Module, list[str]]) -> str:
     model, *modules = names
-    if not modules:
-        return f"{type(model).__name__} has no submodules"
     if isinstance(target, str):
         kind = "glob" if any(sign in target for sign in "*?[") else "name"
-        dotted = [name for module in modules for name in names[module]]
-        hint = did_you_mean(target, dotted)
-        if hint.startswith("; known"):  # may be hundreds of names
-            hint = did_you_mean("", dict(model.named_children()))
-        return f"no module matches the {kind} {target!r}{hint}"
-    if isinstance(target, type):
-        classes = sorted({type(module).__name__ for module in modules})
-        return f"no module is a {target.__name__}{did_you_mean(target.__name__, classes)}"
-    return f"no module of the {len(modules)} in {type(model).__name__} satisfies the predicate"
+        message, wanted = f"no module matches the {kind} {target!r}", target
+        known = [name for module in modules for name in names[module]]
+        listed = [name for name, _ in model.named_children()]  # there may be hundreds of names
+    elif isinstance(target, type):
+        message, wanted = f"no module is a {target.__name__}", target.__name__
+        known = listed = sorted({type(module).__name__ for module in modules})
+    else:
+        return f"no module of the {len(modules)} in {type(model).__name__} satisfies the predicate"
+    return message + (did_you_mean(wanted, known) or f"; known are {', '.join(listed) or 'none'}")
