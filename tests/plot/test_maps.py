@@ -221,7 +221,7 @@ def test_a_photograph_beyond_pillows_limit_is_scaled_down_too(
     assert Image.MAX_IMAGE_PIXELS == 1000
 
 
-def test_a_png_with_too_many_pixels_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_decoded_at_once_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fullattn.segmentation.data.decode._MOST_PIXELS", 30_000)
     Image.new("RGB", (800, 600)).save("huge.png")
     with pytest.raises(DataError, match=r"huge\.png has 800x600 pixels, too many to be read"):
