@@ -194,8 +194,9 @@ def _apply(
             calls = observed[index] if observed else [_call_alone(site.module)]
             changes.append(_change(site, calls, build, model, inserted=action == "insert"))
         except ValueError as error:
-            module = type(site.module).__name__
-            raise ValueError(f"cannot replace {site.name!r} ({module}): {error}") from error
+            failed = "replace" if action == "swap" else "insert after"
+            where = f"{site.name!r} ({type(site.module).__name__})"
+            raise ValueError(f"cannot {failed} {where}: {error}") from error
     before = count_parameters(model)
     try:
         for change in changes:
