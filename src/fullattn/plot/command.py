@@ -88,15 +88,15 @@ def configure(parser: Parser) -> None:
 
 def _check(args: argparse.Namespace) -> list[str]:
     """Check that the options fit together, and return the names of the layers."""
-    if args.checkpoint is not None:
-        for name in ("weights", "layers", "scale", "channels", "seed"):
-            if getattr(args, name) is not None:
-                raise UsageError(f"expected no --{name} with --checkpoint, whose layers are drawn")
-    if args.backbone is not None:
-        for name in ("channels", "seed"):
-            if getattr(args, name) is not None:
-                raise UsageError(f"expected no --{name} with --backbone, which replaces the stem")
-    elif args.weights is not None:
+    excluded = {
+        "checkpoint": ("weights", "layers", "scale", "channels", "seed"),
+        "backbone": ("channels", "seed"),
+    }
+    for source, names in excluded.items():
+        for name in names:
+            if getattr(args, source) is not None and getattr(args, name) is not None:
+                raise UsageError(f"expected no --{name} with --{source}")
+    if args.weights is not None and args.backbone is None:
         raise UsageError("expected --backbone NAME with --weights")
     layers = [layer_named(layer) for layer in words(args.layers or list(LAYERS))]
     return list(dict.fromkeys(layers))

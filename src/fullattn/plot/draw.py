@@ -84,7 +84,16 @@ def similarity(
         if channel is not None:
             return _draw_channel(layer, features, shown, channel, title)
         point = (shown.shape[2] // 2, shown.shape[1] // 2) if point is None else point
-        return _draw_point(layer, features, shown, point, beside, title)
+        column, row = figures.cell_of(point, shown, features)
+        call, branches = branches_of(layer, features)
+        if not has_channel_maps(layer):
+            weights = torch.stack([weights_at(call, b, column, row) for b in branches]).sum(0)
+            return figures.draw_positions(shown, weights, point, title=title)
+        maps = {slices_of(branch): whole_maps(call, branch).cpu() for branch in branches}
+        if "" in maps:
+            return figures.draw_channels(maps[""][0], features[0], title=title)
+        single = channel_map_beside(layer, features, beside).cpu()
+        return figures.draw_slices(shown, maps, single, point, features.shape[2:], title=title)
 
 
 def check_layer(layer: nn.Module) -> AttentionLayer:
@@ -147,26 +156,6 @@ def channel_map_beside(
     else:
         maps = attention.maps(functional.channel_call(features, scale=layer.scale))
     return maps[0].float()
-
-
-def _draw_point(
-    layer: AttentionLayer,
-    features: Tensor,
-    photograph: Tensor,
-    point: tuple[int, int],
-    beside: ChannelNonLocal | None,
-    title: str,
-) -> Figure:
-    column, row = figures.cell_of(point, photograph, features)
-    call, branches = branches_of(layer, features)
-    if not has_channel_maps(layer):
-        weights = torch.stack([weights_at(call, branch, column, row) for branch in branches]).sum(0)
-        return figures.draw_positions(photograph, weights, point, title=title)
-    maps = {slices_of(branch): whole_maps(call, branch).cpu() for branch in branches}
-    if "" in maps:
-        return figures.draw_channels(maps[""][0], features[0], title=title)
-    single = channel_map_beside(layer, features, beside).cpu()
-    return figures.draw_slices(photograph, maps, single, point, features.shape[2:], title=title)
 
 
 def _draw_channel(
