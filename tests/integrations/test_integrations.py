@@ -1,4 +1,4 @@
-"""Registries of other libraries: filled when asked, and what can be built from them then."""
+"""Registration of the layers with other libraries."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from fullattn._cli.arguments import Parser
-from fullattn._cli.errors import UsageError
+from fullattn._cli.errors import UsageError, sentences
 from fullattn._version import __version__
 
 __all__ = ["COMMANDS", "main", "parser_of"]
@@ -53,7 +53,8 @@ def parser_of(*chosen: str) -> argparse.ArgumentParser:
         )
         if name in chosen:
             module, _, configure = place.partition(":")
-            getattr(import_module(module), configure)(command)
+            with sentences():  # a missing package
+                getattr(import_module(module), configure)(command)
     return parser
 
 
