@@ -49,6 +49,8 @@ __all__ = [
     "words",
 ]
 
+# Columns that the tables need.
+WIDTH = 120
 LAYER_HELP = f"{', '.join(LAYERS)}, or FILE.py:CLASS of a layer that is registered there"
 
 
@@ -172,7 +174,7 @@ def add_repetition(parser: Adds) -> None:
         "--seconds",
         type=seconds,
         default=2.0,
-        help="to spend on timing one contender at one shape in one mode; 3 to 20 calls (2)",
+        help="to spend on timing one implementation at one shape in one mode; 3 to 20 calls (2)",
     )
     parser.add_argument("--repeats", type=count, help="time exactly so many calls of each instead")
     parser.add_argument(
@@ -216,8 +218,6 @@ def modes_named(chosen: str | None) -> tuple[Mode, ...]:
 def console() -> Console:
     """Make a console that is wide enough for the tables."""
     from rich.console import Console
-
-    from fullattn.bench.table import WIDTH
 
     console = Console()
     if not console.is_terminal or console.width < WIDTH:

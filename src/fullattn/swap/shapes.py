@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fullattn import costs
 from fullattn.swap.inserted import Inserted
 from fullattn.swap.targets import Site
 
@@ -235,15 +236,9 @@ def count_flops(module: nn.Module, shape: Sequence[int]) -> int | None:
     Returns:
         What PyTorch's counter counts in a forward pass; None if the module does not run on that.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # brings Triton along, which takes time
-
-    counts: list[int] = []
     with contextlib.suppress(ValueError):
-        counter = FlopCounterMode(display=False)
-        with counter:
-            _run_a_copy(module, _feature_map(module, shape))
-        counts.append(int(counter.get_total_flops()))
-    return counts[0] if counts else None
+        return costs.counted_flops(lambda: _run_a_copy(module, _feature_map(module, shape)))
+    return None
 
 
 def _shape(value: Any) -> torch.Size | str:

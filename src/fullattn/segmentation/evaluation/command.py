@@ -15,7 +15,7 @@ from typing import Any
 from fullattn._cli.arguments import Adds, Parser, add_device, count, index, number, point, size
 from fullattn._cli.conditions import environment, parse_device
 from fullattn._cli.errors import UsageError, sentences
-from fullattn._cli.output import output_folder, write_all, written_together
+from fullattn._cli.output import written_together
 from fullattn.segmentation.models.command_input import read_trained
 
 __all__ = ["configure_evaluate", "configure_predict"]
@@ -157,8 +157,8 @@ def _evaluate(args: argparse.Namespace) -> None:
             f"{args.checkpoint} was trained on {len(description.classes)} classes of "
             f"{description.dataset}, but {name} has {len(dataset.classes)}"
         )
-    writable = nullcontext() if args.output is None else output_folder(args.output.parent)
-    with writable, sentences():
+    writable = nullcontext() if args.output is None else written_together(args.output.parent)
+    with writable as folder, sentences():
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task("images", total=len(dataset))
             scores = evaluate(
@@ -189,7 +189,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             console.print(f"{len(scores.skipped)} files were skipped:")
         for path in scores.skipped:
             console.print(f"  {path}", markup=False, soft_wrap=True)
-        if args.output is not None:
+        if folder is not None:
             report = {
                 "checkpoint": str(args.checkpoint),
                 "step": description.step,
@@ -202,7 +202,7 @@ def _evaluate(args: argparse.Namespace) -> None:
                 "scores": scores.as_dict(),
             }
             text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-            write_all({args.output: lambda part: part.write_text(text)})
+            (folder / args.output.name).write_text(text)
 
 
 def _predict(args: argparse.Namespace) -> None:
