@@ -109,7 +109,7 @@ def cost(
     backend: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Cost:
-    """What a layer costs on a feature map, by the formulas of this package.
+    """Compute what a layer costs on a feature map, by formula.
 
     Args:
         layer: a registered layer, on any device; its options are read from it.
@@ -169,7 +169,7 @@ def _checked(layer: AttentionLayer, shape: Sequence[int]) -> tuple[int, int, int
 def inputs_of(
     layer: AttentionLayer, shape: Shape, dtype: torch.dtype, device: str
 ) -> AttentionInputs:
-    """What a layer asks of a backend.
+    """Describe what a layer passes to its backend.
 
     Args:
         layer: the layer, on any device.
@@ -199,7 +199,7 @@ def _total(sizes: Iterable[Size]) -> Size:
 
 
 def figures(layer: AttentionLayer, shape: Shape, setting: Setting, backend: Backend) -> Figures:
-    """What a layer costs on a backend.
+    """Compute what a layer costs on a backend.
 
     Args:
         layer: the layer, on any device.

@@ -33,7 +33,7 @@ _CUDA_GRID = 65_535
 
 
 def padded_features(device: str, features: int, value_features: int) -> tuple[int, int]:
-    """The lengths to which queries and keys, and values, are padded for the fused kernels."""
+    """Return the lengths to which queries and keys, and values, are padded for fused kernels."""
     if device == "cuda":
         return -(-features // 8) * 8, -(-value_features // 8) * 8
     # A contiguous axis of length 1 may have any stride, and the fused kernel asks for 1.

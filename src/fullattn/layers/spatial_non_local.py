@@ -206,7 +206,7 @@ class SpatialNonLocal(AttentionLayer):
 
     @staticmethod
     def _scores(score: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The two numbers, (B, 1, H, W) and (B, 1, H', W'), whose sum is score([query, key]).
+        """Compute the two parts, (B, 1, H, W) and (B, 1, H', W'), of score([query, key]).
 
         The module is called once, on [query, 0] of all queries, [0, key] of all keys and [0, 0],
         whose result would otherwise count twice where a module that took its place has a bias.
@@ -229,7 +229,7 @@ class SpatialNonLocal(AttentionLayer):
 
     @classmethod
     def untrained(cls, channels: int, scale: float) -> SpatialNonLocal:
-        """The Gaussian form, whose queries and keys are x itself."""
+        """Build the Gaussian mode, whose queries and keys are x itself."""
         return cls(channels, mode="gaussian", scale=scale)
 
     def option(self, name: str) -> Any:
