@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +38,14 @@ SETTINGS = (
 def processes() -> Any:
     """The context whose processes are forked from one that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fullattn.segmentation.training.run", "timm"])
+    context.set_forkserver_preload(["fullattn.segmentation.training.fit", "timm"])
     return context
 
 
 class Tiny(nn.Module):
     """A network with everything that has a state or random numbers, and the tenth of a class."""
+
+    arguments: ClassVar = {"norm_layer": nn.BatchNorm2d}  # as of a FLANet
 
     def __init__(self, norm: str = "batch", dropout: float = 0.2) -> None:
         super().__init__()
@@ -113,7 +115,9 @@ def train(
     from lightning.pytorch.utilities import rank_zero_only
 
     from fullattn.segmentation.data import open_dataset
-    from fullattn.segmentation.training import config, run
+    from fullattn.segmentation.training.checks import check_machines
+    from fullattn.segmentation.training.config import read
+    from fullattn.segmentation.training.fit import fit
 
     # Lightning was imported before the environment said which process this is.
     rank_zero_only.rank = int(os.environ.get("RANK", 0))
@@ -122,11 +126,11 @@ def train(
     network.killed_in_call = killed_in_call
     if killed_in_save:
         torch.save = KilledWriter(killed_in_save)
-    read = config.read("camvid_small", [*SETTINGS, *settings])
+    config = read("camvid_small", [*SETTINGS, *settings])
     datasets = [open_dataset("camvid", root, split) for split in (train_split, "val")]
     rank = os.environ.get("RANK", "")
     try:
-        result = run.fit(network, read, datasets[0], datasets[1], output, **options)
+        result = fit(network, config, *datasets, output, check_machines(config), **options)
     except Exception as error:
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         output.with_name(f"{output.name}.error{rank}").write_text(text)

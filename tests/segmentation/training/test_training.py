@@ -168,7 +168,6 @@ def test_an_unreadable_image_ends_the_run_with_its_name(
     output = tmp_path / "run"
     assert run(output, damaged, f"data.workers={workers}") == 1
     message = error(output)
-    assert message.startswith("step ")
     assert str(damaged / "images" / "train") in message
     assert "truncated or damaged" in message
     assert "Traceback" not in message

@@ -39,10 +39,10 @@ def _command(said: Path, arguments: list[str]) -> None:
     with said.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         from fullattn._cli.arguments import Parser
         from fullattn._cli.errors import UsageError
-        from fullattn.segmentation.training.command import add_train
+        from fullattn.segmentation.training.command import configure
 
         parser = Parser(prog="fullattn")
-        add_train(parser.add_subparsers())
+        configure(parser)
         try:
             args = parser.parse_args(arguments)
             args.run(args)
@@ -54,7 +54,7 @@ def _command(said: Path, arguments: list[str]) -> None:
 def command(folder: Path, *arguments: object) -> tuple[int, str]:
     """Run `fullattn train` with these arguments; its exit status and all that it said."""
     said = folder / "said"
-    process = processes().Process(target=_command, args=(said, ["train", *map(str, arguments)]))
+    process = processes().Process(target=_command, args=(said, [*map(str, arguments)]))
     process.start()
     process.join(120)
     assert process.exitcode is not None
@@ -126,15 +126,15 @@ def test_a_finished_run_is_refused_and_left_alone_unless_resumed(copied: Path, r
 def test_a_run_without_a_checkpoint_begins_when_resumed(root: Path, tmp_path: Path) -> None:
     status, said = train(tmp_path, root, "--resume", "training.steps=1", "data.val=null")
     assert status == 0, said
-    assert "begins at the first step" in said
+    assert "starts at the first step" in said
     assert (tmp_path / "out" / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--attention", "channel"], "a network with attention='fully', and this run's has"),
-        (["model.channels=16"], "a network with channels=8, and this run's has channels=16"),
+        (["--attention", "channel"], "model.attention fully, and this run has channel"),
+        (["model.channels=16"], "model.channels 8, and this run has 16"),
         (["training.learning_rate=0.5"], "training.learning_rate 0.02, and this run has 0.5"),
         (["--seed", "3"], "training.seed 0, and this run has 3"),
     ],
@@ -160,10 +160,21 @@ def folder_data(root: Path, size: tuple[int, int] = (48, 64)) -> Path:
     return root
 
 
-def test_other_classes_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
+def test_other_data_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
     other = folder_data(tmp_path / "other")
     sentence = refusal(copied, other, "data.name=folder", "--resume")
-    assert "it is of classes with 11 of them, and this run's has 3 of them" in sentence
+    assert "data.name camvid, and this run has folder" in sentence
+
+
+def test_other_classes_of_a_folder_cannot_be_resumed(tmp_path: Path) -> None:
+    root = folder_data(tmp_path / "data")
+    settings = ("data.name=folder", "training.steps=1", "data.val=null")
+    status, said = train(tmp_path, root, *settings)
+    assert status == 0, said
+    (root / "classes.txt").write_text("zero\nother\ntwo\n")
+    sentence = refusal(tmp_path, root, *settings, "--resume")
+    assert "it was saved with class " in sentence
+    assert "and this run has zero" in sentence
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000])
@@ -180,15 +191,24 @@ def test_a_damaged_checkpoint_cannot_be_resumed(size: int, copied: Path, root: P
         (["data.crop=[49,64]", "--no-check"], "is smaller than the crop of 49×64"),
         (["data.name=cityscapes"], "is not laid out as Cityscapes"),
         (["data.train=all"], "camvid has no split 'all'"),
-        (["model.backbone=resnet"], "cannot be built: timm"),
-        (["model.attention_options={shape: 3}"], "cannot be built"),
-        (["model.backbone_weights=gone.npz"], "there is no file gone.npz"),
-        (["training.sync_batchnorm=true"], "synchronises batch normalisation on GPUs only"),
-        (["training.precision=16-mixed"], "16-mixed needs a GPU"),
+        (["model.backbone=resnet"], "cannot build the network of the configuration: timm"),
+        (["model.attention_options={shape: 3}"], "cannot build the network"),
+        (["model.backbone_weights=gone.npz"], "file gone.npz does not exist"),
+        (
+            ["training.sync_batchnorm=true"],
+            "no GPU is available: expected training.sync_batchnorm=false",
+        ),
+        (["training.precision=16-mixed"], "32-true or bf16-mixed, got False and 16-mixed"),
         (["--attention", "some"], "some"),
-        (["--accumulate", "3"], "2 images cannot be divided evenly over 1 processes with 3"),
-        (["--devices", "4"], "2 images cannot be divided evenly over 4 processes"),
-        (["--strategy", "fsdp", "training.average_decay=0.9"], "does not go with"),
+        (
+            ["--accumulate", "3"],
+            "training.batch_size: expected a multiple of 3 ",
+        ),
+        (["--devices", "4"], "training.batch_size: expected a multiple of 4 "),
+        (
+            ["--strategy", "fsdp", "training.average_decay=0.9"],
+            "fsdp: expected training.average_decay=null",
+        ),
         (["training.step=3"], "did you mean 'steps'"),
     ],
     ids=str,
@@ -217,7 +237,7 @@ def test_bad_files_are_named_before_the_first_step(root: Path, tmp_path: Path) -
     assert status == 0, said
     listed = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     assert len(listed) == 3
-    assert "3 files were left out" in said
+    assert "3 files were skipped" in said
     for name in (masks[0].name, photo.name):
         assert any(name in line for line in listed)
     # None of it once more, and nothing of it left out silently.
@@ -235,9 +255,10 @@ def test_the_command_line_is_there_before_anything_heavy_is_imported() -> None:
     code = (
         "import sys\n"
         "from fullattn._cli.arguments import Parser\n"
-        "from fullattn.segmentation.training.command import add_train\n"
-        "add_train(Parser().add_subparsers())\n"
-        "print([m for m in ('lightning', 'torchvision', 'timm', 'yaml') if m in sys.modules])\n"
+        "from fullattn.segmentation.training.command import configure\n"
+        "configure(Parser())\n"
+        "heavy = {'lightning', 'pydantic', 'timm', 'yaml'}\n"
+        "print(heavy & set(sys.modules))\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    assert found.stdout.strip() == "set()"
