@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fullattn.segmentation.data import (
     IGNORE_INDEX,
@@ -25,7 +25,7 @@ from fullattn.segmentation.models import FLANet
 from fullattn.segmentation.models.files import Description, describe
 from fullattn.segmentation.seeding import random_seed
 from fullattn.segmentation.training.config import Config, TrainingConfig
-from fullattn.segmentation.training.sampling import StepSampler, ValidationSampler
+from fullattn.segmentation.training.sampling import StepSampler, is_repeated
 
 __all__ = ["NonFiniteError", "Segmentation", "ShardedSegmentation", "learning_rate_factor"]
 
@@ -136,10 +136,12 @@ class Segmentation(LightningModule):
         """Load whole images one by one, because their sizes may differ."""
         if self.val_examples is None:
             return []
-        sampler = ValidationSampler(
-            len(self.val_examples), self.global_rank, self.trainer.world_size
+        # All ranks get the same number of images, for which the sampler repeats some: the
+        # processes of a sharded network must run in step.
+        self.val_sampler: DistributedSampler[Any] = DistributedSampler(
+            self.val_examples, self.trainer.world_size, self.global_rank, shuffle=False
         )
-        return self._loader(self.val_examples, sampler=sampler)
+        return self._loader(self.val_examples, sampler=self.val_sampler)
 
     def _loader(self, examples: Examples, **options: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -240,11 +242,9 @@ class Segmentation(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Count the pixels of an image by true and predicted class."""
-        # All processes must run the network, also on an image that is not counted: one repeated by
-        # the sampler, or one that replaces an unreadable image.
         logits = self.model(batch["image"])
-        repeated = self.trainer.val_dataloaders.sampler.is_repeated(batch_idx)  # type: ignore[union-attr]
-        if not repeated and not batch["skipped"]:
+        # Not twice: neither a repeated image, nor the neighbour that replaces a skipped image.
+        if not (is_repeated(self.val_sampler, batch_idx) or batch["skipped"]):
             self.confusion.update(logits.argmax(dim=1), batch["mask"])
 
     def on_validation_epoch_end(self) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from fullattn.segmentation.seeding import random_seed
 
-__all__ = ["StepSampler", "ValidationSampler"]
+__all__ = ["StepSampler", "is_repeated"]
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,6 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 yield epoch, index
 
 
-class ValidationSampler(DistributedSampler[int]):
-    """Every `world_size`-th index from `rank` on.
-
-    All ranks get the same number of indices, because the processes of a sharded network must run in
-    step. PyTorch's sampler repeats indices for that.
-
-    Args:
-        images: number of images.
-        rank: rank of this process.
-        world_size: number of processes.
-    """
-
-    def __init__(self, images: int, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(range(images), world_size, rank, shuffle=False)  # type: ignore[arg-type]
-        self.images = images
-
-    def is_repeated(self, i: int) -> bool:
-        """Return whether the i-th index of this rank is a repeated one."""
-        return i * self.num_replicas + self.rank >= self.images
+def is_repeated(sampler: DistributedSampler[Any], i: int) -> bool:
+    """Return whether the i-th index is one that PyTorch's sampler repeats to fill all ranks."""
+    return i * sampler.num_replicas + sampler.rank >= len(sampler.dataset)  # type: ignore[arg-type]
