@@ -7,6 +7,7 @@ JOBS ?= 2
 # One thread a test process: the processes already fill the cores.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 PYTEST := $(TESTS) -m 'not network and not browser'
+INTERPRETED := tests/attention/triton/test_triton.py tests/attention/test_poisoned_memory.py
 
 .PHONY: bench test quick networks deep camvid docs browser tables lint format clean
 
@@ -21,7 +22,7 @@ bench: $(READY)  ## compare the layers and their backends: a table, out/bench/be
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen from the start.
 test: $(READY)  ## every test but those of `make networks` and `make browser`
 	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/attention/triton/test_triton.py
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
 
 quick: $(READY)  ## every test but those that compile or time something
 	$(PYTEST) -m 'not slow and not network and not browser'
@@ -31,7 +32,7 @@ networks: $(READY)  ## other people's networks compiled and exported too: the ta
 
 deep: $(READY)  ## the same tests as `make test`, with many more hypothesis examples
 	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600
-	HYPOTHESIS_PROFILE=deep TRITON_INTERPRET=1 $(PYTEST) --timeout 3600 tests/attention/triton/test_triton.py
+	HYPOTHESIS_PROFILE=deep TRITON_INTERPRET=1 $(PYTEST) --timeout 3600 $(INTERPRETED)
 
 camvid: $(READY)  ## train a small FLANet on CamVid: make camvid DATA=folder [WEIGHTS=mobilenetv2.npz]
 	$(if $(WEIGHTS),$(BIN)/python benchmarks/mobilenetv2.py $(WEIGHTS) out/mobilenetv2.pt --camvid $(DATA))

@@ -25,7 +25,7 @@ from torch._inductor import config as inductor
 
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn._cli.conditions import MODES
-from fullattn.bench.measure import Plan, clock_for, take_turns, warm_up
+from fullattn.bench.measure import Plan, clock_for, interleave, warm_up
 from fullattn.bench.workload import Workload
 
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
@@ -78,7 +78,7 @@ def main() -> None:
                 warm_up(workload, mode, clock, None)  # compiles
             each = [warm_up(workload, mode, clock, None) for workload in pair.values()]
             calls = dict.fromkeys(pair, plan.calls(max(each)))
-            times, failures = take_turns(pair, calls, mode, clock)
+            times, failures = interleave(pair, calls, mode, clock)
             if failures:
                 raise SystemExit(f"{name}, {mode}: {failures}")
             eager, compiled = (times[each] for each in pair)

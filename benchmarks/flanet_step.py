@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fullattn._cli.conditions import Conditions, device_name
 from fullattn._cli.shapes import Shape
-from fullattn.bench.failures import Failure
+from fullattn.bench.measure import Failure
 from fullattn.bench.memory import CpuMemory
 from fullattn.bench.official import OfficialFLANetBlock
 from fullattn.segmentation.models import FLANet

@@ -1,9 +1,9 @@
-"""The official implementation as a contender by path: it is defined in `fullattn.bench`.
+"""The official implementation as a implementation by path: it is defined in `fullattn.bench`.
 
-    fullattn bench --contender benchmarks/official.py:OfficialFLANetBlock
+    fullattn bench --module benchmarks/official.py:OfficialFLANetBlock
 
 It ships inside the package, so that `fullattn bench` has its baseline wherever it is installed.
-This file is the example of what `--contender` takes: a class called with the number of channels.
+This file is the example of what `--module` takes: a class called with the number of channels.
 """
 
 from fullattn.bench.official import OfficialFLANetBlock

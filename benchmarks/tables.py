@@ -21,7 +21,7 @@ from runpy import run_path
 from typing import Any
 
 from fullattn._cli.conditions import Mode
-from fullattn.bench.results import Report, Row, read_report
+from fullattn.bench.results import Results, Row, read_results
 from fullattn.bench.table import digits, si
 from fullattn.layers import LAYERS
 
@@ -40,17 +40,17 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cpu() -> Report:
-    return read_report(str(RESULTS / "cpu" / "bench.json"))
+def _cpu() -> Results:
+    return read_results(str(RESULTS / "cpu" / "bench.json"))
 
 
 def _name(row: Row) -> str:
-    name = row.contender.title
-    quoted = name if row.contender.layer == "official" else f"`{name}`"
-    return quoted + (f" ({row.contender.backend})" if row.contender.backend else "")
+    name = row.implementation.title
+    quoted = name if row.implementation.layer == "official" else f"`{name}`"
+    return quoted + (f" ({row.implementation.backend})" if row.implementation.backend else "")
 
 
-def _measured(report: Report, row: Row, mode: Mode) -> list[str]:
+def _measured(report: Results, row: Row, mode: Mode) -> list[str]:
     """Milliseconds, speed and peak, or what came instead."""
     measurement = row.measured.get(mode)
     if measurement is None:
@@ -66,7 +66,7 @@ def _measured(report: Report, row: Row, mode: Mode) -> list[str]:
     ]
 
 
-def _conditions(report: Report) -> str:
+def _conditions(report: Results) -> str:
     return " ".join(f"{line}." for line in report.caption())
 
 
@@ -77,7 +77,7 @@ def cpu_tables() -> str:
     for shape in report.shapes:
         rows = sorted(report.at(shape), key=lambda row: row.time("inference") or float("inf"))
         modes: list[Mode] = [m for m in ("inference", "training") if m in rows[0].measured]
-        headings = ["contender", "forward ms", "speed", "peak MiB"]
+        headings = ["implementation", "forward ms", "speed", "peak MiB"]
         if "training" in modes:
             headings += ["forward + backward ms", "speed", "peak MiB"]
         cells = [
@@ -100,7 +100,9 @@ def home_table() -> str:
     """The three layers at the paper's size: what they keep and what it costs."""
     report = _cpu()
     shape = next(shape for shape in report.shapes if str(shape) == "512x97x97")
-    rows = {row.contender.layer: row for row in report.at(shape) if row.contender.automatic}
+    rows = {
+        row.implementation.layer: row for row in report.at(shape) if row.implementation.automatic
+    }
     public = report.baseline_at(shape)
     assert public is not None
     cells = []
@@ -111,7 +113,7 @@ def home_table() -> str:
         cells.append(
             [
                 _name(row),
-                _loses(row.contender.layer),
+                _loses(row.implementation.layer),
                 si(formula.flops),
                 digits(formula.map_bytes / 2**20),
                 forward[0],

@@ -51,13 +51,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _plots() -> dict[str, bytes]:
     from fullattn.bench import chart
-    from fullattn.bench.results import read_report
+    from fullattn.bench.results import read_results
 
     made = {}
     for path in sorted(tables.RESULTS.glob("*/*.json")):
         if path.name in ("bench.json", "sweep.json"):
             file = io.BytesIO()
-            chart.draw(read_report(str(path)), file)
+            chart.draw(read_results(str(path)), file)
             made[f"generated/{path.parent.name}_{path.stem}.png"] = file.getvalue()
     made["generated/camvid.png"] = (tables.RESULTS / "camvid" / "camvid.png").read_bytes()
     return made

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fullattn import checkpoints, functional
+from fullattn._version import __version__ as __version__
 from fullattn.attention import BackendError, backend
 from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.swap import insert, remove, swap
@@ -27,7 +28,6 @@ __all__ = [
     "remove",
     "swap",
 ]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -43,7 +43,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
@@ -57,7 +57,7 @@ from fullattn.attention.sizes import Size, maximum, minimum
 from fullattn.layers import LAYERS, AttentionLayer, _checks
 from fullattn.layers.protocol import Work
 
-__all__ = ["Cost", "Figures", "cost", "figures", "inputs_of"]
+__all__ = ["Cost", "Figures", "cost", "counted_flops", "figures", "inputs_of"]
 
 
 Shape: TypeAlias = tuple[Size, Size, Size, Size]
@@ -309,3 +309,19 @@ def _training(work: Work, x: Size, runs: list[Workspace], adds_residual: bool) -
         if work.projection is None:  # or it is added to the gradient of the sum, in place
             held = held + work.branch_gradient
     yield always + held + work.gradients
+
+
+def counted_flops(run: Callable[[], object]) -> int:
+    """Count the FLOPs of a call with PyTorch's FlopCounterMode.
+
+    Args:
+        run: the call, on tensors with or without data.
+
+    Returns:
+        2 × multiply-accumulate of all products and convolutions that the counter has a formula for.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes time
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())

@@ -11,30 +11,28 @@ import torch
 from torch import nn
 
 from fullattn import FullyAttentional
+from fullattn._cli.arguments import WIDTH
 from fullattn._cli.conditions import Conditions, Environment, Mode, parse_device, parse_dtype
 from fullattn._cli.errors import UsageError
 from fullattn._cli.inputs import check_image, feature_map
-from fullattn._cli.output import output_folder, write_all
+from fullattn._cli.loading import load_class
+from fullattn._cli.output import output_folder, written_together
 from fullattn._cli.shapes import DEFAULT_SHAPES, NAMED, Shape, parse_shape, sweep_shapes
 from fullattn.attention.dispatch import BACKENDS
 from fullattn.bench import chart, compare
-from fullattn.bench.failures import Failure
-from fullattn.bench.formula import formula
 from fullattn.bench.implementations import (
     OFFICIAL,
-    Contender,
-    build,
-    contenders_at,
-    inputs_of,
-    load_class,
+    Formula,
+    Implementation,
+    implementations_at,
 )
-from fullattn.bench.measure import Plan, take_turns, warm_up
+from fullattn.bench.measure import Failure, Plan, interleave, warm_up
 from fullattn.bench.memory import CpuMemory, Probe
 from fullattn.bench.official import OfficialFLANetBlock
-from fullattn.bench.results import Formula, Measurement, Report, Row, read_report
+from fullattn.bench.results import Measurement, Results, Row, read_results
 from fullattn.bench.run import Options, measure_all
-from fullattn.bench.table import WIDTH, print_report
-from fullattn.bench.workload import ShapeError, Workload
+from fullattn.bench.table import print_results
+from fullattn.bench.workload import LayerRecipe, ShapeError, Workload
 from fullattn.layers import LAYERS
 from helpers import ROOT
 
@@ -119,15 +117,15 @@ def test_sweeps_grow_to_the_shape_given_and_repeat_none() -> None:
     assert sweep_shapes(Shape(1, 1, 1, 1), "resolution") == [Shape(1, 1, 1, 1)]
 
 
-# Contenders
+# Implementations
 
 
 MIDDLE = Shape(1, 64, 32, 32)
 
 
-def _names(backends: list[str]) -> dict[str, Contender]:
-    found = contenders_at(MIDDLE, CONDITIONS, layers=list(LAYERS), backends=backends)
-    return {contender.name: contender for contender in found}
+def _names(backends: list[str]) -> dict[str, Implementation]:
+    found = implementations_at(MIDDLE, CONDITIONS, layers=list(LAYERS), backends=backends)
+    return {implementation.name: implementation for implementation in found}
 
 
 def test_default_runs_each_layer_automatically_and_built_and_fused() -> None:
@@ -150,7 +148,7 @@ def test_auto_still_runs_compression_layers_built_and_fused() -> None:
 def test_all_runs_every_backend_that_can() -> None:
     found = _names(["all"])
     for layer in LAYERS:
-        inputs = inputs_of(layer, MIDDLE, torch.float32, "cpu")
+        inputs = Implementation(layer).inputs(MIDDLE, CONDITIONS)
         able = {b.name for b in BACKENDS if not b.reasons_against(inputs)}
         assert {c.backend for c in found.values() if c.layer == layer} == able
 
@@ -161,17 +159,17 @@ def test_backends_named_are_the_ones_that_run() -> None:
 
 
 def test_baseline_names_a_backend_or_the_automatic_one() -> None:
-    assert Contender("fully", "sdpa", automatic=True).answers_to("fully")
-    assert Contender("fully", "sdpa").answers_to("fully:sdpa")
-    assert not Contender("fully", "sdpa").answers_to("fully")
-    assert Contender("some/where/mine.py:Block").answers_to("mine:Block")
-    assert Contender("package.mine:Block").name == "mine:Block"
+    assert Implementation("fully", "sdpa", automatic=True).matches("fully")
+    assert Implementation("fully", "sdpa").matches("fully:sdpa")
+    assert not Implementation("fully", "sdpa").matches("fully")
+    assert Implementation("some/where/mine.py:Block").matches("mine:Block")
+    assert Implementation("package.mine:Block").name == "mine:Block"
 
 
-def test_contenders_of_one_name_are_refused() -> None:
+def test_implementations_of_one_name_are_refused() -> None:
     with pytest.raises(UsageError, match="distinct names, got 'a:Block' twice"):
-        contenders_at(
-            SMALL, CONDITIONS, layers=[], backends=[], users=["a.py:Block", "other/a.py:Block"]
+        implementations_at(
+            SMALL, CONDITIONS, layers=[], backends=[], modules=["a.py:Block", "other/a.py:Block"]
         )
 
 
@@ -183,15 +181,17 @@ def test_inputs_are_those_of_the_layer(layer: str, monkeypatch: pytest.MonkeyPat
     choose = attention.choose
     monkeypatch.setattr(attention, "choose", lambda *args: asked.append(args[0]) or choose(*args))
     shape = Shape(2, 6, 5, 7)
-    build(Contender(layer), 6, CONDITIONS)(torch.randn(shape))
-    assert asked == [inputs_of(layer, shape, torch.float32, "cpu")]
+    Implementation(layer).build(6, CONDITIONS)(torch.randn(shape))
+    assert asked == [Implementation(layer).inputs(shape, CONDITIONS)]
 
 
 def test_gamma_is_the_same_everywhere_and_no_output_is_the_input() -> None:
     x = torch.randn(SMALL)
-    for contender in contenders_at(SMALL, CONDITIONS, layers=list(LAYERS), backends=["default"]):
-        module = build(contender, SMALL.channels, CONDITIONS)
-        assert not torch.allclose(module(x), x), contender.name
+    for implementation in implementations_at(
+        SMALL, CONDITIONS, layers=list(LAYERS), backends=["default"]
+    ):
+        module = implementation.build(SMALL.channels, CONDITIONS)
+        assert not torch.allclose(module(x), x), implementation.name
         if getattr(module, "gamma", None) is not None:
             assert module.gamma.item() == CONDITIONS.gamma
 
@@ -199,8 +199,8 @@ def test_gamma_is_the_same_everywhere_and_no_output_is_the_input() -> None:
 def test_projection_is_in_both_forms_or_in_neither() -> None:
     for project in (False, True):
         conditions = dataclasses.replace(CONDITIONS, project=project)
-        for contender in (Contender("fully"), Contender(OFFICIAL)):
-            names = [name for name, _ in build(contender, 4, conditions).named_parameters()]
+        for implementation in (Implementation("fully"), Implementation(OFFICIAL)):
+            names = [name for name, _ in implementation.build(4, conditions).named_parameters()]
             assert any(name.startswith("project") for name in names) == project
 
 
@@ -209,18 +209,20 @@ def test_projection_is_in_both_forms_or_in_neither() -> None:
 
 def test_formulas_agree_with_pytorchs_counter() -> None:
     shape = Shape(2, 8, 6, 5)
-    for contender in contenders_at(shape, CONDITIONS, layers=list(LAYERS), backends=["all"]):
-        found = formula(contender, build(contender, 8, CONDITIONS), shape, CONDITIONS)
-        assert found.flops == found.counted_flops, contender.name
+    for implementation in implementations_at(
+        shape, CONDITIONS, layers=list(LAYERS), backends=["all"]
+    ):
+        found = implementation.formula(implementation.build(8, CONDITIONS), shape, CONDITIONS)
+        assert found.flops == found.counted_flops, implementation.name
         assert found.map_numel
         assert found.map_bytes == 4 * found.map_numel
         assert found.parameters > 0
 
 
 def test_a_users_module_has_counted_flops_alone(tmp_path: Path) -> None:
-    target = _contender(tmp_path, "self.conv = nn.Conv2d(channels, channels, 1)", "self.conv(x)")
-    contender = Contender(target)
-    found = formula(contender, build(contender, 8, CONDITIONS), SMALL, CONDITIONS)
+    target = _module_file(tmp_path, "self.conv = nn.Conv2d(channels, channels, 1)", "self.conv(x)")
+    implementation = Implementation(target)
+    found = implementation.formula(implementation.build(8, CONDITIONS), SMALL, CONDITIONS)
     assert found == Formula(parameters=72, counted_flops=2 * 8 * 8 * 30)
 
 
@@ -307,27 +309,27 @@ def _workloads(calls: list[str], **fails_at: int | None) -> dict[str, Workload]:
     }
 
 
-def test_contenders_take_turns() -> None:
+def test_implementations_interleave() -> None:
     calls: list[str] = []
     workloads = _workloads(calls, a=None, b=None, c=None)
-    times, failures = take_turns(workloads, {"a": 4, "b": 2, "c": 4}, "training", _Steps())
+    times, failures = interleave(workloads, {"a": 4, "b": 2, "c": 4}, "training", _Steps())
     assert "".join(calls) == "acabcacabc"
     assert times == {"a": [1, 3, 6, 8], "b": [4, 9], "c": [2, 5, 7, 10]}
     assert not failures
 
 
-def test_a_contender_that_fails_leaves_and_the_others_go_on() -> None:
+def test_a_implementation_that_fails_leaves_and_the_others_go_on() -> None:
     calls: list[str] = []
     workloads = _workloads(calls, a=None, b=2, c=None)
-    times, failures = take_turns(workloads, dict.fromkeys("abc", 3), "inference", _Steps())
+    times, failures = interleave(workloads, dict.fromkeys("abc", 3), "inference", _Steps())
     assert "".join(calls) == "abcabcac"
     assert set(times) == {"a", "c"}
     assert failures == {"b": Failure("out of memory", "MemoryError: no more")}
 
 
-def test_a_contender_that_has_had_enough_is_timed_no_more() -> None:
+def test_a_implementation_that_has_had_enough_is_timed_no_more() -> None:
     workloads = _workloads([], a=None, b=None)
-    times, _ = take_turns(
+    times, _ = interleave(
         workloads, {"a": 5, "b": 5}, "inference", _Steps(), enough=lambda times: sum(times) > 3
     )
     assert times == {"a": [1, 3], "b": [2, 4]}
@@ -372,7 +374,7 @@ def test_another_output_than_the_inputs_shape_is_an_error(result: object) -> Non
 # Memory
 
 
-def _contender(folder: Path, init: str = "pass", forward: str = "x", name: str = "mine") -> str:
+def _module_file(folder: Path, init: str = "pass", forward: str = "x", name: str = "mine") -> str:
     path = folder / f"{name}.py"
     path.write_text(
         "import ctypes, os, signal, time\nimport torch\nfrom torch import nn\n"
@@ -397,34 +399,34 @@ LARGE = Shape(1, 2, 20, 20)  # larger than what the probe warms up with
 def _probe(
     memory: CpuMemory, target: str, mode: Mode = "inference", limit: float = 60.0
 ) -> Probe | Failure:
-    return memory.probe(Contender(target), LARGE, CONDITIONS, mode, limit)
+    return memory.probe(LayerRecipe(Implementation(target), LARGE, CONDITIONS), mode, limit)
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_probe_measures_a_known_allocation(memory: CpuMemory, tmp_path: Path, mode: Mode) -> None:
-    target = _contender(tmp_path, forward="x + torch.zeros(2**24).add_(1)[0]")  # 64 MiB
+    target = _module_file(tmp_path, forward="x + torch.zeros(2**24).add_(1)[0]")  # 64 MiB
     probe = _probe(memory, target, mode)
     assert isinstance(probe, Probe)
     assert probe.peak_bytes == pytest.approx(2**26, rel=0.15)
 
 
 def test_probe_starts_from_nothing_each_time(memory: CpuMemory, tmp_path: Path) -> None:
-    large = _contender(tmp_path, forward="x + torch.zeros(2**24).add_(1)[0]", name="large")
+    large = _module_file(tmp_path, forward="x + torch.zeros(2**24).add_(1)[0]", name="large")
     assert isinstance(_probe(memory, large), Probe)
-    small = _probe(memory, _contender(tmp_path, name="small"))
+    small = _probe(memory, _module_file(tmp_path, name="small"))
     assert isinstance(small, Probe)
     assert small.peak_bytes < 2**22
 
 
 def test_probe_does_not_count_parameters_and_inputs(memory: CpuMemory, tmp_path: Path) -> None:
-    held = _contender(tmp_path, init="self.big = nn.Parameter(torch.ones(2**24))")
+    held = _module_file(tmp_path, init="self.big = nn.Parameter(torch.ones(2**24))")
     probe = _probe(memory, held)
     assert isinstance(probe, Probe)
     assert probe.peak_bytes < 2**22
 
 
 def test_probe_forgets_the_peak_of_building(memory: CpuMemory, tmp_path: Path) -> None:
-    probe = _probe(memory, _contender(tmp_path, init="torch.zeros(2**24).add_(1)"))
+    probe = _probe(memory, _module_file(tmp_path, init="torch.zeros(2**24).add_(1)"))
     assert isinstance(probe, Probe)
     assert probe.peak_bytes < 2**22
 
@@ -447,7 +449,7 @@ LARGE_ONLY = "x if x.shape[-1] < 20 else "
 def test_probe_says_why_there_is_no_figure(
     memory: CpuMemory, tmp_path: Path, forward: str, kind: str, reason: str
 ) -> None:
-    target = _contender(tmp_path, forward=LARGE_ONLY + forward)
+    target = _module_file(tmp_path, forward=LARGE_ONLY + forward)
     failure = _probe(memory, target, limit=0.5)
     assert isinstance(failure, Failure)
     assert failure.kind == kind
@@ -458,7 +460,7 @@ def test_probe_whose_process_is_gone_says_so(tmp_path: Path) -> None:
     with CpuMemory() as memory:
         memory._process.kill()
         memory._process.wait()
-        failure = _probe(memory, _contender(tmp_path))
+        failure = _probe(memory, _module_file(tmp_path))
     assert failure == Failure("failed", "the process that measures memory ended unexpectedly")
 
 
@@ -468,16 +470,16 @@ def test_probe_whose_process_is_gone_says_so(tmp_path: Path) -> None:
 ENVIRONMENT = Environment("2026-01-01", "a CPU", "Linux", "3.11", "2.6", "0.8", "0.1", 0.5)
 
 
-def _row(contender: Contender, *times: float, peak: int | None = 2**24) -> Row:
+def _row(implementation: Implementation, *times: float, peak: int | None = 2**24) -> Row:
     measured: dict[Mode, Measurement] = {"inference": Measurement(list(times), peak)}
-    return Row(SMALL, contender, Formula(5), measured)
+    return Row(SMALL, implementation, Formula(5), measured)
 
 
-def _report(*rows: Row, baseline: str = OFFICIAL, sweep: str | None = None) -> Report:
-    return Report(ENVIRONMENT, CONDITIONS, baseline, sweep, list(rows))
+def _report(*rows: Row, baseline: str = OFFICIAL, sweep: str | None = None) -> Results:
+    return Results(ENVIRONMENT, CONDITIONS, baseline, sweep, list(rows))
 
 
-BASE, OURS = Contender(OFFICIAL), Contender("fully", "sdpa", automatic=True)
+BASE, OURS = Implementation(OFFICIAL), Implementation("fully", "sdpa", automatic=True)
 
 
 def test_median_and_spread() -> None:
@@ -507,12 +509,12 @@ def test_json_round_trip() -> None:
         },
     )
     report = _report(_row(BASE, 2.0, 3.0), failed, sweep="channels")
-    assert Report.from_json(report.to_json()) == report
+    assert Results.from_json(report.to_json()) == report
 
 
 def test_json_says_its_schema_units_and_conditions() -> None:
     data = json.loads(_report(_row(BASE, 2.0, 3.0, 4.0), _row(OURS, 1.0)).to_json())
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert "FLOPs are 2 x multiply-accumulate" in data["units"]
     assert set(data["environment"]) >= {"device_name", "torch", "einops", "python", "fullattn"}
     assert set(data["conditions"]) >= {"dtype", "memory_format", "threads", "project", "input"}
@@ -529,32 +531,32 @@ def test_json_says_its_schema_units_and_conditions() -> None:
         "[]",
         "{}",
         '{"kind": "fullattn bench", "schema": 99}',
-        '{"kind": "fullattn bench", "schema": 1}',
+        '{"kind": "fullattn bench", "schema": 2}',
     ],
 )
 def test_files_that_are_no_reports_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "old.json"
     path.write_text(text)
     with pytest.raises(UsageError, match=r"expected a bench\.json of `fullattn bench` at"):
-        read_report(str(path))
+        read_results(str(path))
     with pytest.raises(UsageError, match="no such file"):
-        read_report(str(tmp_path / "missing.json"))
+        read_results(str(tmp_path / "missing.json"))
 
 
 def _console() -> Console:
     return Console(width=WIDTH, record=True, file=io.StringIO())
 
 
-def _printed(report: Report) -> str:
+def _printed(report: Results) -> str:
     console = _console()
-    print_report(report, console)
+    print_results(report, console)
     return console.export_text()
 
 
 def test_table_shows_every_row_with_its_conditions_in_120_columns() -> None:
     slow = Row(
         SMALL,
-        Contender("spatial", "linear", True),
+        Implementation("spatial", "linear", True),
         Formula(10**9, 10**15, 0),
         {
             "inference": Measurement([123456.0, 133456.0, 143456.0], 2**40),
@@ -589,7 +591,7 @@ def test_table_says_why_there_are_no_ratios() -> None:
     )
     text = _printed(_report(failed, _row(OURS, 1.0)))
     assert "8x6x5, inference: no ratios, because the baseline has no time." in text
-    assert "no ratios, because the baseline official is not there" in _printed(
+    assert "no ratios, because the baseline official was not measured" in _printed(
         _report(_row(OURS, 1))
     )
 
@@ -598,7 +600,7 @@ def test_table_says_why_there_are_no_ratios() -> None:
 def test_pictures_are_drawn_with_rows_missing(tmp_path: Path, sweep: str | None) -> None:
     failed = Row(
         SMALL,
-        Contender("spatial", "sdpa"),
+        Implementation("spatial", "sdpa"),
         Formula(5),
         {"inference": Measurement(failure=Failure("failed", "it broke"))},
     )
@@ -617,7 +619,7 @@ def test_pictures_are_drawn_with_rows_missing(tmp_path: Path, sweep: str | None)
 NOISE = [0.98, 1.0, 1.02, 1.01, 0.99]
 
 
-def _run(ours: float, base: float = 10.0, spread: float = 1.0, peak: int = 2**24) -> Report:
+def _run(ours: float, base: float = 10.0, spread: float = 1.0, peak: int = 2**24) -> Results:
     noise = [1 + (n - 1) * spread for n in NOISE]
     return _report(
         _row(BASE, *(base * n for n in noise)), _row(OURS, *(ours * n for n in noise), peak=peak)
@@ -625,52 +627,52 @@ def _run(ours: float, base: float = 10.0, spread: float = 1.0, peak: int = 2**24
 
 
 def test_a_slowed_row_is_found() -> None:
-    (change,) = compare.changes(_run(4.0), _run(5.0))
+    (change,) = compare.differences(_run(4.0), _run(5.0))
     assert change.slower
     assert change.time == pytest.approx(1.25)
-    (change,) = compare.changes(_run(5.0), _run(4.0))
+    (change,) = compare.differences(_run(5.0), _run(4.0))
     assert change.faster
     assert not change.slower
 
 
 def test_noise_raises_no_alarm() -> None:
     for ours, spread in ((4.15, 1.0), (5.0, 6.0)):
-        (change,) = compare.changes(_run(4.0, spread=spread), _run(ours, spread=spread))
+        (change,) = compare.differences(_run(4.0, spread=spread), _run(ours, spread=spread))
         assert not change.slower
         assert not change.faster
 
 
 def test_a_slower_machine_raises_no_alarm() -> None:
-    (change,) = compare.changes(_run(4.0), _run(8.0, base=20.0))
+    (change,) = compare.differences(_run(4.0), _run(8.0, base=20.0))
     assert not change.slower
     assert change.machine == pytest.approx(2.0)
 
 
 def test_without_a_common_baseline_milliseconds_are_compared() -> None:
-    (change,) = compare.changes(_report(_run(4.0).rows[1]), _run(8.0, base=20.0))
+    (change,) = compare.differences(_report(_run(4.0).rows[1]), _run(8.0, base=20.0))
     assert change.machine == 1.0
     assert change.slower
 
 
 def test_single_calls_are_not_judged() -> None:
     single = _report(_row(BASE, 10.0), _row(OURS, 40.0))
-    (change,) = compare.changes(_run(4.0), single)
+    (change,) = compare.differences(_run(4.0), single)
     assert not change.slower
     console = _console()
-    compare.print_changes(_run(4.0), single, console)
+    compare.print_differences(_run(4.0), single, console)
     assert "1 cannot be judged" in console.export_text()
 
 
 def test_memory_that_grew_is_found() -> None:
-    (change,) = compare.changes(_run(4.0), _run(4.0, peak=2**25))
+    (change,) = compare.differences(_run(4.0), _run(4.0, peak=2**25))
     assert change.memory_grew
-    (change,) = compare.changes(_run(4.0), _run(4.0, peak=2**24 + 4096))
+    (change,) = compare.differences(_run(4.0), _run(4.0, peak=2**24 + 4096))
     assert not change.memory_grew
 
 
 def test_comparison_is_printed() -> None:
     console = _console()
-    compare.print_changes(_run(4.0), _run(5.0), console)
+    compare.print_differences(_run(4.0), _run(5.0), console)
     text = console.export_text()
     assert "fully:sdpa" in text
     assert "slower" in text
@@ -699,7 +701,7 @@ def test_rows_that_lost_their_time_are_named() -> None:
 def test_runs_under_other_conditions_are_not_compared(changed: dict[str, object]) -> None:
     other = dataclasses.replace(_run(4.0), conditions=dataclasses.replace(CONDITIONS, **changed))
     with pytest.raises(UsageError, match="expected an old run with"):
-        compare.check_comparable(_run(4.0), other)
+        compare.check_comparable(_run(4.0).conditions, other.conditions)
 
 
 # Output
@@ -716,17 +718,18 @@ def test_folders_made_for_nothing_are_taken_away(tmp_path: Path) -> None:
 
 
 def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.write_text("before")
+    (tmp_path / "first").write_text("before")
 
-    def fail(path: Path) -> None:
-        path.write_text("half")
-        raise OSError("disk full")
+    def fail() -> None:
+        with written_together(tmp_path) as folder:
+            (folder / "first").write_text("after")
+            (folder / "second").write_text("half")
+            raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_all({first: lambda path: path.write_text("after"), second: fail})
+        fail()
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
-    assert first.read_text() == "before"
+    assert (tmp_path / "first").read_text() == "before"
 
 
 # The whole run
@@ -737,7 +740,7 @@ def _options(target: str | None = None, **changed: object) -> Options:
         shapes=[(LARGE, ("inference", "training"))],
         conditions=CONDITIONS,
         layers=["channel"],
-        users=[target] if target else [],
+        modules=[target] if target else [],
         plan=Plan(repeats=2, limit=60.0),
         memory=False,
     )
@@ -746,12 +749,12 @@ def _options(target: str | None = None, **changed: object) -> Options:
 
 @pytest.mark.parametrize("with_memory", [False, True])
 def test_out_of_memory_marks_its_row_and_the_run_goes_on(tmp_path: Path, with_memory: bool) -> None:
-    target = _contender(tmp_path, forward=LARGE_ONLY + "torch.zeros(2**45)")
+    target = _module_file(tmp_path, forward=LARGE_ONLY + "torch.zeros(2**45)")
     report = measure_all(_options(target, memory=with_memory))
     for row in report.rows:
         for mode in ("inference", "training"):
             measurement = row.measured[mode]
-            if row.contender.name == "mine:Block":
+            if row.implementation.name == "mine:Block":
                 assert measurement.failure is not None
                 assert measurement.failure.kind == "out of memory"
                 assert measurement.times_ms == []
@@ -763,16 +766,23 @@ def test_out_of_memory_marks_its_row_and_the_run_goes_on(tmp_path: Path, with_me
 def test_a_forecast_leaves_out_what_would_take_too_long() -> None:
     from fullattn.bench import run
 
-    runner = run._Runner(_options(), None, bar=None)  # type: ignore[arg-type]
-    runner._learn("spatial:sdpa", "inference", flops=10**9, seconds=2.0)
-    runner._learn("channel:sdpa", "inference", flops=10**9, seconds=0.01)
-    spatial, channel = Contender("spatial", "sdpa"), Contender("channel", "sdpa")
-    assert runner._forecast(spatial, LARGE, "inference", 10**10) == pytest.approx(20.0)
-    with pytest.raises(run._LeftOutError) as left:
-        runner._forecast(spatial, LARGE, "inference", 10**11)
+    runner = run._Run(_options(), None, lambda part, what: None)
+    spatial = Implementation("spatial", "sdpa")
+    workload = LayerRecipe(spatial, LARGE, CONDITIONS).workload("training")
+    runner.rates[spatial, "inference"] = 1.0  # a second per FLOP
+    with pytest.raises(run._LeftOut) as left:
+        runner._first_calls(spatial, LARGE, "inference", workload, needed=True)
     assert left.value.failure.kind == "too slow"
-    assert runner._forecast(channel, LARGE, "inference", 10**15) is None
-    assert runner._forecast(spatial, LARGE, "training", 10**15) is None
+    seconds, _ = runner._first_calls(spatial, LARGE, "training", workload, needed=True)
+    assert seconds < 1
+    assert (spatial, "training") not in runner.rates  # a short call foretells nothing
+
+
+def test_a_module_is_built_once(tmp_path: Path) -> None:
+    target = _module_file(tmp_path, init="open(__file__ + '.built', 'x').close()")
+    both: tuple[Mode, ...] = ("inference", "training")
+    measure_all(_options(target, shapes=[(LARGE, both), (LARGE._replace(height=30), both)]))
+    assert (tmp_path / "mine.py.built").exists()
 
 
 def test_a_budget_used_up_leaves_out_all_but_the_first_layer_and_the_baseline() -> None:
@@ -781,7 +791,7 @@ def test_a_budget_used_up_leaves_out_all_but_the_first_layer_and_the_baseline() 
     )
     report = measure_all(options)
     for mode in ("inference", "training"):
-        measured = {row.contender.name: row.measured[mode] for row in report.rows}
+        measured = {row.implementation.name: row.measured[mode] for row in report.rows}
         left_out = measured.pop("channel:chunked")
         assert left_out.failure is not None
         assert left_out.failure.kind == "no time left"
@@ -795,7 +805,7 @@ def test_a_budget_used_up_leaves_out_all_but_the_first_layer_and_the_baseline() 
 
 def test_a_backend_that_cannot_run_marks_its_row() -> None:
     report = measure_all(_options(backends=["linear", "reference"]))
-    kinds = {row.contender.name: row.measured["inference"].failure for row in report.rows}
+    kinds = {row.implementation.name: row.measured["inference"].failure for row in report.rows}
     assert kinds["channel:linear"] is not None
     assert kinds["channel:linear"].kind == "cannot run"
     assert kinds["channel:reference"] is None
@@ -815,10 +825,10 @@ def test_devices_and_dtypes_that_are_not_there_are_refused() -> None:
         parse_dtype("int8")
 
 
-def test_a_contender_that_cannot_be_built_at_one_width_is_refused_before_measuring(
+def test_a_implementation_that_cannot_be_built_at_one_width_is_refused_before_measuring(
     tmp_path: Path,
 ) -> None:
-    target = _contender(tmp_path, init="assert channels != 4")
+    target = _module_file(tmp_path, init="assert channels != 4")
     shapes = [(SMALL, ("inference",)), (Shape(1, 4, 5, 5), ("inference",))]
     with pytest.raises(UsageError, match="callable with the number of channels"):
         measure_all(_options(target, shapes=shapes))
@@ -835,13 +845,13 @@ def test_the_cheapest_is_measured_first_and_reported_where_it_was_asked_for(
     from fullattn.bench import run
 
     seen: list[tuple[Shape, Mode]] = []
-    measure = run._Runner.measure
+    measure = run._Run.measure
 
-    def noting(runner: run._Runner, shape: Shape, mode: Mode, *rest: object) -> object:
+    def noting(runner: run._Run, shape: Shape, mode: Mode, *rest: object) -> object:
         seen.append((shape, mode))
         return measure(runner, shape, mode, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run._Runner, "measure", noting)
+    monkeypatch.setattr(run._Run, "measure", noting)
     both: tuple[Mode, ...] = ("inference", "training")
     report = measure_all(_options(shapes=[(LARGE, both), (SMALL, both)]))
     assert seen == [

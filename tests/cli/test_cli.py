@@ -243,12 +243,12 @@ def test_sweeps_have_a_picture_of_their_own(axis: str) -> None:
     assert sorted(path.name for path in Path(axis).iterdir()) == ["sweep.json", "sweep.png"]
 
 
-def test_contenders_from_a_file_and_from_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_implementations_from_a_file_and_from_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mine.py").write_text(CONTENDER)
     Path("yours.py").write_text(CONTENDER)
     monkeypatch.setattr(sys, "path", [*sys.path])
     data = _bench(
-        "--contender", "mine.py:Block", "--contender", "yours:Block", "--baseline", "mine:Block"
+        "--module", "mine.py:Block", "--module", "yours:Block", "--baseline", "mine:Block"
     )
     assert _names(data)[2:] == ["mine:Block", "yours:Block"]
     row = data["rows"][2]
@@ -323,18 +323,18 @@ def _refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--seconds", "-1"], "expected", "-1"),
         (["--limit", "nan"], "expected seconds above 0", "'nan'"),
         (["--colour"], "unrecognized arguments", "--colour"),
-        (["--contender", "missing.py:Block"], "expected a file at 'missing.py'", "found none"),
-        (["--contender", "mine.py"], "expected a contender as FILE.py:NAME", "'mine.py'"),
-        (["--contender", "mine.py:Missing"], "expected 'Missing' in", "found nothing"),
-        (["--contender", "mine.py:number"], "to be callable", "got int"),
-        (["--contender", "mine.py:function"], "to build a torch.nn.Module", "got NoneType"),
-        (["--contender", "mine.py:Picky"], "callable with the number of channels", "TypeError"),
-        (["--contender", "mine.py:Cropping"], "expected an output of shape (1, 4, 5, 6)", "got (1"),
-        (["--contender", "mine.py:Strings"], "expected an output of shape", "got str"),
-        (["--contender", "broken.py:Block"], "does not import", "ZeroDivisionError"),
-        (["--contender", "wrong.py:Block"], "does not import", "SyntaxError"),
-        (["--contender", "quits.py:Block"], "does not import", "SystemExit"),
-        (["--contender", "no.such.module:Block"], "does not import", "ModuleNotFoundError"),
+        (["--module", "missing.py:Block"], "expected a file at 'missing.py'", "found none"),
+        (["--module", "mine.py"], "expected a module as FILE.py:NAME", "'mine.py'"),
+        (["--module", "mine.py:Missing"], "expected 'Missing' in", "found nothing"),
+        (["--module", "mine.py:number"], "to be callable", "got int"),
+        (["--module", "mine.py:function"], "to build a torch.nn.Module", "got NoneType"),
+        (["--module", "mine.py:Picky"], "callable with the number of channels", "TypeError"),
+        (["--module", "mine.py:Cropping"], "expected an output of shape (1, 4, 5, 6)", "got (1"),
+        (["--module", "mine.py:Strings"], "expected an output of shape", "got str"),
+        (["--module", "broken.py:Block"], "does not import", "ZeroDivisionError"),
+        (["--module", "wrong.py:Block"], "does not import", "SyntaxError"),
+        (["--module", "quits.py:Block"], "does not import", "SystemExit"),
+        (["--module", "no.such.module:Block"], "does not import", "ModuleNotFoundError"),
         (["--image", "missing.png"], "expected an image that can be read", "'missing.png'"),
         (["--image", "mine.py"], "expected an image that can be read", "'mine.py'"),
         (["--output", "mine.py"], "expected an output folder that can be written", "'mine.py'"),
@@ -419,7 +419,7 @@ def test_interruption_leaves_nothing(tmp_path: Path) -> None:
         "    def forward(self, x):\n"
         "        pathlib.Path('began').touch()\n        time.sleep(0.2)\n        return x\n"
     )
-    command = [*QUICK, "--repeats", "1000", "--contender", "slow.py:Block", "--output", "deep/out"]
+    command = [*QUICK, "--repeats", "1000", "--module", "slow.py:Block", "--output", "deep/out"]
     running = subprocess.Popen(
         [sys.executable, "-m", "fullattn", *command],
         stdout=subprocess.PIPE,

@@ -437,7 +437,7 @@ def _prepared(args: argparse.Namespace, arguments: list[str]) -> list[str]:
         backbone_weights(Path("backbone.pth"))
         if not load("timm").is_model(args.backbone):
             raise UsageError(f"timm has no {args.backbone}")
-    for word in [*(_get(args, "contender") or ()), *filter(None, [_get(args, "model")])]:
+    for word in [*(_get(args, "modules") or ()), *filter(None, [_get(args, "model")])]:
         package = re.split("[.:]", word)[0]
         if package in NEEDS:
             load(package)
@@ -831,7 +831,7 @@ def test_commands_are_divided_and_without_comments() -> None:
         ("fullattn info --layers fully", "unrecognized arguments: --layers"),
         ("fullattn info --layer some", "exit status 2 of .*\nfullattn: expected layers of"),
         ("FULLATTN_BACKEND=none fullattn info", "exit status 2 of .*\nfullattn: FULLATTN_BACKEND"),
-        ("fullattn bench --contender gone.py:Block", "expected a file at 'gone.py'"),
+        ("fullattn bench --module gone.py:Block", "expected a file at 'gone.py'"),
         ("fullattn bench --shapes 512x97", "512x97"),
         ("fullattn train camwid --data data", "camwid"),
         ("fullattn train camvid --data data --set training.step=3", "did you mean 'steps'"),

@@ -48,7 +48,8 @@ def test_the_tables_hold_the_medians_and_ratios_of_the_times() -> None:
         expected = [
             row
             for row in data["rows"]
-            if (row["contender"]["layer"], row["contender"]["backend"]) == (layer, backend)
+            if (row["implementation"]["layer"], row["implementation"]["backend"])
+            == (layer, backend)
         ]
         assert len(found) == len(expected) > 0
         for shown, row in zip(found, expected, strict=True):

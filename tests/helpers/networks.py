@@ -372,10 +372,10 @@ NETWORKS = (
 
 # What the tests of a network show, as headings of the table in the documentation.
 COLUMNS = {
-    "test_the_layer_is_where_it_was_put_and_the_result_has_its_shape": "forward",
+    "test_the_layer_is_in_its_place_and_the_shape_of_the_result_is_unchanged": "forward",
     "test_one_step_of_training_reaches_every_parameter_of_the_layer": "backward and a step",
     "test_state_dict_round_trip": "`state_dict`, pickle, deepcopy",
-    "test_torch_compile_takes_it_in_one_graph": "`torch.compile(fullgraph=True)`",
+    "test_torch_compile_without_graph_breaks": "`torch.compile(fullgraph=True)`",
     "test_inductor_agrees_with_eager": "inductor",
     "test_strict_export_with_free_batch_and_size": "strict export, free B, H, W",
 }

@@ -1,7 +1,7 @@
-"""Tiny data sets in the exact layouts of the real ones, made of coloured rectangles.
+"""Tiny datasets of coloured rectangles in the layouts of the real ones.
 
-A pixel's colour is its class's colour with a little noise, so that even a very small network learns
-something from a few of them. Every function writes below `root`, which it makes, and returns it.
+A pixel has its class's colour with a little noise, so that a very small network can be trained on a
+few images. Every function creates `root`, writes below it and returns it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def picture(
     random: np.random.Generator,
     colours: dict[int, tuple[int, int, int]] | None = None,
 ) -> tuple[Array, Array]:
-    """A picture (H, W, 3) of rectangles and the label of each of its pixels (H, W)."""
+    """Return an image (H, W, 3) of rectangles and its labels (H, W)."""
     height, width = size
     mask = np.full(size, labels[0], np.uint8)
     for label in random.permutation(labels):
@@ -50,7 +50,7 @@ def picture(
 
 
 def save(path: Path, pixels: Array, mode: str | None = None) -> None:
-    """Write an array as a picture of the format that the name says, making its folder."""
+    """Write an array as an image in the format of the suffix, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(pixels)
     if mode == "P":
@@ -59,7 +59,7 @@ def save(path: Path, pixels: Array, mode: str | None = None) -> None:
 
 
 def camvid(root: Path, images: int = 6, size: tuple[int, int] = (48, 64), seed: int = 0) -> Path:
-    """CamVid as in shared/data/camvid: `images` pictures in each of train, val and test.
+    """Make CamVid with `images` images in each of train, val and test.
 
     The first half of test is named as the sequence 0001TP, the rest as Seq05VD. Void is 255.
     """
@@ -88,9 +88,9 @@ def camvid(root: Path, images: int = 6, size: tuple[int, int] = (48, 64), seed: 
 def cityscapes(
     root: Path, images: int = 2, size: tuple[int, int] = (32, 64), seed: int = 0
 ) -> Path:
-    """Cityscapes: `images` pictures in each of two cities of train and one city of val and test.
+    """Make Cityscapes with `images` images in each of two cities of train, one of val and of test.
 
-    Beside the label ids lie the colour, instance and polygon files that come with the real ones.
+    The colour, instance and polygon files of the real dataset are included.
     """
     random = np.random.default_rng(seed)
     cities = {"train": ("aachen", "zurich"), "val": ("frankfurt",), "test": ("berlin",)}
@@ -109,7 +109,7 @@ def cityscapes(
 
 
 def ade20k(root: Path, images: int = 3, size: tuple[int, int] = (40, 30), seed: int = 0) -> Path:
-    """SceneParse150 as its archive unpacks, with the lists that lie beside it."""
+    """Make SceneParse150 as in its archive, with the lists beside it."""
     random = np.random.default_rng(seed)
     base = root / "ADEChallengeData2016"
     for folder, part in (("training", "train"), ("validation", "val")):
@@ -130,7 +130,7 @@ def voc(
     seed: int = 0,
     augmented: bool = True,
 ) -> Path:
-    """PASCAL VOC 2012: palette masks with void 255, lists, and images that are in no list.
+    """Make PASCAL VOC 2012: palette masks with void 255, lists, and images in no list.
 
     With `augmented` also the grey masks of SegmentationClassAug and trainaug.txt.
     """
@@ -173,16 +173,16 @@ def folder(
     classes: int = 4,
     masks: str = "masks",
 ) -> Path:
-    """A folder of images and masks without a list of classes, with folders inside the splits.
+    """Make a folder of images and masks without a class list, with subfolders in the splits.
 
     Args:
-        splits: folders; none for images that are not divided.
+        splits: names of the splits; empty for no splits.
     """
     random = np.random.default_rng(seed)
     for split in splits or (".",):
         for i in range(images):
             image, mask = picture(size, [*range(classes), 255], random)
-            mask[0, 0] = classes - 1  # so that the number of classes is certain
+            mask[0, 0] = classes - 1  # the highest label is always there
             save(root / "images" / split / f"day{i % 2}" / f"{i}.jpg", image)
             save(root / masks / split / f"day{i % 2}" / f"{i}.png", mask)
     return root

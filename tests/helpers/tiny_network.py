@@ -1,4 +1,4 @@
-"""A tiny network in a file, and a photograph for it."""
+"""A tiny network in a file, and a photograph."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
 
 
 def street() -> Tensor:
-    """A photograph, (3, 48, 80)."""
+    """Return a photograph, (3, 48, 80)."""
     pixels, _ = tiny_data.picture((48, 80), list(range(9)), np.random.default_rng(0))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def save(path: Path, attention: str) -> Path:
-    """A file as `fullattn train` writes it, of an untrained network of three classes."""
+    """Save an untrained network of three classes as `fullattn train` does."""
     torch.manual_seed(0)
     model = FLANet(
         3, "test_resnet", attention=attention, channels=8, out_channels=8, auxiliary=False
@@ -33,7 +33,7 @@ def save(path: Path, attention: str) -> Path:
     for name, parameter in model.named_parameters():
         if name.endswith("gamma"):
             nn.init.ones_(parameter)
-    # Balanced, because with random weights all pixels would get the same class.
+    # With random weights and no balanced bias, all pixels would get the same class.
     with torch.no_grad():
         logits = model.eval()(normalised(street()[None], MEAN, STD))
         model.head.output.classifier.bias -= logits.mean((0, 2, 3))

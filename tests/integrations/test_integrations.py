@@ -1,4 +1,4 @@
-"""Registries of other libraries: filled when asked, and what can be built from them then."""
+"""Registration of the layers with other libraries."""
 
 from __future__ import annotations
 
@@ -72,7 +72,23 @@ def test_timm_takes_the_layers_and_traces_around_them(layer: Any) -> None:
 
 
 def test_torchvision_is_importable_and_stays_so() -> None:
+    torchvision.ensure_importable()
     load("torchvision")
     before = sys.modules["torchvision"]
     torchvision.ensure_importable()
     assert sys.modules["torchvision"] is before
+
+
+def test_torchvision_is_importable_after_an_import_that_failed() -> None:
+    pytest.importorskip("torchvision", exc_type=Exception)
+    program = """
+import importlib
+try:
+    import torchvision
+except RuntimeError:
+    pass
+from fullattn.integrations.torchvision import ensure_importable
+ensure_importable()
+import torchvision.models
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

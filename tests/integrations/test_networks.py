@@ -1,4 +1,4 @@
-"""Real networks with one of our layers in them: they run, train, save, load and compile."""
+"""Networks of other libraries with one of our layers run, train, save, load and compile."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def changed(network: Network, seed: int = 0) -> tuple[nn.Module, fullattn.swap.R
     return model, network.change(model, network.inputs(0, 2, 64, 64))
 
 
-def awake(model: nn.Module, report: fullattn.swap.Report, inputs: Any) -> nn.Module:
-    """The network in evaluation, with attention that its result depends on."""
+def activated(model: nn.Module, report: fullattn.swap.Report, inputs: Any) -> nn.Module:
+    """Return the network in evaluation mode, with attention that affects its result."""
     for layer in report.layers:
-        open_the_layer(layer)
-    # With the statistics that a normalisation starts with, random weights let an image fade away.
+        randomise_zeros(layer)
+    # With initial statistics, activations of random weights vanish in deep networks.
     momenta = {m: m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
     for module in momenta:
         module.momentum = 1.0
@@ -47,8 +47,8 @@ def awake(model: nn.Module, report: fullattn.swap.Report, inputs: Any) -> nn.Mod
     return model.eval()
 
 
-def open_the_layer(layer: nn.Module) -> None:
-    """Give what starts at 0 another value, so that attention takes part."""
+def randomise_zeros(layer: nn.Module) -> None:
+    """Fill zero parameters with another value, so that attention affects the result."""
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if not parameter.any():
@@ -57,7 +57,9 @@ def open_the_layer(layer: nn.Module) -> None:
 
 
 @each_network
-def test_the_layer_is_where_it_was_put_and_the_result_has_its_shape(network: Network) -> None:
+def test_the_layer_is_in_its_place_and_the_shape_of_the_result_is_unchanged(
+    network: Network,
+) -> None:
     model = network.built().eval()
     x = network.inputs(0, 2, 64, 64)
     with torch.no_grad():
@@ -68,7 +70,7 @@ def test_the_layer_is_where_it_was_put_and_the_result_has_its_shape(network: Net
     assert all(y.isfinite().all() for y in after)
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) == network.identity
     for change in report.changes:
-        assert model.get_submodule(change.name) is change.now
+        assert model.get_submodule(change.name) is change.new
         assert change.flops_after
     assert report.parameters_after == sum(p.numel() for p in model.parameters())
     fullattn.remove(report)
@@ -79,10 +81,10 @@ def test_the_layer_is_where_it_was_put_and_the_result_has_its_shape(network: Net
 
 @each_network
 def test_the_result_depends_on_the_layer(network: Network) -> None:
-    # Otherwise the comparisons below would say nothing of it.
+    # Otherwise the comparisons below would not test the layer.
     x = network.inputs(0, 2, 64, 64)
     model, report = changed(network)
-    awake(model, report, x)
+    activated(model, report, x)
     with torch.no_grad():
         expected = tensors(call(model, x))
         for layer in report.layers:
@@ -97,7 +99,7 @@ def test_one_step_of_training_reaches_every_parameter_of_the_layer(network: Netw
     model, report = changed(network)
     model.train()
     for layer in report.layers:
-        open_the_layer(layer)
+        randomise_zeros(layer)
     before = {n: p.detach().clone() for layer in report.layers for n, p in layer.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     sum(y.square().mean() for y in tensors(call(model, network.inputs(0, 2, 64, 64)))).backward()
@@ -117,7 +119,7 @@ def test_state_dict_round_trip(network: Network) -> None:
     other, _ = changed(network, seed=2)
     x = network.inputs(3, 2, 64, 128)
     for layer in report.layers:
-        open_the_layer(layer)
+        randomise_zeros(layer)
     result = other.load_state_dict(model.state_dict(), strict=True)
     assert not result.missing_keys
     assert not result.unexpected_keys
@@ -132,15 +134,15 @@ def test_state_dict_round_trip(network: Network) -> None:
 @pytest.mark.parametrize(
     "network",
     [
-        # The larger ones take minutes together; `make networks` has them all.
+        # The larger ones take minutes; `make networks` runs all of them.
         pytest.param(n, marks=[] if n.package in ("timm", "mmseg") else [pytest.mark.network])
         for n in NETWORKS
     ],
     ids=lambda network: network.name,
 )
 @pytest.mark.slow
-def test_torch_compile_takes_it_in_one_graph(network: Network) -> None:
-    model = awake(*changed(network), network.inputs(0, 2, 64, 64))
+def test_torch_compile_without_graph_breaks(network: Network) -> None:
+    model = activated(*changed(network), network.inputs(0, 2, 64, 64))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     x = network.inputs(0, 2, 64, 64)
     with torch.no_grad():
@@ -167,7 +169,7 @@ def test_a_swap_in_a_resnet50_takes_under_50_milliseconds() -> None:
 @pytest.mark.network
 @pytest.mark.timeout(900)
 def test_inductor_agrees_with_eager(network: Network) -> None:
-    model = awake(*changed(network), network.inputs(0, 2, 64, 64))
+    model = activated(*changed(network), network.inputs(0, 2, 64, 64))
     x = network.inputs(0, 2, 64, 64)
     with torch.no_grad():
         expected = tensors(call(model, x))
@@ -179,7 +181,7 @@ def test_inductor_agrees_with_eager(network: Network) -> None:
 @each_network
 @pytest.mark.network
 def test_strict_export_with_free_batch_and_size(network: Network) -> None:
-    model = awake(*changed(network), network.inputs(0, 2, 64, 64))
+    model = activated(*changed(network), network.inputs(0, 2, 64, 64))
     seen, unseen = network.inputs(0, 2, 128, 192), network.inputs(1, 3, 192, 128)
     with torch.no_grad():
         call(model, seen)  # transformers sets itself up in its first call, under a lock

@@ -24,8 +24,9 @@ from fullattn.attention import AttentionCall, BranchSizes, Operation
 from fullattn.attention.dispatch import BACKENDS
 from fullattn.layers import LAYERS, AttentionLayer, Work, register, unregister
 from fullattn.reshape import ROWS, Cut
-from helpers import oracle, rows
+from helpers import ROOT, oracle, rows
 from helpers.cases import SIZES, assert_near, peak_bytes
+from helpers.page_script import PageScript, page_data, position_tokens
 
 FILE = Path(rows.__file__)
 SHAPE = (2, 8, 6, 7)
@@ -226,12 +227,10 @@ def test_positions_that_stay_within_rows_are_drawn_there(x: Tensor) -> None:
         fullattn.plot.similarity(layer, features, channel=1)
 
     text = fullattn.plot.page({"a": (layer, features)}, torch.zeros(3, 60, 70, dtype=torch.uint8))
-    from test_plot import _data, _Engine, _position_tokens
-
-    data = _data(text)
+    data = page_data(text)
     (described,) = data["layers"]
-    tokens = _position_tokens(data, described, described["branches"][0])
-    found = _Engine().call("positionWeights", tokens, [3, 2])
+    tokens = position_tokens(data, described, described["branches"][0])
+    found = PageScript().call("positionWeights", tokens, [3, 2])
     np.testing.assert_allclose(found, expected.ravel(), rtol=1e-4, atol=1e-6)
 
 
@@ -248,7 +247,7 @@ def test_it_is_swapped_and_inserted(rows: Any, capsys: pytest.CaptureFixture[str
 
 
 def test_flanet_has_it_by_its_name(rows: Any) -> None:
-    assert fullattn.segmentation.models.attention_choices()[3] == "rows"
+    assert fullattn.models.attentions()[3] == "rows"
     options: dict[str, Any] = {"channels": 8, "out_channels": 8, "auxiliary": False}
     network = fullattn.segmentation.models.FLANet(4, "test_resnet", attention="rows", **options)
     assert isinstance(network.head.attention, rows)
@@ -259,12 +258,12 @@ def test_flanet_has_it_by_its_name(rows: Any) -> None:
 
 def test_the_explorer_has_its_formulas(rows: Any) -> None:
     racer = pytest.importorskip("py_mini_racer", reason="needs mini-racer: a V8 to run scripts in")
-    from test_cost_explorer import SCRIPT
 
     import explorer
 
     context = racer.MiniRacer()
-    context.eval(explorer.script() + SCRIPT.read_text("utf-8"))
+    script = ROOT / "docs" / "javascripts" / "costs.js"
+    context.eval(explorer.script() + script.read_text("utf-8"))
     setting: dict[str, Any] = {"layer": "rows", "batch": 2, "channels": 24, "height": 9}
     setting |= {"width": 11, "dtype": "float32", "device": "cpu", "threads": 2, "project": False}
     for backend in ("automatic", "reference", "sdpa", "chunked"):

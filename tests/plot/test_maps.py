@@ -1,4 +1,4 @@
-"""`fullattn maps`: what it writes, for which layers, and what it says of bad input."""
+"""`fullattn maps`: its files, its layers and its errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fullattn._cli.main import main
 from fullattn.integrations.torchvision import ensure_importable
 from fullattn.layers import LAYERS
 from fullattn.segmentation.data.decode import read_image, read_scaled
-from fullattn.segmentation.data.errors import DataError
+from fullattn.segmentation.data.files import DataError
 from fullattn.segmentation.evaluation import maps
 from fullattn.segmentation.models.files import load
 from helpers import tiny_data, tiny_network
@@ -144,7 +144,7 @@ def test_untrained_layers_compare_the_features_themselves(photo: Path) -> None:
         ("dual", ["channel", "spatial"], ["ChannelNonLocal", "SpatialNonLocal"]),
     ],
 )
-def test_a_trained_networks_layers_are_drawn_with_what_they_are_given(
+def test_a_trained_networks_layers_are_drawn_for_their_inputs(
     attention: str,
     names: list[str],
     titles: list[str],
@@ -199,7 +199,7 @@ def test_a_backbones_features_are_those_of_stride_8(photo: Path) -> None:
 # Photographs
 
 
-def test_a_large_photograph_is_scaled_down_and_that_is_said(
+def test_a_large_photograph_is_scaled_down_with_a_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     Image.new("RGB", (300, 200), "red").save("large.png")
@@ -222,9 +222,9 @@ def test_a_photograph_beyond_pillows_limit_is_scaled_down_too(
 
 
 def test_what_cannot_be_decoded_at_once_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fullattn.segmentation.data.decode._MOST_PIXELS", 30_000)
+    monkeypatch.setattr("fullattn.segmentation.data.decode._MAX_PIXELS", 30_000)
     Image.new("RGB", (800, 600)).save("huge.png")
-    with pytest.raises(DataError, match=r"huge\.png has 800x600 pixels, too many to be read"):
+    with pytest.raises(DataError, match=r"huge\.png has 800x600 pixels: expected at most"):
         read_scaled(Path("huge.png"), 100)
     # JPEG is decoded at a fraction of its size.
     Image.new("RGB", (800, 600)).save("huge.jpg")
@@ -232,7 +232,7 @@ def test_what_cannot_be_decoded_at_once_is_a_sentence(monkeypatch: pytest.Monkey
     assert (tuple(pixels.shape), size) == ((3, 75, 100), (600, 800))
 
 
-def test_a_photograph_is_turned_as_its_camera_says() -> None:
+def test_a_photograph_is_rotated_by_its_exif_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (80, 48), "red").save("turned.jpg", exif=exif)
@@ -240,7 +240,7 @@ def test_a_photograph_is_turned_as_its_camera_says() -> None:
     assert (tuple(pixels.shape), size) == ((3, 40, 24), (80, 48))
 
 
-def test_a_photograph_that_is_small_enough_is_read_as_it_is(photo: Path) -> None:
+def test_a_small_photograph_is_not_scaled(photo: Path) -> None:
     pixels, size = read_scaled(photo, 80)
     assert size == (48, 80)
     torch.testing.assert_close(pixels, read_image(photo))
@@ -251,7 +251,7 @@ def test_a_photograph_that_is_small_enough_is_read_as_it_is(photo: Path) -> None
 Given = Callable[[Callable[[str], Path], Path], list[Any]]
 BAD: dict[str, tuple[Given, str]] = {
     "no photograph": (lambda c, p: ["no.png"], "no.png does not exist"),
-    "text for a photograph": (lambda c, p: [__file__], "cannot be read: it is no picture"),
+    "text for a photograph": (lambda c, p: [__file__], "cannot be read: not a valid image file"),
     "an empty file": (lambda c, p: [_file("empty.jpg", b"")], "empty.jpg cannot be read: the file"),
     "half a photograph": (
         lambda c, p: [_file("half.png", p.read_bytes()[:900])],
@@ -266,7 +266,7 @@ BAD: dict[str, tuple[Given, str]] = {
     "no such channel": (lambda c, p: [p, "--channel", "64"], "a channel from 0 to 63, got 64"),
     "a channel of positions": (
         lambda c, p: [p, "--layers", "spatial", "--channel", "1"],
-        "a layer with a map of channels, got spatial",
+        "a layer with a map of channels, got only SpatialNonLocal",
     ),
     "no such layer": (lambda c, p: [p, "--layers", "dual"], "layers of fully, .* got 'dual'"),
     "a network without maps": (
@@ -286,7 +286,7 @@ BAD: dict[str, tuple[Given, str]] = {
     ),
     "another network's weights": (
         lambda c, p: [p, "--backbone", "test_resnet", "--weights", _other_weights()],
-        "does not hold the weights of this backbone",
+        "cannot load .* into FeatureListNet: ",
     ),
     "no such backbone": (
         lambda c, p: [p, "--backbone", "resnet5000"],
@@ -316,7 +316,7 @@ def _tiny() -> str:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_and_nothing_is_written(
+def test_invalid_input_is_an_error_of_one_line_and_nothing_is_written(
     case: str,
     checkpoint: Callable[[str], Path],
     photo: Path,
@@ -332,7 +332,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert not Path("new").exists()
 
 
-def test_weights_that_cannot_be_downloaded_are_a_sentence(
+def test_a_failed_download_is_an_error_of_one_line(
     photo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timm = _timm()
@@ -342,11 +342,14 @@ def test_weights_that_cannot_be_downloaded_are_a_sentence(
 
     monkeypatch.setattr(timm, "create_model", refuse)
     assert main(["maps", str(photo), "--backbone", "resnet18"]) == 2
-    assert "could not get the weights of 'resnet18': no connection; give" in capsys.readouterr().err
+    assert (
+        "could not download the weights of 'resnet18': no connection; give"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
-def test_without_matplotlib_the_extra_is_named(photo: Path) -> None:
+def test_the_error_without_matplotlib_names_the_extra(photo: Path) -> None:
     program = (
         "import sys\n"
         "sys.modules['matplotlib'] = None\n"

@@ -1,11 +1,8 @@
-"""Pictures of similarity maps show what the layers compute, as figures and in the page."""
+"""Figures and pages show the similarity maps that the layers compute."""
 
 from __future__ import annotations
 
-import base64
-import json
 import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 import fullattn
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.plot import figures, inputs_of, layers_with_maps, page, similarity
+from helpers.page_script import PageScript, page_data, page_tensor, position_tokens
 
 
 def _photograph(height: int = 24, width: int = 40) -> Tensor:
@@ -28,7 +26,7 @@ def _photograph(height: int = 24, width: int = 40) -> Tensor:
     return torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
 
 
-# Layers and what they are given
+# Layers and their inputs
 
 
 def test_layers_with_maps_are_found_in_any_container() -> None:
@@ -39,7 +37,7 @@ def test_layers_with_maps_are_found_in_any_container() -> None:
     assert layers_with_maps(nn.Identity()) == {}
 
 
-def test_a_layers_input_is_what_it_was_given_and_the_hooks_are_gone() -> None:
+def test_inputs_are_captured_and_the_hooks_removed() -> None:
     first, second = ChannelNonLocal(4, gamma_init=1), SpatialNonLocal(4)
     stem = nn.Conv2d(3, 4, 3, stride=2)
     model = nn.Sequential(stem, first, second)
@@ -49,7 +47,7 @@ def test_a_layers_input_is_what_it_was_given_and_the_hooks_are_gone() -> None:
     assert torch.equal(inputs["second"], first(stem(images)))
     assert not inputs["first"].requires_grad
     assert not first._forward_pre_hooks
-    with pytest.raises(ValueError, match="did not run its layers 'other'"):
+    with pytest.raises(ValueError, match="did not call its layers 'other'"):
         inputs_of(model, {"other": ChannelNonLocal(4)}, images)
 
 
@@ -74,7 +72,7 @@ def _layer(kind: type[nn.Module], **options: Any) -> Any:
 
 @pytest.mark.parametrize("subsample", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_spatial_layers_drawing_is_the_points_row_of_its_map(subsample: int, mode: str) -> None:
+def test_a_spatial_layers_figure_shows_the_points_row_of_its_map(subsample: int, mode: str) -> None:
     layer = _layer(SpatialNonLocal, subsample=subsample, mode=mode)
     figure = similarity(layer, FEATURES, _photograph(), point=POINT)
     row = layer.similarity(FEATURES)[0, ROW * 7 + COLUMN].detach().numpy()
@@ -82,7 +80,7 @@ def test_a_spatial_layers_drawing_is_the_points_row_of_its_map(subsample: int, m
     np.testing.assert_allclose(_shown(figure, "where it looks"), expected, rtol=1e-5, atol=1e-8)
 
 
-def test_a_fully_attentional_layers_drawing_is_of_the_points_column_and_row() -> None:
+def test_a_fully_attentional_layers_figure_shows_the_points_column_and_row() -> None:
     layer = _layer(FullyAttentional)
     figure = similarity(layer, FEATURES, _photograph(), point=POINT)
     columns, rows = (each.detach().numpy() for each in layer.similarity(FEATURES))
@@ -90,7 +88,7 @@ def test_a_fully_attentional_layers_drawing_is_of_the_points_column_and_row() ->
     np.testing.assert_array_equal(_shown(figure, f"map of row {ROW}"), rows[0, ROW])
 
 
-def test_a_channel_layers_drawing_is_its_map_at_any_point() -> None:
+def test_a_channel_layers_figure_shows_its_map_at_any_point() -> None:
     layer = _layer(ChannelNonLocal)
     figure = similarity(layer, FEATURES, _photograph(), point=POINT)
     np.testing.assert_array_equal(
@@ -133,7 +131,7 @@ def test_any_weights_can_be_written(weights: Tensor, tmp_path: Path) -> None:
             assert len(picture.convert("L").getcolors()) > 10
 
 
-def test_weights_of_one_scale_keep_their_zero_and_others_are_logarithmic() -> None:
+def test_the_colour_scale_is_linear_logarithmic_or_symmetric() -> None:
     norms = [
         figures.weight_norm(torch.tensor(each)) for each in ([0.2, 0.3], [1e-9, 0.5], [-0.2, 0.1])
     ]
@@ -165,12 +163,12 @@ def test_a_fully_attentional_layer_is_compared_with_the_channel_layer() -> None:
         np.testing.assert_allclose(widths, expected, rtol=1e-5)
 
 
-def test_the_distance_of_maps_is_0_for_the_same_and_1_for_nothing_in_common() -> None:
+def test_distances_are_0_for_equal_and_1_for_disjoint_maps() -> None:
     one, other = torch.eye(4), torch.eye(4).roll(1, 0)
     np.testing.assert_allclose(figures.distances(torch.stack([one, other]), one), [0, 1])
 
 
-def test_the_loudest_pairs_of_a_channel_layer_are_shown_as_pictures() -> None:
+def test_the_pairs_of_channels_with_the_largest_weights_are_shown() -> None:
     weights = torch.full((5, 5), 0.01)
     weights[1, 3], weights[4, 0], weights[2, 2] = 0.5, 0.4, 0.9  # the last with itself
     features = torch.randn(5, 6, 7)
@@ -199,9 +197,7 @@ def test_a_photograph_may_be_a_tensor_an_array_or_a_pillow_image(kind: str) -> N
     np.testing.assert_array_equal(shown, expected)
 
 
-def test_without_a_photograph_the_strength_of_the_features_is_shown_and_points_are_positions() -> (
-    None
-):
+def test_without_a_photograph_norms_are_shown_and_points_are_positions() -> None:
     figure = similarity(_layer(FullyAttentional), FEATURES[0], point=(6, 4))
     assert {"map of column 6", "map of row 4"} <= {
         panel.get_title(loc="left") for panel in figure.axes
@@ -214,7 +210,7 @@ def test_without_a_photograph_the_strength_of_the_features_is_shown_and_points_a
         similarity(_layer(FullyAttentional), FEATURES[0], point=(7, 0))
 
 
-def test_without_a_point_or_channel_the_middle_is_shown() -> None:
+def test_the_default_point_is_the_centre() -> None:
     figure = similarity(_layer(FullyAttentional), FEATURES, _photograph())
     assert {"map of column 3", "map of row 2"} <= {
         panel.get_title(loc="left") for panel in figure.axes
@@ -232,7 +228,7 @@ def test_layers_of_any_dtype_are_drawn(
     assert "<canvas" in page({"a": (layer, x)}, _photograph())
 
 
-def test_drawing_leaves_the_layer_and_its_gradients_alone() -> None:
+def test_drawing_does_not_change_the_layer_or_its_gradients() -> None:
     layer = _layer(FullyAttentional).train()
     x = FEATURES.clone().requires_grad_()
     similarity(layer, x, _photograph())
@@ -275,7 +271,7 @@ def test_a_large_spatial_map_is_drawn_at_a_point_without_being_built() -> None:
         ),
     ],
 )
-def test_what_cannot_be_drawn_is_a_sentence(
+def test_invalid_arguments_are_errors_of_one_line(
     layer: nn.Module, given: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     arguments = {"x": FEATURES, "photograph": _photograph(), **given}
@@ -284,7 +280,7 @@ def test_what_cannot_be_drawn_is_a_sentence(
     assert "\n" not in str(raised.value)
 
 
-def test_a_figure_does_not_change_how_the_users_own_figures_look() -> None:
+def test_drawing_does_not_change_matplotlibs_settings() -> None:
     import matplotlib
 
     before = dict(matplotlib.rcParams)
@@ -295,66 +291,25 @@ def test_a_figure_does_not_change_how_the_users_own_figures_look() -> None:
 # The page
 
 
-def _data(text: str) -> dict[str, Any]:
-    (found,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
-    return dict(json.loads(found))
-
-
-def _tensor(data: dict[str, Any], number: int) -> np.ndarray[Any, Any]:
-    return np.frombuffer(base64.b64decode(data["tensors"][number]), "<f4")
-
-
-class _Engine:
-    """The page's own functions, in V8."""
-
-    def __init__(self) -> None:
-        racer = pytest.importorskip(
-            "py_mini_racer", reason="needs mini-racer: a V8 to run scripts in"
-        )
-        self.context = racer.MiniRacer()
-        self.context.eval(resources.files("fullattn.plot").joinpath("maps.js").read_text())
-
-    def call(self, function: str, *arguments: Any) -> Any:
-        given = ", ".join(map(json.dumps, arguments))
-        out = self.context.eval(
-            f"(() => {{ const made = fullattnMaps.{function}({given});"
-            "return JSON.stringify(made.length ? Array.from(made) : made) })()"
-        )
-        return json.loads(out)
-
-
 @pytest.fixture(scope="module")
-def engine() -> _Engine:
-    return _Engine()
+def engine() -> PageScript:
+    return PageScript()
 
 
 _sizes = st.integers(1, 6)
 
 
-def _position_tokens(data: Any, described: Any, branch: Any) -> dict[str, Any]:
-    return {
-        "query": _tensor(data, branch["query"]).tolist(),
-        "key": _tensor(data, branch["key"]).tolist(),
-        "features": branch["tokenFeatures"],
-        "factor": described["factor"],
-        "score": described["score"],
-        "width": described["width"],
-        "keyWidth": branch["keyWidth"],
-        "within": branch["within"],
-    }
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_the_page_computes_the_spatial_layers_map(engine: _Engine, mode: str) -> None:
+def test_the_page_computes_the_spatial_layers_map(engine: PageScript, mode: str) -> None:
     @given(c=_sizes, h=st.integers(2, 6), w=st.integers(2, 6), step=st.integers(1, 2), seed=_sizes)
     def check(c: int, h: int, w: int, step: int, seed: int) -> None:
         torch.manual_seed(seed)
         layer = SpatialNonLocal(c, mode=mode, subsample=step, scale=None if seed % 2 else 0.7)
         x = torch.randn(c, h, w)
-        data = _data(page({"a": (layer, x)}, _photograph()))
+        data = page_data(page({"a": (layer, x)}, _photograph()))
         (described,) = data["layers"]
         (branch,) = described["branches"]
-        tokens = _position_tokens(data, described, branch)
+        tokens = position_tokens(data, described, branch)
         assert branch["keyHeight"] * branch["keyWidth"] == (h // step) * (w // step)
         expected = layer.similarity(x).detach().numpy()
         for column, row in {(0, 0), (w - 1, 0), (w - 1, h - 1)}:
@@ -364,29 +319,29 @@ def test_the_page_computes_the_spatial_layers_map(engine: _Engine, mode: str) ->
     check()
 
 
-def test_the_page_computes_the_fully_attentional_layers_maps(engine: _Engine) -> None:
+def test_the_page_computes_the_fully_attentional_layers_maps(engine: PageScript) -> None:
     @given(c=_sizes, h=_sizes, w=_sizes, seed=_sizes)
     def check(c: int, h: int, w: int, seed: int) -> None:
         torch.manual_seed(seed)
         layer = FullyAttentional(c, scale=(1.0, None, -0.3)[seed % 3])
         x = torch.randn(1, c, h, w)
-        data = _data(page({"a": (layer, x)}, _photograph()))
+        data = page_data(page({"a": (layer, x)}, _photograph()))
         (described,) = data["layers"]
         columns, rows = (each[0].detach().numpy() for each in layer.similarity(x))
         for branch, slices, maps in zip(
             described["branches"], ("column", "row"), (columns, rows), strict=True
         ):
             assert branch["slices"] == slices
-            tokens = described | {"query": _tensor(data, branch["query"]).tolist()}
-            key = _tensor(data, branch["key"]).tolist()
+            tokens = described | {"query": page_tensor(data, branch["query"]).tolist()}
+            key = page_tensor(data, branch["key"]).tolist()
             for index in {0, len(maps) - 1}:
                 found = engine.call("sliceMap", tokens, key, slices, index)
                 expected = maps[index].ravel()
                 np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-        single = _tensor(data, described["single"]).reshape(c, c)
+        single = page_tensor(data, described["single"]).reshape(c, c)
         expected = ChannelNonLocal(c, scale=layer.scale).similarity(x)[0].detach().numpy()
         np.testing.assert_allclose(single, expected, rtol=1e-5, atol=1e-7)
-        distances = _tensor(data, described["branches"][0]["distances"])
+        distances = page_tensor(data, described["branches"][0]["distances"])
         expected = np.abs(columns - single).sum(2).mean(1) / 2
         np.testing.assert_allclose(distances, expected, rtol=1e-4, atol=1e-6)
 
@@ -395,16 +350,16 @@ def test_the_page_computes_the_fully_attentional_layers_maps(engine: _Engine) ->
 
 def test_the_page_holds_the_channel_layers_map() -> None:
     layer = _layer(ChannelNonLocal, least_similar=True)
-    data = _data(page({"a": (layer, FEATURES)}, _photograph()))
-    found = _tensor(data, data["layers"][0]["map"]).reshape(6, 6)
+    data = page_data(page({"a": (layer, FEATURES)}, _photograph()))
+    found = page_tensor(data, data["layers"][0]["map"]).reshape(6, 6)
     np.testing.assert_array_equal(found, layer.similarity(FEATURES)[0].detach())
 
 
 @pytest.mark.parametrize(
     "values", [[0.2, 0.3, 0.25], [1e-9, 0.5, 0.1], [-0.2, 0.1, 0.0], [0.0, 0.0]]
 )
-def test_the_page_has_the_scales_of_colours_that_the_figures_have(
-    engine: _Engine, values: list[float]
+def test_the_page_and_the_figures_have_the_same_colour_scales(
+    engine: PageScript, values: list[float]
 ) -> None:
     norm = figures.weight_norm(torch.tensor(values))
     found = engine.call("weightNorm", values)
@@ -423,8 +378,8 @@ def test_the_page_has_the_scales_of_colours_that_the_figures_have(
         ([[[0.0]]], 1.0, False),
     ],
 )
-def test_the_scale_of_differences_ends_where_all_but_the_diagonal_are_within(
-    engine: _Engine, maps: Any, half: float, cut: bool
+def test_the_colour_scale_of_differences_ignores_the_diagonal(
+    engine: PageScript, maps: Any, half: float, cut: bool
 ) -> None:
     norm, exceeded = figures.difference_norm(torch.tensor(maps))
     assert (norm.vmin, norm.vmax) == pytest.approx((-half, half))
@@ -434,7 +389,7 @@ def test_the_scale_of_differences_ends_where_all_but_the_diagonal_are_within(
     assert found["cut"] == cut
 
 
-def test_the_page_asks_for_nothing_from_outside_and_is_small() -> None:
+def test_the_page_is_self_contained_and_small() -> None:
     text = page({"a": (_layer(FullyAttentional), FEATURES)}, _photograph())
     assert not re.search(r"https?:|src=[\"']?(?!data:)\w|@import|url\(", text)
     assert len(text) < 50_000
@@ -443,14 +398,14 @@ def test_the_page_asks_for_nothing_from_outside_and_is_small() -> None:
         "a": (ChannelNonLocal(6), FEATURES),
         "b": (SpatialNonLocal(6, mode="gaussian"), FEATURES),
     }
-    assert len(_data(page(shared, _photograph()))["tensors"]) == 2
+    assert len(page_data(page(shared, _photograph()))["tensors"]) == 2
 
 
-def test_what_is_written_in_a_page_stays_text() -> None:
+def test_text_in_a_page_is_escaped() -> None:
     bad = "</script><script>alert(1)</script>{{data}}"
     text = page({bad: (_layer(ChannelNonLocal), FEATURES)}, _photograph(), title=bad, notes=[bad])
     assert "<script>alert" not in text
-    assert _data(text)["layers"][0]["title"] == bad
+    assert page_data(text)["layers"][0]["title"] == bad
 
 
 @pytest.mark.parametrize(
@@ -462,7 +417,7 @@ def test_what_is_written_in_a_page_stays_text() -> None:
         ({"point": (90, 0), "size": (48, 80)}, ValueError, "inside the 80x48 photograph"),
     ],
 )
-def test_a_page_that_cannot_be_made_is_a_sentence(
+def test_invalid_arguments_of_page_are_errors(
     given: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     layers = {"a": (_layer(ChannelNonLocal), FEATURES)}
@@ -470,5 +425,5 @@ def test_a_page_that_cannot_be_made_is_a_sentence(
         page(**{"layers": layers, "photograph": _photograph(), **given})
 
 
-def test_plot_is_imported_when_it_is_asked_for() -> None:
+def test_plot_is_imported_lazily() -> None:
     assert fullattn.plot.similarity is similarity

@@ -114,8 +114,11 @@ def test_a_network_that_cannot_be_trained_is_measured_in_inference(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["net.py:Net", "--target", "bodi"], "no module matches the name 'bodi'; near: body"),
-        (["net.py:Net", "--target", ""], "the target means the model itself"),
+        (
+            ["net.py:Net", "--target", "bodi"],
+            "no module matches the name 'bodi'; did you mean 'body'",
+        ),
+        (["net.py:Net", "--target", ""], "the target is the model itself"),
         (["net.py:Net", "--target", "stem"], "changes the size of its input from 16×12 to 8×6"),
         (["net.py:Net"], "the following arguments are required: --target"),
         (["net.py:Nett", "--target", "body"], "expected 'Nett' in 'net.py', found nothing"),

@@ -49,6 +49,8 @@ __all__ = [
     "words",
 ]
 
+# Columns that the tables need.
+WIDTH = 120
 LAYER_HELP = f"{', '.join(LAYERS)}, or FILE.py:CLASS of a layer that is registered there"
 
 
@@ -147,6 +149,7 @@ def add_device(parser: Adds) -> None:
 
 
 def add_conditions(parser: Adds) -> None:
+    """Add --dtype and --device."""
     parser.add_argument(
         "--dtype", default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (float32)"
     )
@@ -154,6 +157,7 @@ def add_conditions(parser: Adds) -> None:
 
 
 def add_inputs(parser: Adds) -> None:
+    """Add --memory-format, --seed and --threads."""
     parser.add_argument(
         "--memory-format",
         default="contiguous",
@@ -165,11 +169,12 @@ def add_inputs(parser: Adds) -> None:
 
 
 def add_repetition(parser: Adds) -> None:
+    """Add --seconds, --repeats and --no-memory."""
     parser.add_argument(
         "--seconds",
         type=seconds,
         default=2.0,
-        help="to spend on timing one contender at one shape in one mode; 3 to 20 calls (2)",
+        help="to spend on timing one implementation at one shape in one mode; 3 to 20 calls (2)",
     )
     parser.add_argument("--repeats", type=count, help="time exactly so many calls of each instead")
     parser.add_argument(
@@ -181,6 +186,7 @@ def add_repetition(parser: Adds) -> None:
 
 
 def conditions_of(args: argparse.Namespace) -> Conditions:
+    """Check the options of `add_conditions` and `add_inputs`."""
     parse_dtype(args.dtype)
     parse_device(args.device)
     if args.memory_format not in MEMORY_FORMATS:
@@ -198,6 +204,7 @@ def conditions_of(args: argparse.Namespace) -> Conditions:
 
 
 def need_extra(what: str) -> None:
+    """Raise UsageError unless the packages of the extra `bench` are installed."""
     missing = [name for name in ("rich", "matplotlib", "PIL") if not importlib.util.find_spec(name)]
     if missing:
         raise UsageError(f"{what} needs {', '.join(missing)}: pip install 'fullattn[bench]'")
@@ -209,9 +216,8 @@ def modes_named(chosen: str | None) -> tuple[Mode, ...]:
 
 
 def console() -> Console:
+    """Make a console that is wide enough for the tables."""
     from rich.console import Console
-
-    from fullattn.bench.table import WIDTH
 
     console = Console()
     if not console.is_terminal or console.width < WIDTH:

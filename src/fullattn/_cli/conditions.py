@@ -5,15 +5,18 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import einops
 import torch
+from torch import Tensor, nn
 
-import fullattn
 from fullattn._cli.errors import UsageError, describe
+from fullattn._version import __version__
 
 __all__ = [
     "DTYPES",
@@ -47,7 +50,7 @@ MODES: tuple[Mode, ...] = ("inference", "training")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What every contender of a run has in common; plain data, so that it can go to a process.
+    """The conditions that all implementations of a run share; plain data.
 
     Attributes:
         device: such as "cpu" or "cuda:0".
@@ -57,7 +60,7 @@ class Conditions:
         threads: PyTorch's threads within an operator.
         seed: of the parameters and the inputs.
         image: path of the photograph that the inputs are made from; None for normal noise.
-        gamma: value of every layer's gamma, so that no attention is multiplied by 0.
+        gamma: value of every layer's gamma, so that attention is not multiplied by 0.
     """
 
     device: str = "cpu"
@@ -68,6 +71,39 @@ class Conditions:
     seed: int = 0
     image: str | None = None
     gamma: float = 0.5
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype."""
+        return DTYPES[self.dtype]
+
+    @property
+    def device_type(self) -> str:
+        """The device without its index: "cpu" or "cuda"."""
+        return torch.device(self.device).type
+
+    def placed(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device, dtype and memory format."""
+        module = module.to(device=self.device, dtype=self.torch_dtype)
+        if self.memory_format == "channels_last":
+            # nn.Module.to takes it only by this name; the type stubs do not list it.
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module
+
+    def placed_tensor(self, x: Tensor) -> Tensor:
+        """Move a tensor to the device, dtype and memory format."""
+        x = x.to(device=self.device, dtype=self.torch_dtype)
+        return x.contiguous(memory_format=MEMORY_FORMATS[self.memory_format])
+
+    @contextmanager
+    def limited_threads(self) -> Iterator[None]:
+        """Set PyTorch's number of threads for the block."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     @property
     def input_kind(self) -> str:
@@ -108,7 +144,7 @@ def environment(device: torch.device) -> Environment:
         python=platform.python_version(),
         torch=torch.__version__,
         einops=einops.__version__,
-        fullattn=fullattn.__version__,
+        fullattn=__version__,
         load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     )
 

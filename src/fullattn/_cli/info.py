@@ -9,14 +9,14 @@ from importlib import metadata
 import einops
 import torch
 
-import fullattn
+from fullattn import costs
 from fullattn._cli.arguments import LAYER_HELP, Parser, add_conditions, words
 from fullattn._cli.conditions import device_name, parse_device, parse_dtype
 from fullattn._cli.errors import UsageError
 from fullattn._cli.loading import layer_named
 from fullattn._cli.shapes import parse_shape
+from fullattn._version import __version__
 from fullattn.attention import dispatch
-from fullattn.bench.implementations import inputs_of
 from fullattn.layers import LAYERS
 
 __all__ = ["configure"]
@@ -54,7 +54,7 @@ def _info(args: argparse.Namespace) -> None:
     device = parse_device(args.device)
     layers = [layer_named(layer) for layer in words(args.layer)]
     lines = [
-        f"fullattn {fullattn.__version__}, torch {torch.__version__}, "
+        f"fullattn {__version__}, torch {torch.__version__}, "
         f"einops {einops.__version__}, Python {platform.python_version()}",
         f"device: {device}, {device_name(device)}"
         + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),
@@ -69,7 +69,11 @@ def _info(args: argparse.Namespace) -> None:
     for layer in layers:
         lines += ["", f"{LAYERS[layer].__name__} at {shape}, {args.dtype}, {device}:"]
         try:
-            explained = dispatch.explain(inputs_of(layer, shape, dtype, device.type))
+            explained = dispatch.explain(
+                costs.inputs_of(
+                    LAYERS[layer](shape.channels, device="meta"), (*shape,), dtype, device.type
+                )
+            )
         except ValueError as error:  # FULLATTN_BACKEND does not name a backend
             raise UsageError(str(error)) from error
         lines += [f"  {entry.name:<13} {sentence}" for entry, sentence in explained]

@@ -1,4 +1,4 @@
-"""The feature maps that the contenders are given: noise, or a photograph through a random stem."""
+"""Inputs of measurements: noise, or a photograph through a random stem."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullattn._cli.conditions import MEMORY_FORMATS, Conditions
+from fullattn._cli.conditions import Conditions
 from fullattn._cli.errors import UsageError, describe
 from fullattn._cli.shapes import Shape
 
@@ -16,7 +16,7 @@ _STRIDE = 8  # of the stem: three convolutions of stride 2
 
 
 def feature_map(shape: Shape, conditions: Conditions) -> Tensor:
-    """A feature map of exactly the shape asked for, the same for every contender.
+    """Make the input of a layer, the same for every implementation.
 
     Args:
         shape: (B, C, H, W).
@@ -33,18 +33,16 @@ def feature_map(shape: Shape, conditions: Conditions) -> Tensor:
     else:
         larger = shape._replace(height=shape.height * _STRIDE, width=shape.width * _STRIDE)
         x = through_stem(photograph(conditions.image, larger), shape.channels, conditions.seed)
-    dtype = getattr(torch, conditions.dtype)
-    x = x.to(device=conditions.device, dtype=dtype)
-    return x.contiguous(memory_format=MEMORY_FORMATS[conditions.memory_format])
+    return conditions.placed_tensor(x)
 
 
 def random_like(x: Tensor, seed: int) -> Tensor:
-    """Normal noise with the shape, dtype, device and memory format of x: the gradient of y."""
+    """Draw normal noise like x: the gradient of the output."""
     return torch.empty_like(x).copy_(noise(Shape(*x.shape), seed + 1))
 
 
 def noise(shape: Shape, seed: int) -> Tensor:
-    """Normal noise of a shape, float32 on the CPU."""
+    """Draw normal noise, float32 on the CPU."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -54,7 +52,7 @@ def check_image(path: str) -> None:
 
 
 def photograph(path: str, shape: Shape) -> Tensor:
-    """An image file as a batch.
+    """Read an image file as a batch.
 
     Args:
         path: of the file.
@@ -85,7 +83,7 @@ def photograph(path: str, shape: Shape) -> Tensor:
 
 
 def through_stem(images: Tensor, channels: int, seed: int) -> Tensor:
-    """Three seeded random stages of convolution, normalisation, ReLU; then 1x1 to C channels.
+    """Apply three random stages of convolution, normalisation, ReLU; then 1×1 to C channels.
 
     Args:
         images: normalised, (B, 3, H, W).

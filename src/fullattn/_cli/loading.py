@@ -55,7 +55,7 @@ def layer_sources() -> list[str]:
     return sources
 
 
-def load_class(target: str, what: str = "contender") -> Callable[..., nn.Module]:
+def load_class(target: str, what: str = "module") -> Callable[..., nn.Module]:
     """Import a user's class or function.
 
     Args:
@@ -93,15 +93,10 @@ def _import(place: str) -> Any:
     if not place.endswith(".py"):
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-        try:
-            return importlib.import_module(place)
-        except RuntimeError as error:
-            if "torchvision::" not in str(error):
-                raise
-            ensure_importable()
-            return importlib.import_module(place)
+        ensure_importable()  # for models of torchvision, timm, segmentation-models-pytorch
+        return importlib.import_module(place)
     path = Path(place).resolve()
-    name = f"fullattn_contender_{abs(hash(path))}"
+    name = f"fullattn_module_{abs(hash(path))}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None:

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-import fullattn
 from fullattn._cli.arguments import Parser
-from fullattn._cli.errors import UsageError
+from fullattn._cli.errors import UsageError, sentences
+from fullattn._version import __version__
 
 __all__ = ["COMMANDS", "main", "parser_of"]
 
@@ -45,7 +45,7 @@ def parser_of(*chosen: str) -> argparse.ArgumentParser:
         prog="fullattn",
         description="Attention layers for 2-D feature maps: what they cost, and what runs them.",
     )
-    parser.add_argument("--version", action="version", version=f"fullattn {fullattn.__version__}")
+    parser.add_argument("--version", action="version", version=f"fullattn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (place, help_line) in COMMANDS.items():
         command = commands.add_parser(
@@ -53,7 +53,8 @@ def parser_of(*chosen: str) -> argparse.ArgumentParser:
         )
         if name in chosen:
             module, _, configure = place.partition(":")
-            getattr(import_module(module), configure)(command)
+            with sentences():  # a missing package
+                getattr(import_module(module), configure)(command)
     return parser
 
 

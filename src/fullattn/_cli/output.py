@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fullattn._cli.errors import UsageError
 
-__all__ = ["output_folder", "write_all", "written_together"]
+__all__ = ["output_folder", "written_together"]
 
 
 @contextmanager
@@ -46,24 +46,6 @@ def output_folder(path: Path) -> Iterator[Path]:
             for folder in missing:
                 folder.rmdir()
         raise
-
-
-def write_all(files: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write files so that each is there as a whole or not at all.
-
-    Args:
-        files: for each path, what writes it to the path that it is given. All are written beside
-            their place first and then put there together.
-    """
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, write in files.items():
-            write(parts[path])
-        for path, part in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 @contextmanager

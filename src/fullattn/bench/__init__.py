@@ -1,6 +1,6 @@
 """The benchmark behind `fullattn bench`: what the layers and their backends cost, side by side.
 
-Data flows one way: `shapes` and `contenders` say what is compared, `workload` builds it, `measure`
-takes its time and `memory` its peak, `report` holds the figures, `table`, `plot` and `compare` show
-them, and `run` joins the parts. Needs the extra `fullattn[bench]` (rich, matplotlib, pillow).
+`implementations` lists what is compared and builds it, `workload` adds the input, `memory` takes
+the peak of one call and `measure` the times; `run` is the loop over shapes. `results` holds the
+figures; `table`, `chart` and `compare` show them. Needs the extra `fullattn[bench]`.
 """

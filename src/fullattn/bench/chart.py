@@ -1,4 +1,4 @@
-"""The report as a picture: ratios to the baseline, or how cost grows along a sweep."""
+"""Results as a picture: ratios to the baseline, or how cost grows along a sweep."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
 from fullattn._cli.conditions import MODES, Mode
-from fullattn.bench.results import Report, Row
+from fullattn.bench.results import Results, Row
 from fullattn.plot.style import BLUE, COLOURS, GRID, ORANGE, QUIET, styled
 
 if TYPE_CHECKING:
@@ -27,53 +27,53 @@ _QUANTITIES: tuple[Quantity, ...] = ("time", "memory")
 
 
 @styled
-def draw(report: Report, file: Path | IO[bytes]) -> None:
-    """Draw a report as a PNG.
+def draw(results: Results, file: Path | IO[bytes]) -> None:
+    """Draw results as a PNG.
 
     Args:
-        report: what to draw; a sweep is drawn as growth, anything else as ratios.
+        results: what to draw; a sweep is drawn as growth, anything else as ratios.
         file: to write, or its path.
     """
-    figure = _growth(report) if report.sweep else _ratios(report)
-    figure.supxlabel("\n".join(report.caption()), fontsize=7, color=QUIET, x=0.01, ha="left")
+    figure = _growth(results) if results.sweep else _ratios(results)
+    figure.supxlabel("\n".join(results.caption()), fontsize=7, color=QUIET, x=0.01, ha="left")
     FigureCanvasAgg(figure)
     figure.savefig(file, format="png", dpi=150)
 
 
 def _label(row: Row) -> str:
-    backend = row.contender.backend
-    return row.contender.title + (f", {backend}" if backend else "")
+    backend = row.implementation.backend
+    return row.implementation.title + (f", {backend}" if backend else "")
 
 
-def _ratio(report: Report, row: Row, quantity: Quantity, mode: Mode) -> float | None:
-    of = report.time_ratio if quantity == "time" else report.memory_ratio
+def _ratio(results: Results, row: Row, quantity: Quantity, mode: Mode) -> float | None:
+    of = results.time_ratio if quantity == "time" else results.memory_ratio
     return of(row, mode)
 
 
-def _ratios(report: Report) -> Figure:
-    """One line of panels per shape: time at the left, memory at the right, a bar per contender."""
-    shapes = report.shapes
-    heights = [0.8 + 0.32 * len(report.at(shape)) for shape in shapes]
+def _ratios(results: Results) -> Figure:
+    """Draw a line of panels per shape: time left, memory right, a bar per implementation."""
+    shapes = results.shapes
+    heights = [0.8 + 0.32 * len(results.at(shape)) for shape in shapes]
     figure = Figure(figsize=(10, sum(heights) + 1.5), layout="constrained")
     panels = figure.subplots(
         len(shapes), 2, squeeze=False, sharex="col", height_ratios=heights, sharey="row"
     )
     for line, shape in zip(panels, shapes, strict=True):
         for panel, quantity in zip(line, _QUANTITIES, strict=True):
-            _bars(panel, report, report.at(shape), quantity)
+            _bars(panel, results, results.at(shape), quantity)
             panel.set_title(f"{shape}: {quantity}", loc="left", fontweight="bold")
     for panel, quantity in zip(panels[-1], _QUANTITIES, strict=True):
         panel.set_xlabel(f"{quantity} over that of the baseline (left is better)")
-    modes = [mode for mode in MODES if any(mode in row.measured for row in report.rows)]
+    modes = [mode for mode in MODES if any(mode in row.measured for row in results.rows)]
     figure.suptitle(
-        f"Cost against the baseline: {report.baseline_title()}", x=0.01, ha="left", fontsize=12
+        f"Cost against the baseline: {results.baseline_title()}", x=0.01, ha="left", fontsize=12
     )
     handles = [Patch(color=_MODE_COLOURS[mode], label=mode) for mode in modes]
     figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 
-def _bars(panel: Axes, report: Report, rows: list[Row], quantity: Quantity) -> None:
+def _bars(panel: Axes, results: Results, rows: list[Row], quantity: Quantity) -> None:
     panel.set_xscale("log")
     panel.axvline(1, color=QUIET, linewidth=1)
     height = 0.38
@@ -81,7 +81,7 @@ def _bars(panel: Axes, report: Report, rows: list[Row], quantity: Quantity) -> N
         modes = [mode for mode in MODES if mode in row.measured]
         for number, mode in enumerate(modes):
             y = place + height * (number - (len(modes) - 1) / 2)
-            ratio = _ratio(report, row, quantity, mode)
+            ratio = _ratio(results, row, quantity, mode)
             if ratio:
                 # From 1 outwards: to the left is a gain, to the right a loss.
                 panel.barh(y, ratio - 1, height, left=1, color=_MODE_COLOURS[mode])
@@ -97,7 +97,7 @@ def _bars(panel: Axes, report: Report, rows: list[Row], quantity: Quantity) -> N
 
 
 def _label_ticks(axis: Axis, unit: str = "") -> None:
-    """Plain numbers at 1, 2 and 5 of every decade."""
+    """Label 1, 2 and 5 of every decade with plain numbers."""
     axis.set_minor_locator(LogLocator(subs=(2, 5)))
     for formatted in (axis.set_major_formatter, axis.set_minor_formatter):
         formatted(lambda value, _: f"{value:g}{unit}")
@@ -124,19 +124,19 @@ def _write_at(panel: Axes, y: float, ratio: float | None, text: str) -> None:
     )
 
 
-def _growth(report: Report) -> Figure:
-    """Time and memory along the sweep, a line per contender, both axes logarithmic."""
-    modes = [mode for mode in MODES if any(mode in row.measured for row in report.rows)]
+def _growth(results: Results) -> Figure:
+    """Draw time and memory along the sweep, a line per implementation, logarithmic axes."""
+    modes = [mode for mode in MODES if any(mode in row.measured for row in results.rows)]
     figure = Figure(figsize=(12, 4 * len(modes) + 1.2), layout="constrained")
     panels = figure.subplots(len(modes), 2, squeeze=False, sharex=True)
-    labels = list(dict.fromkeys(_label(row) for row in report.rows))
-    axis = "channels" if report.sweep == "channels" else "positions (H·W)"
+    labels = list(dict.fromkeys(_label(row) for row in results.rows))
+    axis = "channels" if results.sweep == "channels" else "positions (H·W)"
     for line, mode in zip(panels, modes, strict=True):
         for panel, quantity in zip(line, _QUANTITIES, strict=True):
             for number, label in enumerate(labels):
                 points = [
-                    (_size(report, row), _value(row, quantity, mode))
-                    for row in report.rows
+                    (_size(results, row), _value(row, quantity, mode))
+                    for row in results.rows
                     if _label(row) == label and _value(row, quantity, mode)
                 ]
                 if points:
@@ -154,21 +154,21 @@ def _growth(report: Report) -> Figure:
             panel.set_title(f"{mode}: {quantity}", loc="left", fontweight="bold")
             panel.set_ylabel(f"{quantity}, {unit}")
             panel.set_xlabel(axis)
-            ticks = sorted({_size(report, row) for row in report.rows})
+            ticks = sorted({_size(results, row) for row in results.rows})
             panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
             panel.xaxis.set_minor_locator(NullLocator())
             _label_ticks(panel.yaxis)
             panel.grid(color=GRID, linewidth=0.6)
             panel.spines[["top", "right"]].set_visible(False)
-    first, last = report.shapes[0], report.shapes[-1]
+    first, last = results.shapes[0], results.shapes[-1]
     figure.suptitle(f"How cost grows from {first} to {last}", x=0.01, ha="left", fontsize=12)
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right upper", frameon=False)
     return figure
 
 
-def _size(report: Report, row: Row) -> int:
-    return row.shape.channels if report.sweep == "channels" else row.shape.height * row.shape.width
+def _size(results: Results, row: Row) -> int:
+    return row.shape.channels if results.sweep == "channels" else row.shape.height * row.shape.width
 
 
 def _value(row: Row, quantity: Quantity, mode: Mode) -> float | None:

@@ -40,7 +40,7 @@ examples:
   fullattn bench --shapes 512x97x97 8x512x96x96 cityscapes --mode inference
   fullattn bench --layers fully --backends all --dtype bfloat16
   fullattn bench --layers fully --sweep resolution --shapes 512x128x128
-  fullattn bench --shapes 97 --contender my_block.py:MyBlock --baseline my_block:MyBlock
+  fullattn bench --shapes 97 --module my_block.py:MyBlock --baseline my_block:MyBlock
   fullattn bench --image street.jpg
   fullattn bench --output out/now --compare out/before/bench.json
 
@@ -69,7 +69,9 @@ def configure(parser: Parser) -> None:
         "and spatial are still run both built and fused",
     )
     what.add_argument(
+        "--module",
         "--contender",
+        dest="modules",
         action="append",
         default=[],
         metavar="FILE.py:CLASS",
@@ -80,14 +82,14 @@ def configure(parser: Parser) -> None:
         "--baseline",
         default=OFFICIAL,
         metavar="NAME",
-        help="the contender that ratios refer to: official (the official implementation), fully, "
-        "channel:reference, my_block:MyBlock, ... (public)",
+        help="the implementation that ratios refer to: official, fully, channel:reference, "
+        "my_block:MyBlock, ... (official)",
     )
     what.add_argument(
         "--project",
         action="store_true",
-        help="with the 3x3 projection of FullyAttentional and of the official code, which is left "
-        "out so that attention is compared with attention",
+        help="with the 3x3 projection of FullyAttentional and of the official implementation, "
+        "which is left out so that attention is compared with attention",
     )
     at = parser.add_argument_group("at which shapes and conditions")
     at.add_argument(
@@ -145,7 +147,7 @@ def configure(parser: Parser) -> None:
 def _bench(args: argparse.Namespace) -> None:
     need_extra("the benchmark")
     from fullattn.bench.measure import Plan
-    from fullattn.bench.results import read_report
+    from fullattn.bench.results import read_results
     from fullattn.bench.run import Options, bench
 
     modes = modes_named(args.mode)
@@ -170,11 +172,11 @@ def _bench(args: argparse.Namespace) -> None:
         conditions=conditions_of(args),
         layers=[layer_named(layer) for layer in words(args.layers)],
         backends=words(args.backends),
-        users=args.contender,
+        modules=args.modules,
         baseline=args.baseline,
         sweep=args.sweep,
         plan=Plan(args.seconds, args.repeats, args.limit, budget),
         memory=not args.no_memory,
     )
-    old = None if args.compare is None else read_report(args.compare)
+    old = None if args.compare is None else read_results(args.compare)
     bench(options, args.output, old, console())

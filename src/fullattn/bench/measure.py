@@ -1,27 +1,77 @@
-"""Time, taken in turns: round by round every contender once, so that a drifting machine hurts all.
-
-The clocks are the only part that knows a device.
-"""
+"""Interleaved timing: a round calls each implementation once, so that drift affects all alike."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from fullattn._cli.conditions import Mode
-from fullattn.bench.failures import Failure
+from fullattn._cli.errors import describe
+from fullattn.attention import BackendError
 from fullattn.bench.workload import Workload
 
-__all__ = ["Clock", "CpuClock", "CudaClock", "Plan", "clock_for", "take_turns", "warm_up"]
+__all__ = [
+    "Clock",
+    "CpuClock",
+    "CudaClock",
+    "Failure",
+    "Plan",
+    "clock_for",
+    "interleave",
+    "warm_up",
+]
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a row has no figure; the run goes on without it.
+
+    Attributes:
+        kind: two or three words for the table.
+        reason: one sentence for the notes under it.
+    """
+
+    kind: str
+    reason: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """Read an exception that an implementation raised."""
+        if isinstance(error, BackendError):
+            return cls("cannot run", str(error))
+        # PyTorch's CPU allocator raises a plain RuntimeError.
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if out_of_memory or "can't allocate memory" in str(error):
+            return cls("out of memory", describe(error))
+        return cls("failed", describe(error))
+
+    @classmethod
+    def too_slow(cls, seconds: float | None, limit: float) -> Failure:
+        """One call takes longer than the limit: by forecast, or None where it was tried."""
+        took = (
+            f"one call did not end within {limit:g} s"
+            if seconds is None
+            else f"one call would take about {seconds:.0f} s by its FLOPs, the limit is {limit:g} s"
+        )
+        return cls("too slow", f"{took} (--limit)")
+
+    @classmethod
+    def no_time_left(cls, budget: float) -> Failure:
+        """The run has used up its time before this row."""
+        return cls(
+            "no time left", f"not begun within its share of the run's {budget:g} s (--budget)"
+        )
 
 
 class Clock(Protocol):
-    """How long a call takes on one kind of device."""
+    """Measures calls on one kind of device."""
 
     def milliseconds(self, call: Callable[[], object]) -> float:
         """Run the call once."""
@@ -47,8 +97,7 @@ class CudaClock:
     def milliseconds(self, call: Callable[[], object]) -> float:
         """Run the call once and wait for it."""
         with torch.cuda.device(self.device):
-            # Event's stubs say nothing of its types.
-            event: Any = torch.cuda.Event
+            event: Any = torch.cuda.Event  # its stubs have no types
             start, end = event(enable_timing=True), event(enable_timing=True)
             torch.cuda.synchronize()
             start.record()
@@ -59,7 +108,7 @@ class CudaClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock of a device."""
+    """Return the clock of a device."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
 
 
@@ -68,10 +117,9 @@ class Plan:
     """How often a call is timed.
 
     Attributes:
-        seconds: what one contender may take in all, for one shape and mode.
+        seconds: for one implementation at one shape in one mode.
         repeats: exactly so many calls; None to fit them into `seconds`.
-        limit: seconds that one call may take at most; a contender that has spent as much on calls
-            is timed no more.
+        limit: seconds that one call may take; also what an implementation may spend on timed calls.
         budget: seconds for the whole run, shared evenly by all shapes and modes; None for no end.
         at_least: calls however slow they are.
         at_most: calls however fast they are.
@@ -85,7 +133,7 @@ class Plan:
     at_most: int = 20
 
     def calls(self, seconds_per_call: float) -> int:
-        """How often to time a call that takes so long."""
+        """Return how often to time a call that takes so long."""
         if self.repeats is not None:
             return self.repeats
         fit = int(self.seconds / max(seconds_per_call, 1e-9))
@@ -95,8 +143,8 @@ class Plan:
 def warm_up(workload: Workload, mode: Mode, clock: Clock, forecast: float | None) -> float:
     """Call a workload until it is warm.
 
-    A call of more than a second is warmed up on a corner of its input: what the first call of an
-    operator pays for is then a small part of it.
+    A call of more than a second is warmed up on a corner of its input: the overhead of an
+    operator's first call is then a small part of the time measured.
 
     Args:
         workload: what to call.
@@ -111,12 +159,7 @@ def warm_up(workload: Workload, mode: Mode, clock: Clock, forecast: float | None
         Exception: whatever the module raises.
     """
     if forecast is not None and forecast > 1.0:
-        small = workload.smaller()
-        small.prepare(mode)
-        try:
-            small.run(mode)
-        except Exception:
-            return forecast  # made for large maps alone
+        workload.warm_up_small(mode)
         return forecast
     # The first call on CUDA may compile or choose kernels; the second is like those that follow.
     for _ in range(2):
@@ -128,51 +171,48 @@ def warm_up(workload: Workload, mode: Mode, clock: Clock, forecast: float | None
     return seconds
 
 
-def take_turns(
-    workloads: Mapping[str, Workload],
-    calls: Mapping[str, int],
+def interleave(
+    workloads: Mapping[Key, Workload],
+    calls: Mapping[Key, int],
     mode: Mode,
     clock: Clock,
     *,
-    step: Callable[[str], object] = lambda name: None,
+    step: Callable[[Key], object] = lambda key: None,
     enough: Callable[[list[float]], bool] = lambda times: False,
-) -> tuple[dict[str, list[float]], dict[str, Failure]]:
-    """Time all contenders, round by round.
+) -> tuple[dict[Key, list[float]], dict[Key, Failure]]:
+    """Time all workloads round by round.
 
-    There are as many rounds as the largest number of calls; a contender with fewer takes part in
-    rounds spread evenly over them.
+    There are as many rounds as the largest number of calls; a workload with fewer calls is called
+    in rounds spread evenly over them.
 
     Args:
-        workloads: by contender's name.
+        workloads: by key.
         calls: how often each is timed.
         mode: "inference" or "training".
         clock: of their device.
-        step: told after every call whose it was.
-        enough: told a contender's times after its first call, says whether to time it no more.
+        step: called with the key after every call.
+        enough: called with a workload's times; whether to time it no more.
 
     Returns:
-        Milliseconds of each call in the order they were made, and the contenders that failed;
-        every contender is in exactly one of the two.
+        Milliseconds of each call in the order they were made, and the workloads that failed;
+        every key is in exactly one of the two.
     """
-    times: dict[str, list[float]] = {name: [] for name in workloads}
-    failures: dict[str, Failure] = {}
-    rounds = max((calls[name] for name in workloads), default=0)
+    times: dict[Key, list[float]] = {key: [] for key in workloads}
+    failures: dict[Key, Failure] = {}
+    rounds = max((calls[key] for key in workloads), default=0)
     for turn in range(rounds):
-        for name, workload in workloads.items():
-            if name in failures or not _takes_part(turn, rounds, calls[name]):
-                continue
-            if times[name] and enough(times[name]):
+        for key, workload in workloads.items():
+            due = math.floor((turn + 1) * calls[key] / rounds) - math.floor(
+                turn * calls[key] / rounds
+            )
+            if not due or key in failures or (times[key] and enough(times[key])):
                 continue
             try:
                 workload.prepare(mode)
-                times[name].append(clock.milliseconds(lambda w=workload: w.run(mode)))  # type: ignore[misc]
+                times[key].append(clock.milliseconds(lambda w=workload: w.run(mode)))  # type: ignore[misc]
             except Exception as error:
-                failures[name] = Failure.of(error)
-                del times[name]
+                failures[key] = Failure.of(error)
+                del times[key]
             workload.prepare(mode)
-            step(name)
+            step(key)
     return times, failures
-
-
-def _takes_part(turn: int, rounds: int, calls: int) -> bool:
-    return math.floor((turn + 1) * calls / rounds) > math.floor(turn * calls / rounds)

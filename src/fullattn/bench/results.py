@@ -12,41 +12,18 @@ from typing import Any
 from fullattn._cli.conditions import MODES, Conditions, Environment, Mode
 from fullattn._cli.errors import UsageError
 from fullattn._cli.shapes import Shape
-from fullattn.bench.failures import Failure
-from fullattn.bench.implementations import Contender
+from fullattn.bench.implementations import Formula, Implementation
+from fullattn.bench.measure import Failure
 
-__all__ = ["Formula", "Measurement", "Report", "Row", "read_report"]
+__all__ = ["Measurement", "Results", "Row", "read_results"]
 
-SCHEMA = 1
+SCHEMA = 2
 _KIND = "fullattn bench"
 
 
 @dataclass(frozen=True)
-class Formula:
-    """What is known of a contender at a shape without running it; None where there is no formula.
-
-    Attributes:
-        parameters: numbers in the module's parameters.
-        flops: 2 × multiply-accumulate of one forward, by `fullattn.costs`.
-        counted_flops: the same by PyTorch's FlopCounterMode; 0 where it knows no operator.
-        map_numel: elements in all similarity maps of the batch.
-        map_bytes: their size, whether or not the backend builds them.
-        inference_bytes: peak over the inputs of a forward, by formula.
-        training_bytes: the same of forward and backward.
-    """
-
-    parameters: int | None = None
-    flops: int | None = None
-    counted_flops: int | None = None
-    map_numel: int | None = None
-    map_bytes: int | None = None
-    inference_bytes: int | None = None
-    training_bytes: int | None = None
-
-
-@dataclass(frozen=True)
 class Measurement:
-    """What was measured of a contender at a shape in one mode.
+    """Times and peak memory of an implementation at a shape in one mode.
 
     Attributes:
         times_ms: every timed call.
@@ -74,29 +51,29 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Row:
-    """A contender at a shape; a mode that was not asked for is missing from `measured`."""
+    """An implementation at a shape; `measured` has the modes that were measured."""
 
     shape: Shape
-    contender: Contender
+    implementation: Implementation
     formula: Formula
     measured: dict[Mode, Measurement]
 
     def time(self, mode: Mode) -> float | None:
-        """Median milliseconds, where there are any."""
+        """Return the median milliseconds, if measured."""
         return self.measured[mode].median_ms if mode in self.measured else None
 
     def peak(self, mode: Mode) -> int | None:
-        """Peak bytes, where they were measured."""
+        """Return the peak bytes, if measured."""
         return self.measured[mode].peak_bytes if mode in self.measured else None
 
 
 @dataclass(frozen=True)
-class Report:
-    """A run.
+class Results:
+    """The figures of a run.
 
     Attributes:
         environment: where and when.
-        conditions: what all contenders had in common.
+        conditions: shared by all implementations.
         baseline: what the ratios refer to, as given on the command line.
         sweep: the axis that was swept, if one was.
         rows: shape by shape.
@@ -114,31 +91,31 @@ class Report:
         return list(dict.fromkeys(row.shape for row in self.rows))
 
     def at(self, shape: Shape) -> list[Row]:
-        """The rows of one shape."""
+        """Return the rows of one shape."""
         return [row for row in self.rows if row.shape == shape]
 
     def baseline_at(self, shape: Shape) -> Row | None:
-        """The row that the ratios of a shape refer to."""
-        return next((r for r in self.at(shape) if r.contender.answers_to(self.baseline)), None)
+        """Return the row that the ratios of a shape refer to."""
+        return next((r for r in self.at(shape) if r.implementation.matches(self.baseline)), None)
 
     def baseline_title(self) -> str:
-        """What the tables and pictures call the baseline."""
+        """Name of the baseline in tables and pictures."""
         rows = [self.baseline_at(shape) for shape in self.shapes]
-        titles = dict.fromkeys(row.contender.title for row in rows if row is not None)
+        titles = dict.fromkeys(row.implementation.title for row in rows if row is not None)
         return ", ".join(titles) or self.baseline
 
     def time_ratio(self, row: Row, mode: Mode) -> float | None:
-        """Time of a row over the baseline's, where both were measured."""
+        """Return the time of a row over the baseline's, where both were measured."""
         base = self.baseline_at(row.shape)
         return None if base is None else _ratio(row.time(mode), base.time(mode))
 
     def memory_ratio(self, row: Row, mode: Mode) -> float | None:
-        """Peak memory of a row over the baseline's, where both were measured."""
+        """Return the peak memory of a row over the baseline's, where both were measured."""
         base = self.baseline_at(row.shape)
         return None if base is None else _ratio(row.peak(mode), base.peak(mode))
 
     def caption(self) -> list[str]:
-        """The conditions of every figure, in lines."""
+        """Describe the conditions of the figures, line by line."""
         here, how = self.environment, self.conditions
         threads = f", {how.threads} thread{'s' if how.threads != 1 else ''}"
         device = f"{here.device_name} ({how.device}{threads if how.device == 'cpu' else ''})"
@@ -153,7 +130,7 @@ class Report:
         ]
 
     def to_json(self) -> str:
-        """Everything, with medians and ratios for those who read the file by eye."""
+        """Write everything as JSON, with medians and ratios beside the single times."""
         data = {
             "kind": _KIND,
             "schema": SCHEMA,
@@ -170,8 +147,8 @@ class Report:
     def _row_data(self, row: Row) -> dict[str, Any]:
         data: dict[str, Any] = {
             "shape": list(row.shape),
-            "name": row.contender.name,
-            "contender": dataclasses.asdict(row.contender),
+            "name": row.implementation.name,
+            "implementation": dataclasses.asdict(row.implementation),
             "formula": dataclasses.asdict(row.formula),
         }
         for mode, measurement in row.measured.items():
@@ -184,14 +161,14 @@ class Report:
         return data
 
     @classmethod
-    def from_json(cls, text: str) -> Report:
+    def from_json(cls, text: str) -> Results:
         """Read what `to_json` wrote.
 
         Args:
             text: the file's content.
 
         Returns:
-            The report.
+            The results.
 
         Raises:
             ValueError: it is not JSON of `fullattn bench`, or of a schema this version cannot read.
@@ -218,7 +195,7 @@ class Report:
 def _row_of(data: dict[str, Any]) -> Row:
     return Row(
         shape=Shape(*data["shape"]),
-        contender=Contender(**data["contender"]),
+        implementation=Implementation(**data["implementation"]),
         formula=Formula(**data["formula"]),
         measured={
             mode: Measurement(
@@ -236,20 +213,20 @@ def _ratio(value: float | None, base: float | None) -> float | None:
     return value / base if value is not None and base else None
 
 
-def read_report(path: str) -> Report:
-    """Read a report from a file.
+def read_results(path: str) -> Results:
+    """Read results from a file.
 
     Args:
         path: of a JSON file that `fullattn bench` wrote.
 
     Returns:
-        The report.
+        The results.
 
     Raises:
         UsageError: the file is not there or not such a file.
     """
     try:
-        return Report.from_json(Path(path).read_text())
+        return Results.from_json(Path(path).read_text())
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"expected a bench.json at {path!r}: {reason.lower()}") from error

@@ -1,4 +1,4 @@
-"""The report as tables for a terminal of 120 columns."""
+"""Results as tables for a terminal of 120 columns."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fullattn._cli.conditions import MODES, Mode
-from fullattn.bench.results import Formula, Measurement, Report, Row
+from fullattn.bench.implementations import Formula
+from fullattn.bench.results import Measurement, Results, Row
 
-__all__ = ["WIDTH", "digits", "mebibytes", "print_report", "ratio", "si", "time"]
+__all__ = ["digits", "mebibytes", "print_results", "ratio", "si", "time"]
 
-WIDTH = 120
 NOTHING = "–"
 _MIB = 2**20
 _CALL: dict[Mode, str] = {"inference": "forward", "training": "forward\n+ backward"}
 
 
 def si(number: float | None) -> str:
-    """A number in three digits with K, M, G or T; a dash for None.
+    """Format a number in three digits with K, M, G or T; a dash for None.
 
     Example:
         >>> si(525_313), si(19.6e9), si(0), si(None)
@@ -35,19 +35,19 @@ def si(number: float | None) -> str:
 
 
 def digits(number: float) -> str:
-    """A number in three digits, or all of those before its point."""
+    """Format a number in three digits, or all of those before its point."""
     return (
         f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
     )
 
 
 def _name(row: Row) -> str:
-    star = "*" if row.contender.automatic else ""
-    return f" {row.contender.title} [cyan]{row.contender.backend or ''}{star}[/cyan]"
+    star = "*" if row.implementation.automatic else ""
+    return f" {row.implementation.title} [cyan]{row.implementation.backend or ''}{star}[/cyan]"
 
 
 def time(measurement: Measurement | None) -> str:
-    """Median milliseconds ± interquartile range, the failure, or a dash."""
+    """Format median milliseconds ± interquartile range, the failure, or a dash."""
     if measurement is None:
         return NOTHING
     if measurement.failure is not None:
@@ -59,46 +59,46 @@ def time(measurement: Measurement | None) -> str:
 
 
 def mebibytes(number: int | None) -> str:
-    """Bytes in MiB, or a dash."""
+    """Format bytes in MiB, or a dash."""
     return NOTHING if number is None else digits(number / _MIB)
 
 
 def ratio(number: float | None) -> str:
-    """A ratio as 1.23×, or a dash."""
+    """Format a ratio as 1.23×, or a dash."""
     return NOTHING if number is None else f"{digits(number)}×"
 
 
-def _modes(report: Report) -> list[Mode]:
-    return [mode for mode in MODES if any(mode in row.measured for row in report.rows)]
+def _modes(results: Results) -> list[Mode]:
+    return [mode for mode in MODES if any(mode in row.measured for row in results.rows)]
 
 
 def _table(
-    report: Report, title: str, headings: list[str], cells: Callable[[Row], list[str]]
+    results: Results, title: str, headings: list[str], cells: Callable[[Row], list[str]]
 ) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("contender, backend", no_wrap=True)
+    table.add_column("implementation, backend", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for shape in report.shapes:
+    for shape in results.shapes:
         table.add_section()
         table.add_row(f"[bold]{shape}[/bold]")
-        for row in report.at(shape):
+        for row in results.at(shape):
             table.add_row(_name(row), *cells(row))
     return table
 
 
-def _measured(report: Report) -> Table:
-    modes = _modes(report)
+def _measured(results: Results) -> Table:
+    modes = _modes(results)
 
     def cells(row: Row) -> list[str]:
         found = []
         for mode in modes:
-            slower = report.time_ratio(row, mode)
+            slower = results.time_ratio(row, mode)
             found += [
                 time(row.measured.get(mode)),
                 ratio(1 / slower if slower else None),
                 mebibytes(row.peak(mode)),
-                ratio(report.memory_ratio(row, mode)),
+                ratio(results.memory_ratio(row, mode)),
             ]
         return found
 
@@ -107,20 +107,20 @@ def _measured(report: Report) -> Table:
         for mode in modes
         for heading in (f"{_CALL[mode]}\nms", "speed\n× base", "peak\nMiB", "peak\n× base")
     ]
-    return _table(report, "Measured", headings, cells)
+    return _table(results, "Measured", headings, cells)
 
 
-def _by_formula(report: Report) -> Table:
+def _by_formula(results: Results) -> Table:
     headings = [
         "parameters",
         "FLOPs by\nformula",
         "FLOPs by\nPyTorch",
-        "numbers\nin maps",
+        "elements\nin maps",
         "maps\nMiB",
         "peak MiB\ninference",
         "peak MiB\ntraining",
     ]
-    return _table(report, "By formula", headings, lambda row: _formula(row.formula))
+    return _table(results, "By formula", headings, lambda row: _formula(row.formula))
 
 
 def _formula(formula: Formula) -> list[str]:
@@ -135,44 +135,44 @@ def _formula(formula: Formula) -> list[str]:
     ]
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(results: Results) -> list[str]:
     notes = [
-        "Times: median ± interquartile range of calls taken in turns (no ± for a single call). "
+        "Times: median ± interquartile range of interleaved calls (no ± for a single call). "
         "Peaks: over the inputs.",
-        f"Base: {report.baseline_title()}. A speed above 1× is faster, a peak below 1× smaller.",
-        "* runs when no backend is asked for. FLOPs are 2 × multiply-accumulate, of one forward.",
+        f"Base: {results.baseline_title()}. A speed above 1× is faster, a peak below 1× smaller.",
+        "* the automatic choice of backend. FLOPs are 2 × multiply-accumulate, of one forward.",
     ]
-    for shape in report.shapes:
-        base = report.baseline_at(shape)
+    for shape in results.shapes:
+        base = results.baseline_at(shape)
         if base is None:
             notes.append(
-                f"{shape}: no ratios, because the baseline {report.baseline} is not there."
+                f"{shape}: no ratios, because the baseline {results.baseline} was not measured."
             )
             continue
-        for mode in _modes(report):
+        for mode in _modes(results):
             if mode in base.measured and base.time(mode) is None:
                 notes.append(f"{shape}, {mode}: no ratios, because the baseline has no time.")
     missing: dict[tuple[str, str], list[str]] = {}
-    for row in report.rows:
+    for row in results.rows:
         for mode, measurement in row.measured.items():
             if measurement.failure is not None:
                 where = f"{row.shape}, {mode}"
                 names = missing.setdefault((where, measurement.failure.reason), [])
-                names.append(row.contender.name)
+                names.append(row.implementation.name)
     notes += [f"{where}, {', '.join(names)}: {why}" for (where, why), names in missing.items()]
     return notes
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_results(results: Results, console: Console) -> None:
     """Print both tables with the conditions and notes.
 
     Args:
-        report: what to print.
+        results: what to print.
         console: where to.
     """
     console.print()
-    for table in (_by_formula(report), _measured(report)):
+    for table in (_by_formula(results), _measured(results)):
         console.print(table)
         console.print()
-    for line in (*report.caption(), *_notes(report)):
+    for line in (*results.caption(), *_notes(results)):
         console.print(line, style="dim", highlight=False, markup=False)

@@ -1,6 +1,10 @@
-"""One contender with its input, ready to be called."""
+"""A module with its input, ready to be called."""
 
 from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -8,17 +12,17 @@ from torch import Tensor, nn
 from fullattn._cli.conditions import Conditions, Mode
 from fullattn._cli.inputs import feature_map, random_like
 from fullattn._cli.shapes import Shape
-from fullattn.bench.implementations import Contender, build
+from fullattn.bench.implementations import Implementation
 
-__all__ = ["ShapeError", "Workload"]
+__all__ = ["LayerRecipe", "Recipe", "ShapeError", "Workload"]
 
 
 class ShapeError(RuntimeError):
-    """A contender returned something other than a tensor of its input's shape."""
+    """A module returned something other than a tensor of its input's shape."""
 
 
 class Workload:
-    """A contender's module and its input.
+    """A module and its input.
 
     Args:
         module: what is measured.
@@ -26,21 +30,22 @@ class Workload:
         grad: the gradient of the output in training; None where only inference is measured.
     """
 
+    corner = 16  # height and width of the smaller input to warm up with
+
     def __init__(self, module: nn.Module, x: Tensor, grad: Tensor | None) -> None:
         self.module, self.x, self.grad = module, x, grad
 
-    @classmethod
-    def of(cls, contender: Contender, shape: Shape, conditions: Conditions, mode: Mode) -> Workload:
-        """Build everything that one measurement needs."""
-        x = feature_map(shape, conditions)
-        grad = random_like(x, conditions.seed) if mode == "training" else None
-        return cls(build(contender, shape.channels, conditions), x, grad)
+    def warm_up_small(self, mode: Mode) -> None:
+        """Call the module once on a corner of the input; one made for large maps alone may fail."""
 
-    def smaller(self, side: int = 16) -> Workload:
-        """The same module on a corner of the input, to warm up with."""
-        x = self.x[..., :side, :side].clone()
-        grad = None if self.grad is None else self.grad[..., :side, :side].clone()
-        return Workload(self.module, x, grad)
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor.detach()[..., : self.corner, : self.corner].clone()
+
+        small = type(self)(self.module, cut(self.x), None if self.grad is None else cut(self.grad))
+        small.prepare(mode)
+        with suppress(Exception):
+            small.run(mode)
+        small.module.zero_grad(set_to_none=True)
 
     def prepare(self, mode: Mode) -> None:
         """Drop the last call's gradients and set the mode; not part of what is measured."""
@@ -63,12 +68,35 @@ class Workload:
 
     def _forward(self) -> Tensor:
         y = self.module(self.x)
-        if not isinstance(y, Tensor):
-            raise ShapeError(
-                f"expected an output of shape {tuple(self.x.shape)}, got {type(y).__name__}"
-            )
-        if y.shape != self.x.shape:
-            raise ShapeError(
-                f"expected an output of shape {tuple(self.x.shape)}, got {tuple(y.shape)}"
-            )
-        return y
+        found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        if found != tuple(self.x.shape):
+            raise ShapeError(f"expected an output of shape {tuple(self.x.shape)}, got {found}")
+        return y  # type: ignore[no-any-return]
+
+
+class Recipe(Protocol):
+    """Picklable: another process builds the same workload from it."""
+
+    @property
+    def conditions(self) -> Conditions:
+        """Threads, device, dtype, seed."""
+
+    def workload(self, mode: Mode) -> Workload:
+        """Build module and input."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerRecipe:
+    """An implementation at a shape."""
+
+    implementation: Implementation
+    shape: Shape
+    conditions: Conditions
+
+    def workload(self, mode: Mode) -> Workload:
+        """Build the module and its input."""
+        x = feature_map(self.shape, self.conditions)
+        grad = random_like(x, self.conditions.seed) if mode == "training" else None
+        module = self.implementation.build(self.shape.channels, self.conditions)
+        return Workload(module, x, grad)

@@ -1,14 +1,15 @@
-"""The state dict of one layer, from another project's names and shapes to ours and back."""
+"""Convert the state dict of one layer from another project's names and shapes to ours and back."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Set
+from itertools import product
 
 import torch
 from torch import Tensor, nn
 
-from fullattn.checkpoints.mappings import FORMS, Form, Shape, Source
+from fullattn.checkpoints.mappings import MAPPINGS, KeyMapping, Source, SymbolicShape
 from fullattn.layers import _checks
 
 __all__ = ["convert", "load_into"]
@@ -24,29 +25,29 @@ def convert(
 ) -> dict[str, Tensor]:
     """Rename and reshape the tensors of a layer: theirs to ours, or with `reverse` ours to theirs.
 
-    Every tensor is used, and none is made up but zeros: a count of batches that an old file leaves
-    out, and the bias of our output convolution, which mmcv's lacks before a normalisation. In
-    reverse the normalisation's running mean takes that bias, which gives the same results in
-    training and in evaluation. There and back is the same to the bit.
+    Every tensor is used. Tensors that the source lacks are created as zeros: the batch counters of
+    old files, and the bias of our output convolution, which mmcv's lacks before a normalisation. In
+    reverse, that bias is subtracted from the normalisation's running mean, which gives the same
+    results in training and evaluation. A round trip is exact.
 
     Args:
-        state_dict: of their layer, or of a model that has it; in reverse of one of our layers. It
-            is left as it is.
+        state_dict: of their layer, or of a model that contains it; in reverse, of one of our
+            layers. It is not changed.
         source: whose layer it is. "danet" is the authors' code and mmsegmentation's.
         reverse: convert our tensors to theirs.
-        prefix: where their layer is in their model, with or without the last dot. Only the tensors
-            below it are looked at; in reverse the names of the result begin with it.
-        variant: in reverse, which of theirs where several are one layer here: "plain" or
+        prefix: name of their layer in their model, with or without the last dot. Other tensors are
+            ignored; in reverse, the names of the result begin with it.
+        variant: in reverse, which of theirs if several correspond to our layer: "plain" or
             "sub_sample" for "mmcv", "original" or "mmseg" for "danet"; None for the first of them.
 
     Returns:
         The state dict for our layer, in reverse for theirs. A tensor that was only renamed or
-        reshaped shares its memory with the one given.
+        reshaped shares its memory with the given one.
 
     Raises:
-        TypeError: not a state dict, or not a tensor in it.
-        ValueError: a missing tensor, one left over, a wrong shape, an unknown source or variant;
-            the message names them, and says whose layer it is and where, if it knows.
+        TypeError: not a state dict, or it contains something other than a tensor.
+        ValueError: missing or unexpected keys, a size mismatch, an unknown source or variant. The
+            message names the keys and, if found, the layer and its prefix.
 
     Example:
         >>> import torch, fullattn
@@ -57,18 +58,23 @@ def convert(
         >>> convert(layer.state_dict(), "danet", reverse=True, prefix="decode_head.cam")
         {'decode_head.cam.gamma': tensor([0.5000])}
     """
-    _checks.option(source, "source", tuple(FORMS))
-    _check_variant(source, reverse, variant)
+    _checks.option(source, "source", tuple(MAPPINGS))
+    variants = tuple(dict.fromkeys(m.variant for m in MAPPINGS[source] if m.variant))
+    if variant is not None and not (reverse and variants):
+        raise ValueError(
+            f"expected variant only with reverse=True and a source with variants, got {variant=}; "
+            f"the variants of {source!r} are {list(variants)}"
+        )
+    _checks.option(variant, "variant", (None, *variants))
     prefix = f"{prefix.removesuffix('.')}." if prefix else ""
     before, after = ("", prefix) if reverse else (prefix, "")
     tensors = _below(before, state_dict)
-    fitting = [form for form in _forms(source, reverse) if form.fits(tensors.keys())]
+    fitting = [m for m in _mappings(source, reverse) if m.fits(tensors.keys())]
     if not fitting:
-        raise ValueError(_why_none_fits(state_dict, tensors.keys(), source, reverse, before))
-    form = next(form for form in fitting if variant in (None, form.variant))
-    sizes = _sizes(form, tensors)
-    _check_shapes(form, tensors, sizes, before)
-    return {after + name: x for name, x in _converted(form, tensors, sizes).items()}
+        raise ValueError(_explain(state_dict, tensors.keys(), source, reverse, before))
+    mapping = next(m for m in fitting if variant in (None, m.variant))
+    sizes = _infer_sizes(mapping, tensors, before)
+    return {after + name: x for name, x in _converted(mapping, tensors, sizes).items()}
 
 
 def load_into(
@@ -76,18 +82,18 @@ def load_into(
 ) -> None:
     """Load another project's weights into one of our layers, all of them or none.
 
-    The same as `layer.load_state_dict(convert(state_dict, source, prefix=prefix))`, except that
-    names and shapes are compared before the first tensor is copied.
+    Equivalent to `layer.load_state_dict(convert(state_dict, source, prefix=prefix))`, but all names
+    and shapes are checked before the first tensor is copied.
 
     Args:
-        layer: one of this package's layers, with the options that `table()` names.
+        layer: one of this package's layers, with the options that `table()` lists.
         state_dict: as in `convert`.
         source: as in `convert`.
         prefix: as in `convert`.
 
     Raises:
         TypeError: as in `convert`.
-        ValueError: as in `convert`, or the layer has other tensors; it is then as it was.
+        ValueError: as in `convert`, or the layer has other tensors; the layer is then unchanged.
 
     Example:
         >>> import torch, fullattn
@@ -97,160 +103,127 @@ def load_into(
         0.5
     """
     converted = convert(state_dict, source, prefix=prefix)
-    own = {name: tuple(x.shape) for name, x in layer.state_dict().items()}
-    reasons = []
-    if lacking := own.keys() - converted.keys():
-        reasons.append(f"they lack {_listed(lacking)}")
-    if left_over := converted.keys() - own.keys():
-        reasons.append(f"it has no {_listed(left_over)}")
+    own = layer.state_dict()
+    reasons = _key_errors(own.keys() - converted.keys(), converted.keys() - own.keys())
     reasons += [
-        f"{name!r} is {own[name]} in it and {tuple(x.shape)} in them"
+        f"size mismatch for {name!r}: layer {tuple(own[name].shape)}, checkpoint {tuple(x.shape)}"
         for name, x in converted.items()
-        if name in own and own[name] != tuple(x.shape)
+        if name in own and own[name].shape != x.shape
     ][:10]
     if reasons:
         described = f"{type(layer).__name__}({layer.extra_repr()})"
-        raise ValueError(f"these weights are not of {described}: {'; '.join(reasons)}")
+        raise ValueError(f"cannot load into {described}: {'; '.join(reasons)}")
     layer.load_state_dict(converted)
 
 
-def _forms(source: Source, reverse: bool) -> list[Form]:
-    return [form.reversed() if reverse else form for form in FORMS[source]]
-
-
-def _check_variant(source: Source, reverse: bool, variant: str | None) -> None:
-    variants = tuple(dict.fromkeys(form.variant for form in FORMS[source] if form.variant))
-    if variant is not None and not (reverse and variants):
-        raise ValueError(
-            f"variant={variant!r} is for reverse=True and a source that has variants: "
-            f"{source!r} has {_listed(variants) or 'none'}"
-        )
-    _checks.option(variant, "variant", (None, *variants))
+def _mappings(source: Source, reverse: bool) -> list[KeyMapping]:
+    return [mapping.reversed() if reverse else mapping for mapping in MAPPINGS[source]]
 
 
 def _below(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
+    """Select the tensors whose names begin with a prefix, and remove the prefix."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
-            f"expected a state dict, from names to tensors, got {type(state_dict).__name__}"
+            f"expected a state dict (names to tensors), got {type(state_dict).__name__}"
         )
-    tensors = {}
     for name, tensor in state_dict.items():
         if not isinstance(name, str):
             raise TypeError(f"expected names in the state dict, got {name!r}")
-        if not name.startswith(prefix):
-            continue
-        if not isinstance(tensor, Tensor):
+        if name.startswith(prefix) and not isinstance(tensor, Tensor):
             raise TypeError(f"expected a tensor at {name!r}, got {type(tensor).__name__}")
-        tensors[name.removeprefix(prefix)] = tensor
-    return tensors
+    return {n.removeprefix(prefix): x for n, x in state_dict.items() if n.startswith(prefix)}
 
 
-def _why_none_fits(
-    everything: Collection[str], names: Set[str], source: Source, reverse: bool, prefix: str
+def _explain(
+    all_names: Collection[str], names: Set[str], source: Source, reverse: bool, prefix: str
 ) -> str:
-    others = [
-        f"{form.old}: source={other!r}, reverse={back}"
-        for other in FORMS
-        for back in (False, True)
-        for form in _forms(other, back)
-        if form.fits(names)
-    ]
-    if others:
-        return f"these are the keys of {others[0]}; got source={source!r}, reverse={reverse}"
-    forms = _forms(source, reverse)
+    """Explain why no mapping fits."""
+    for other, back in product(MAPPINGS, (False, True)):
+        for mapping in _mappings(other, back):
+            if mapping.fits(names):
+                return (
+                    f"these are the keys of {mapping.old}: expected source={other!r}, "
+                    f"reverse={back}, got {source=}, {reverse=}"
+                )
+    mappings = _mappings(source, reverse)
     if names:
-        nearest = min(forms, key=lambda form: len(form.names() ^ form.own(names)))
-        reason = f"these are not the keys of a layer of source {source!r}, nearest {nearest.old}"
-        if missing := nearest.needed() - names:
-            reason += f"; missing: {_listed(missing, prefix)}"
-        if left_over := nearest.own(names) - nearest.names():
-            reason += f"; left over: {_listed(left_over, prefix)}"
-    elif everything:
+        closest = min(mappings, key=lambda m: len(m.names() ^ m.mapped(names)))
+        unexpected = closest.mapped(names) - closest.names()
+        errors = "; ".join(_key_errors(closest.required() - names, unexpected, prefix))
+        reason = f"cannot convert from source {source!r}, closest layer {closest.old}: {errors}"
+    elif all_names:
         reason = f"no key begins with prefix {prefix!r}"
     else:
         reason = "the state dict is empty"
-    if found := _found(everything, forms):
-        where = "give one of the layers" if reverse else "give one as prefix"
-        reason += f"; such a layer is at {_listed(found)}: {where}"
+    if found := _find_layers(all_names, mappings):
+        hint = "pass one of the layers" if reverse else "pass one as prefix"
+        reason += f"; such a layer is at {', '.join(map(repr, found[:10]))}: {hint}"
     return reason
 
 
-def _found(names: Collection[str], forms: list[Form]) -> list[str]:
-    """Prefixes below which there is a layer."""
-    below: dict[str, set[str]] = defaultdict(set)
-    for name in names:
-        parts = name.split(".")
-        for depth in range(1, len(parts)):
-            below[".".join(parts[:depth])].add(".".join(parts[depth:]))
-    return [prefix for prefix, own in below.items() if any(form.fits(own) for form in forms)]
+def _find_layers(names: Collection[str], mappings: list[KeyMapping]) -> list[str]:
+    """Find the prefixes of layers that a mapping fits."""
+    prefixes = {name[: end + 1] for name in names for end, sign in enumerate(name) if sign == "."}
+    below = {p: {n.removeprefix(p) for n in names if n.startswith(p)} for p in prefixes}
+    return sorted(p[:-1] for p, inside in below.items() if any(m.fits(inside) for m in mappings))
 
 
-def _listed(names: Collection[str], prefix: str = "") -> str:
-    """Ten of the names, and how many others there are."""
-    shown = [prefix + name for name in sorted(names)[:10]]
-    others = len(names) - len(shown)
-    return ", ".join(map(repr, shown)) + (f" and {others} others" if others else "")
+def _key_errors(missing: Set[str], unexpected: Set[str], prefix: str = "") -> list[str]:
+    """Name at most ten keys of each kind."""
+    return [
+        f"{kind} keys {[prefix + name for name in sorted(names)[:10]]}"
+        + (f" and {len(names) - 10} others" if len(names) > 10 else "")
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
 
 
-def _sizes(form: Form, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """What C and D stand for: by majority, so that a wrong shape is told from the right ones."""
+def _infer_sizes(mapping: KeyMapping, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
+    """Infer C, D, ... by majority, and check all shapes against them."""
+    keys = [key for key in mapping.keys if key.old in tensors]
     votes: dict[str, Counter[int]] = defaultdict(Counter)
-    for key in form.keys:
-        if key.old in tensors:
-            for size, actual in zip(key.shape, tensors[key.old].shape, strict=False):
-                if isinstance(size, str):
-                    factor, symbol = _factor_and_symbol(size)
-                    votes[symbol][actual // factor] += 1
-    return {symbol: counter.most_common(1)[0][0] for symbol, counter in votes.items()}
-
-
-def _factor_and_symbol(size: str) -> tuple[int, str]:
-    return int(size[:-1] or 1), size[-1]
-
-
-def _filled(shape: Shape, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    def filled(size: int | str) -> int:
-        if isinstance(size, int):
-            return size
-        factor, symbol = _factor_and_symbol(size)
-        return factor * sizes.get(symbol, 1)
-
-    return tuple(map(filled, shape))
-
-
-def _check_shapes(
-    form: Form, tensors: Mapping[str, Tensor], sizes: Mapping[str, int], prefix: str
-) -> None:
+    for key in keys:
+        for size, actual in zip(key.old_shape, tensors[key.old].shape, strict=False):
+            if isinstance(size, str):
+                votes[size[-1]][actual // int(size[:-1] or 1)] += 1
+    sizes = {symbol: counter.most_common(1)[0][0] for symbol, counter in votes.items()}
     wrong = [
-        f"{prefix + key.old!r} of shape {expected}, got {given}"
-        for key in form.keys
-        if key.old in tensors
-        and (expected := _filled(key.shape, sizes)) != (given := tuple(tensors[key.old].shape))
+        f"size mismatch for {prefix + key.old!r}: expected {expected}, got {given}"
+        for key in keys
+        if (expected := _evaluate(key.old_shape, sizes)) != (given := tuple(tensors[key.old].shape))
     ]
     if wrong:
         known = "".join(f", {symbol}={size}" for symbol, size in sorted(sizes.items()))
-        raise ValueError(f"{form.old}{known}: expected {'; '.join(wrong)}")
+        raise ValueError(f"cannot convert from {mapping.old}{known}: {'; '.join(wrong)}")
+    return sizes
+
+
+def _evaluate(shape: SymbolicShape, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(
+        size if isinstance(size, int) else int(size[:-1] or 1) * sizes.get(size[-1], 1)
+        for size in shape
+    )
 
 
 def _converted(
-    form: Form, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
+    mapping: KeyMapping, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    weight = tensors[form.keys[0].old]
-    biases = {key.folded_into: tensors[key.old] for key in form.keys if not key.new}
-    converted = {name: x.detach() for name, x in tensors.items() if form.keeps(name)}
+    tensors = {name: x.detach() for name, x in tensors.items()}
+    weight = tensors[mapping.keys[0].old]
+    for key in mapping.keys:
+        if key.old and not key.new:  # a convolution's bias, absorbed by the normalisation's mean
+            mean = key.old.replace("conv.bias", "norm.running_mean")
+            tensors[mean] = tensors[mean] - tensors[key.old]
+    converted = {name: x for name, x in tensors.items() if name.startswith(mapping.kept)}
     for name in [name for name in converted if name.endswith(".running_var")]:
-        counter = name.removesuffix("running_var") + "num_batches_tracked"
-        converted.setdefault(counter, torch.zeros((), dtype=torch.long, device=weight.device))
-    for key in form.keys:
-        shape = _filled(key.new_shape, sizes)
-        if key.old in tensors:
-            tensor = tensors[key.old].detach()
-        else:
-            dtype = torch.long if key.counter else weight.dtype
-            tensor = torch.zeros(shape, dtype=dtype, device=weight.device)
-        if key.old in biases:
-            tensor = tensor - biases[key.old].detach()
+        counter = name.replace("running_var", "num_batches_tracked")
+        converted.setdefault(counter, weight.new_zeros((), dtype=torch.long))
+    for key in mapping.keys:
         if key.new:
+            shape = _evaluate(key.new_shape, sizes)
+            dtype = torch.long if key.is_counter else weight.dtype
+            tensor = (
+                tensors[key.old] if key.old in tensors else weight.new_zeros(shape, dtype=dtype)
+            )
             converted[key.new] = tensor.reshape(shape)
     return converted

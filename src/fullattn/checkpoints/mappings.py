@@ -1,4 +1,4 @@
-"""Which tensors other projects' layers have, what they are called and how they lie: data alone."""
+"""Names and shapes of the tensors of other projects' layers, and their names and shapes in ours."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
-__all__ = ["FORMS", "Form", "Key", "Shape", "Source", "table"]
+__all__ = ["MAPPINGS", "Key", "KeyMapping", "Source", "SymbolicShape", "table"]
 
 Source = Literal["flanet", "timm", "mmcv", "danet"]
 
-# C is the layer's channels, D those of its queries; "2D" is twice D.
-Shape = tuple[int | str, ...]
+# C is the layer's number of channels, D that of its queries; "2D" is twice D.
+SymbolicShape = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -20,84 +20,73 @@ class Key:
     """One tensor before and after a conversion.
 
     Attributes:
-        old: its name before; empty where it is not there, which makes it 0 after.
-        new: its name after; empty where it is not there.
-        shape: its shape before.
-        other_shape: its shape after, where it is another.
-        counter: whether it counts batches, which old files leave out.
-        folded_into: where this is a bias that may have no name after, the old name of the running
-            mean from which it is taken instead.
+        old: its name before; empty if it does not exist there, and is then created as 0.
+        new: its name after; empty if it does not exist there.
+        old_shape: its shape before.
+        new_shape: its shape after.
     """
 
     old: str
     new: str
-    shape: Shape
-    other_shape: Shape | None = None
-    counter: bool = False
-    folded_into: str = ""
+    old_shape: SymbolicShape
+    new_shape: SymbolicShape
 
     @property
-    def new_shape(self) -> Shape:
-        """Its shape after."""
-        return self.shape if self.other_shape is None else self.other_shape
-
-    def reversed(self) -> Key:
-        """The same tensor in the conversion back."""
-        return replace(
-            self, old=self.new, new=self.old, shape=self.new_shape, other_shape=self.shape
-        )
+    def is_counter(self) -> bool:
+        """Whether it counts batches. Old files lack such tensors."""
+        return self.old.endswith("num_batches_tracked")
 
 
 @dataclass(frozen=True)
-class Form:
+class KeyMapping:
     """A layer before and after a conversion, with all of its tensors.
 
     Attributes:
-        old: what the layer is before.
-        new: what it is after.
-        keys: its tensors; the first has a name on both sides.
-        variant: name among the forms of the source that are one layer here.
-        kept: where this is a whole network, the prefix below which tensors keep their names.
+        old: the layer before.
+        new: the layer after.
+        keys: its tensors; the first exists on both sides.
+        variant: which of several layers of the source correspond to one of ours.
+        kept: for a whole network, prefixes of the tensors that keep their names.
     """
 
     old: str
     new: str
     keys: tuple[Key, ...]
     variant: str | None = None
-    kept: str = ""
+    kept: tuple[str, ...] = ()
 
-    def reversed(self) -> Form:
-        """The conversion back."""
-        keys = tuple(key.reversed() for key in self.keys)
+    def reversed(self) -> KeyMapping:
+        """Return the mapping of the opposite conversion."""
+        keys = tuple(Key(k.new, k.old, k.new_shape, k.old_shape) for k in self.keys)
         return replace(self, old=self.new, new=self.old, keys=keys)
 
     def names(self) -> set[str]:
-        """Names of all tensors before the conversion."""
+        """Return the names of all mapped tensors before the conversion."""
         return {key.old for key in self.keys if key.old}
 
-    def needed(self) -> set[str]:
-        """The same without those that old files leave out."""
-        return self.names() - {key.old for key in self.keys if key.counter}
+    def required(self) -> set[str]:
+        """Return the names that every checkpoint has."""
+        return {key.old for key in self.keys if key.old and not key.is_counter}
 
-    def keeps(self, name: str) -> bool:
-        """Whether a tensor is one that keeps its name."""
-        return bool(self.kept) and name.startswith(self.kept)
-
-    def own(self, names: Set[str]) -> set[str]:
-        """The names among these that do not keep theirs."""
-        return {name for name in names if not self.keeps(name)}
+    def mapped(self, names: Set[str]) -> set[str]:
+        """Return those of the names that are not kept."""
+        return {name for name in names if not name.startswith(self.kept)}
 
     def fits(self, names: Set[str]) -> bool:
-        """Whether these are the names before the conversion, no fewer and no more."""
-        own = self.own(names)
-        return self.needed() <= own <= self.names() and bool(self.kept) == (own != names)
+        """Return whether these are the names before the conversion, all and no others."""
+        mapped = self.mapped(names)
+        return self.required() <= mapped <= self.names() and bool(self.kept) == (mapped != names)
+
+
+def _key(theirs: str, ours: str, *shape: int | str) -> Key:
+    return Key(theirs, ours, shape, shape)
 
 
 def _affine(theirs: str, ours: str, *shape: int | str) -> tuple[Key, ...]:
-    """Weight and bias of a Linear or a convolution."""
+    """Map weight and bias of a Linear or a convolution."""
     return (
-        Key(f"{theirs}.weight", f"{ours}.weight", shape),
-        Key(f"{theirs}.bias", f"{ours}.bias", shape[:1]),
+        _key(f"{theirs}.weight", f"{ours}.weight", *shape),
+        _key(f"{theirs}.bias", f"{ours}.bias", *shape[:1]),
     )
 
 
@@ -105,27 +94,27 @@ def _batch_norm(theirs: str, ours: str, width: int | str = "C") -> tuple[Key, ..
     names = ("weight", "bias", "running_mean", "running_var")
     counter = "num_batches_tracked"
     return (
-        *(Key(f"{theirs}.{name}", f"{ours}.{name}", (width,)) for name in names),
-        Key(f"{theirs}.{counter}", f"{ours}.{counter}", (), counter=True),
+        *(_key(f"{theirs}.{name}", f"{ours}.{name}", width) for name in names),
+        _key(f"{theirs}.{counter}", f"{ours}.{counter}"),
     )
 
 
-_FLANET = Form(
+_FLANET = KeyMapping(
     "FullyAttentionalBlock(C)",
     "FullyAttentional(C)",
     (
         *_affine("conv1", "column_key", "C", "C"),
         *_affine("conv2", "row_key", "C", "C"),
-        Key("conv.0.weight", "project.conv.weight", ("C", "C", 3, 3)),
+        _key("conv.0.weight", "project.conv.weight", "C", "C", 3, 3),
         *_batch_norm("conv.1", "project.norm"),
-        Key("gamma", "gamma", (1,)),
+        _key("gamma", "gamma", 1),
     ),
 )
 
 
 def _flanet_convolution(theirs: str, ours: str, norm: str, *shape: int | str) -> tuple[Key, ...]:
     return (
-        Key(f"{theirs}.weight", f"{ours}.conv.weight", (*shape, 3, 3)),
+        _key(f"{theirs}.weight", f"{ours}.conv.weight", *shape, 3, 3),
         *_batch_norm(norm, f"{ours}.norm", shape[0]),
     )
 
@@ -140,12 +129,12 @@ def _flanet_output(theirs: str, ours: str, width: str, in_width: str) -> tuple[K
 
 
 # The backbone has timm's names in both. Widths: L, M and N of the backbone's last stages, O of the
-# output's convolution, A of the auxiliary heads'; S is L + C.
-_FLANET_NETWORK = Form(
+# output's convolution, A of the auxiliary heads' convolutions; S is L + C.
+_FLANET_NETWORK = KeyMapping(
     "FLANet(..., n_classes=K)",
     "models.FLANet(K)",
     (
-        Key("fully.gamma", "head.attention.gamma", (1,)),
+        _key("fully.gamma", "head.attention.gamma", 1),
         *_affine("fully.conv1", "head.attention.column_key", "C", "C"),
         *_affine("fully.conv2", "head.attention.row_key", "C", "C"),
         *_flanet_convolution("fully.conv.0", "head.project", "fully.conv.1", "C", "C"),
@@ -155,10 +144,10 @@ _FLANET_NETWORK = Form(
         *_flanet_output("conv_out2", "auxiliary.0", "A", "N"),
         *_flanet_output("conv_out3", "auxiliary.1", "A", "M"),
     ),
-    kept="backbone.",
+    kept=("backbone.",),
 )
 
-_TIMM = Form(
+_TIMM = KeyMapping(
     "NonLocalAttn(C)",
     "SpatialNonLocal(C)",
     (
@@ -171,9 +160,9 @@ _TIMM = Form(
 )
 
 
-def _mmcv(mode: str | None, normalised: bool, pooled: bool) -> Form:
+def _mmcv(mode: str | None, normalised: bool, pooled: bool) -> KeyMapping:
     theirs, ours = ["C"], ["C"]
-    pool = ".0" if pooled else ""  # the pooling is the convolution's neighbour in a Sequential
+    pool = ".0" if pooled else ""  # the convolution is followed by its pooling in a Sequential
     keys = list(_affine(f"g{pool}.conv", "value", "D", "C", 1, 1))
     if mode is not None:
         theirs.append(f"mode={mode!r}")
@@ -188,14 +177,13 @@ def _mmcv(mode: str | None, normalised: bool, pooled: bool) -> Form:
         ours.append("subsample=2")
     if normalised:
         theirs.append("norm_cfg=dict(type='BN')")
-        keys.append(Key("conv_out.conv.weight", "output.conv.weight", ("C", "D", 1, 1)))
-        mean = "output.norm.running_mean"
-        keys.append(Key("", "output.conv.bias", ("C",), folded_into=mean))
+        keys.append(_key("conv_out.conv.weight", "output.conv.weight", "C", "D", 1, 1))
+        keys.append(_key("", "output.conv.bias", "C"))
         keys += _batch_norm("conv_out.bn", "output.norm")
     else:
         ours.append("norm_layer=None")
         keys += _affine("conv_out.conv", "output.conv", "C", "D", 1, 1)
-    return Form(
+    return KeyMapping(
         f"NonLocal2d({', '.join(theirs)})",
         f"SpatialNonLocal({', '.join(ours)})",
         tuple(keys),
@@ -203,94 +191,78 @@ def _mmcv(mode: str | None, normalised: bool, pooled: bool) -> Form:
     )
 
 
-def _danet_position(variant: str, suffix: str, gamma: str, gamma_shape: Shape) -> Form:
-    return Form(
+# Variant, suffix of the convolutions' names, name and shape of gamma.
+_DANET: tuple[tuple[str, str, str, SymbolicShape], ...] = (
+    ("original", "conv", "gamma", (1,)),
+    ("mmseg", "project", "gamma.scale", ()),
+)
+_DANET_POSITION = tuple(
+    KeyMapping(
         f"position attention ({variant})",
         "SpatialNonLocal(C, project=False)",
         (
             *_affine(f"query_{suffix}", "query", "D", "C", 1, 1),
             *_affine(f"key_{suffix}", "key", "D", "C", 1, 1),
             *_affine(f"value_{suffix}", "value", "C", "C", 1, 1),
-            Key(gamma, "gamma", gamma_shape, (1,)),
+            Key(gamma, "gamma", shape, (1,)),
         ),
         variant,
     )
-
-
-def _danet_channel(variant: str, gamma: str, gamma_shape: Shape) -> Form:
-    return Form(
+    for variant, suffix, gamma, shape in _DANET
+)
+_DANET_CHANNEL = tuple(
+    KeyMapping(
         f"channel attention ({variant})",
         "ChannelNonLocal(C, least_similar=True)",
-        (Key(gamma, "gamma", gamma_shape, (1,)),),
+        (Key(gamma, "gamma", shape, (1,)),),
         variant,
     )
+    for variant, _, gamma, shape in _DANET
+)
 
-
-# Where several forms are one layer here, the first is the one that reverse conversion makes.
-FORMS: dict[Source, tuple[Form, ...]] = {
+# If several layers correspond to one of ours, reverse conversion returns the first by default.
+MAPPINGS: dict[Source, tuple[KeyMapping, ...]] = {
     "flanet": (_FLANET, _FLANET_NETWORK),
     "timm": (_TIMM,),
     "mmcv": tuple(
         _mmcv(mode, normalised, pooled)
-        # Mode dot_product has the tensors of the default mode.
+        # mode='dot_product' has the tensors of the default mode.
         for mode, normalised, pooled in product(
             (None, "gaussian", "concatenation"), (False, True), (False, True)
         )
     ),
-    "danet": (
-        _danet_position("original", "conv", "gamma", (1,)),
-        _danet_position("mmseg", "project", "gamma.scale", ()),
-        _danet_channel("original", "gamma", (1,)),
-        _danet_channel("mmseg", "gamma.scale", ()),
-    ),
+    "danet": _DANET_POSITION + _DANET_CHANNEL,
 }
 
 # An indented row is an option of the layer above it.
-_TABLE: dict[Source, tuple[tuple[str, str], ...]] = {
-    "flanet": (
-        ("FullyAttentionalBlock(C)", "FullyAttentional(C)"),
-        ("  batches as it saw them", "  mix_images=True"),
-        ("FLANet(..., n_classes=K)", "models.FLANet(K)"),
-        ("  deep_stem=False", "  backbone='resnet101'"),
-    ),
-    "timm": (
-        (
-            "NonLocalAttn(C, rd_channels=D)",
-            "SpatialNonLocal(C, inner_channels=D, scale=C**-0.5)",
-        ),
-        ("  use_scale=False", "  scale=1.0"),
-    ),
-    "mmcv": (
-        ("NonLocal2d(C)", "SpatialNonLocal(C, scale=None, norm_layer=None)"),
-        ("  use_scale=False", "  scale=1.0"),
-        ("  reduction=R", "  inner_channels=C//R"),
-        ("  mode='gaussian'", "  mode='gaussian', scale=1.0"),
-        ("  mode='dot_product'", "  mode='dot_product', scale=1.0"),
-        ("  mode='concatenation'", "  mode='concatenation'"),
-        ("  sub_sample=True", "  subsample=2"),
-        ("  norm_cfg=dict(type='BN')", "  norm_layer=nn.BatchNorm2d"),
-    ),
-    "danet": (
-        ("PAM_Module(C)", "SpatialNonLocal(C, inner_channels=C//8, project=False)"),
-        ("mmseg's PAM(C, D)", "SpatialNonLocal(C, inner_channels=D, project=False)"),
-        ("CAM_Module(C), mmseg's CAM()", "ChannelNonLocal(C, least_similar=True)"),
-    ),
-}
+_TABLE = """\
+flanet  FullyAttentionalBlock(C)        FullyAttentional(C)
+          trained at batch size > 1       mix_images=True
+        FLANet(..., n_classes=K)        models.FLANet(K)
+          deep_stem=False                 backbone='resnet101'
+timm    NonLocalAttn(C, rd_channels=D)  SpatialNonLocal(C, inner_channels=D, scale=C**-0.5)
+          use_scale=False                 scale=1.0
+mmcv    NonLocal2d(C)                   SpatialNonLocal(C, scale=None, norm_layer=None)
+          use_scale=False                 scale=1.0
+          reduction=R                     inner_channels=C//R
+          mode='gaussian'                 mode='gaussian', scale=1.0
+          mode='dot_product'              mode='dot_product', scale=1.0
+          mode='concatenation'            mode='concatenation'
+          sub_sample=True                 subsample=2
+          norm_cfg=dict(type='BN')        norm_layer=nn.BatchNorm2d
+danet   PAM_Module(C)                   SpatialNonLocal(C, inner_channels=C//8, project=False)
+        mmseg's PAM(C, D)               SpatialNonLocal(C, inner_channels=D, project=False)
+        CAM_Module(C), mmseg's CAM()    ChannelNonLocal(C, least_similar=True)"""
 
 
 def table() -> str:
-    """Which of our layers, with which options, takes the weights of which layer.
+    """List which of our layers, with which options, takes the weights of which other layer.
 
     Returns:
-        A line each: the source where it changes, their layer or option, ours.
+        Columns: the source, their layer or an option of it, ours. C is the number of channels.
 
     Example:
         >>> print(table().splitlines()[4])
         timm    NonLocalAttn(C, rd_channels=D)  SpatialNonLocal(C, inner_channels=D, scale=C**-0.5)
     """
-    width = max(len(theirs) for rows in _TABLE.values() for theirs, _ in rows)
-    return "\n".join(
-        f"{'' if index else source:<8}{theirs:<{width}}  {ours}"
-        for source, rows in _TABLE.items()
-        for index, (theirs, ours) in enumerate(rows)
-    )
+    return _TABLE

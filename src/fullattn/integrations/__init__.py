@@ -1,1 +1,1 @@
-"""What other libraries need to work with this one; each module is imported when it is asked for."""
+"""Integrations with other libraries. Import the module for the library that you use."""

@@ -1,8 +1,8 @@
-"""The layers under their names in mmengine's registry, for configs of mmcv and mmsegmentation.
+"""Register the layers with mmengine, for configs of mmcv and mmsegmentation.
 
-A config names a layer as a dict, {"type": "FullyAttentional", ...}. mmcv's plugins give it the
-channel count as `in_channels`, so that is what the registered classes call it; everything else is
-as in the layers, and so are the weights.
+A config selects a layer by a dict, {"type": "FullyAttentional", ...}. mmcv's plugins pass the
+channel count as `in_channels`, which is its name in the registered classes. Other arguments and
+weights are the layers' own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["register"]
 
 @cache
 def _with_in_channels(layer: type[AttentionLayer]) -> type[AttentionLayer]:
-    """The layer with its channel count called `in_channels`, and a name for mmcv's plugins."""
+    """Make a subclass whose channel count is called `in_channels`, named for mmcv's plugins."""
 
     def __init__(self: Any, in_channels: int, **options: Any) -> None:  # noqa: N807
         layer.__init__(self, in_channels, **options)
@@ -29,7 +29,7 @@ def _with_in_channels(layer: type[AttentionLayer]) -> type[AttentionLayer]:
 
 
 def __getattr__(name: str) -> Any:
-    """The registered class of a layer, where pickle looks for it."""
+    """Return a registered class by name, for pickle."""
     for layer in LAYERS.values():
         if layer.__name__ == name:
             return _with_in_channels(layer)  # type: ignore[arg-type]
@@ -37,11 +37,11 @@ def __getattr__(name: str) -> Any:
 
 
 def register() -> None:
-    """Register the layers in `mmengine.registry.MODELS`; nothing happens a second time.
+    """Register the layers in `mmengine.registry.MODELS`; repeated calls do nothing.
 
     Raises:
         ImportError: mmengine is not installed.
-        KeyError: another project has registered something under one of the names.
+        KeyError: one of the names is already registered by another project.
 
     Example:
         >>> register()  # doctest: +SKIP
@@ -51,6 +51,6 @@ def register() -> None:
     from mmengine.registry import MODELS
 
     for layer in LAYERS.values():
-        made = _with_in_channels(layer)  # type: ignore[arg-type]
-        if MODELS.get(layer.__name__) is not made:
-            MODELS.register_module(name=layer.__name__, module=made)
+        module = _with_in_channels(layer)  # type: ignore[arg-type]
+        if MODELS.get(layer.__name__) is not module:
+            MODELS.register_module(name=layer.__name__, module=module)

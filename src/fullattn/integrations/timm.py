@@ -1,8 +1,8 @@
-"""The layers in timm.
+"""Register the layers with timm.
 
-timm has no registry of attention layers: where its networks take one by name (`attn_layer="se"`)
-they take a class as well, and any layer of this package fits. What timm does register are modules
-that its tracer is not to look into when it extracts features by name, and there the layers belong.
+timm's networks take an attention layer by name (`attn_layer="se"`) or class; layers of this package
+are passed as a class, without registration. Only timm's feature extraction by tracing requires
+registration, of modules that it must not trace into.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Make the layers leaves of timm's feature extraction by tracing (`feature_cls="fx"`).
+    """Register the layers as leaf modules of timm's traced feature extraction (`feature_cls="fx"`).
 
     Raises:
         ImportError: timm is not installed.

@@ -1,7 +1,7 @@
-"""Pictures of what the layers attend to: `similarity` as a figure, `page` as a page to click in.
+"""Draw similarity maps: `similarity` as a figure, `page` as an interactive HTML page.
 
-`layers_with_maps` and `inputs_of` find the layers of a network and what they are given, which is
-what the two draw from. Needs matplotlib: `pip install 'fullattn[plot]'`.
+`layers_with_maps` and `inputs_of` find the layers of a network and their inputs. Requires
+matplotlib: `pip install 'fullattn[plot]'`.
 """
 
 try:

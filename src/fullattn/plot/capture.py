@@ -1,4 +1,4 @@
-"""Finding the layers of a network that have similarity maps, and what they are given."""
+"""Find the layers of a network that have similarity maps, and capture their inputs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["inputs_of", "layers_with_maps"]
 
 
 def layers_with_maps(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers in a module, or the module itself, that can build their similarity maps.
+    """Find the layers in a module, or the module itself, that have a `similarity` method.
 
     Args:
-        module: such as the attention part of a FLANet.
+        module: the module to search.
 
     Returns:
-        For each layer's name in the module the layer; the module itself is named "".
+        The layers by their dotted names; the module itself has the name "".
 
     Example:
         >>> from fullattn import ChannelNonLocal
@@ -37,18 +37,18 @@ def layers_with_maps(module: nn.Module) -> dict[str, nn.Module]:
 def inputs_of(
     model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor
 ) -> dict[str, Tensor]:
-    """Run a network once and keep the feature maps that layers in it were given.
+    """Run a network once and capture the inputs of some of its layers.
 
     Args:
         model: the network, in evaluation mode.
-        layers: by name, layers that the network runs.
+        layers: layers of the network, by any names.
         images: normalised, (B, 3, H, W).
 
     Returns:
-        For each name the layer's input, (B, C, h, w); if it ran several times, the last.
+        Each layer's input (B, C, h, w) by name; of several calls, the last one's.
 
     Raises:
-        ValueError: a layer did not run.
+        ValueError: a layer was not called.
 
     Example:
         >>> layer = nn.ReLU()
@@ -65,7 +65,6 @@ def inputs_of(
         for name, layer in layers.items():
             hooks.enter_context(layer.register_forward_pre_hook(partial(keep, name)))
         model(images)
-    missing = [name for name in layers if name not in inputs]
-    if missing:
-        raise ValueError(f"the network did not run its layers {', '.join(map(repr, missing))}")
+    if missing := [name for name in layers if name not in inputs]:
+        raise ValueError(f"the network did not call its layers {', '.join(map(repr, missing))}")
     return inputs

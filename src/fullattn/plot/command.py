@@ -1,4 +1,4 @@
-"""`fullattn maps`: what the layers attend to in a photograph."""
+"""`fullattn maps`: draw the layers' similarity maps for a photograph."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ examples:
 def configure(parser: Parser) -> None:
     """Add the arguments of `fullattn maps`."""
     parser.description = (
-        "Draw what each layer's similarity map holds for a photograph: where a pixel "
-        "looks, which channels call each other, and the maps of a column and a row beside the "
-        "channel layer's only one. Writes PHOTO_LAYER.png for each layer, and PHOTO_maps.html, a "
-        "page in which a click on the photograph moves the point. Without --checkpoint the layers "
-        "are untrained and compare the features as they are."
+        "Draw each layer's similarity maps for a photograph: the positions that a pixel attends "
+        "to, the channels that a channel attends to, and the maps of a column and a row beside the "
+        "channel layer's only map. Writes PHOTO_LAYER.png for each layer, and PHOTO_maps.html, a "
+        "page in which a click on the photograph moves the point. Without --checkpoint, untrained "
+        "layers compare the features without learned weights."
     )
     parser.epilog = _EXAMPLES
     parser.add_argument("photograph", type=Path, metavar="PHOTO")
@@ -42,13 +42,13 @@ def configure(parser: Parser) -> None:
         "--point",
         type=point,
         metavar="X,Y",
-        help="pixel of the photograph, from its top left (the middle)",
+        help="pixel of the photograph, from its top left corner (the centre)",
     )
     parser.add_argument(
         "--channel",
         type=index,
         metavar="C",
-        help="draw also which channels this one attends to, everywhere",
+        help="also draw the channels that this channel attends to",
     )
     parser.add_argument(
         "--longest",
@@ -57,14 +57,17 @@ def configure(parser: Parser) -> None:
         metavar="PIXELS",
         help="a photograph with a longer side is scaled down to this (512)",
     )
-    source = parser.add_argument_group("whose maps").add_mutually_exclusive_group()
+    source = parser.add_argument_group("source of the layers").add_mutually_exclusive_group()
     source.add_argument(
-        "--checkpoint", type=Path, metavar="FILE", help="a network of `fullattn train`: its layers"
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="draw the layers of a network of `fullattn train`",
     )
     source.add_argument(
         "--backbone",
         metavar="NAME",
-        help="features of a network of timm, whose weights it downloads (a random stem)",
+        help="use features of a timm network, with downloaded weights (a random stem)",
     )
     untrained = parser.add_argument_group("untrained layers")
     untrained.add_argument(
@@ -74,7 +77,7 @@ def configure(parser: Parser) -> None:
         "--layers", nargs="+", metavar="LAYER", help=f"{', '.join(LAYERS)} (all)"
     )
     untrained.add_argument(
-        "--scale", type=number, help="factor on the scores; published is 1 (4/d, softer)"
+        "--scale", type=number, help="factor on the scores; the papers use 1 (4/d, softer)"
     )
     untrained.add_argument(
         "--channels", type=count, metavar="C", help="channels of the random stem (64)"
@@ -84,16 +87,16 @@ def configure(parser: Parser) -> None:
 
 
 def _check(args: argparse.Namespace) -> list[str]:
-    """The layers that are asked for."""
-    if args.checkpoint is not None:
-        for name in ("weights", "layers", "scale", "channels", "seed"):
-            if getattr(args, name) is not None:
-                raise UsageError(f"expected no --{name} with --checkpoint, whose layers are drawn")
-    if args.backbone is not None:
-        for name in ("channels", "seed"):
-            if getattr(args, name) is not None:
-                raise UsageError(f"expected no --{name} with --backbone, which has its own")
-    elif args.weights is not None:
+    """Check that the options fit together, and return the names of the layers."""
+    excluded = {
+        "checkpoint": ("weights", "layers", "scale", "channels", "seed"),
+        "backbone": ("channels", "seed"),
+    }
+    for source, names in excluded.items():
+        for name in names:
+            if getattr(args, source) is not None and getattr(args, name) is not None:
+                raise UsageError(f"expected no --{name} with --{source}")
+    if args.weights is not None and args.backbone is None:
         raise UsageError("expected --backbone NAME with --weights")
     layers = [layer_named(layer) for layer in words(args.layers or list(LAYERS))]
     return list(dict.fromkeys(layers))

@@ -1,13 +1,13 @@
-"""Drawings of similarity maps, each a matplotlib figure of its own; they know no layer.
+"""Matplotlib figures of similarity maps, given as tensors.
 
-Weights that lie within a factor of ten are shown on a linear scale from 0, others on a logarithmic
-one of at most four decades: without a scale in the softmax one weight often has nearly everything.
+Weights within a factor of ten are shown on a linear scale from 0, others on a logarithmic scale of
+at most four decades: without a scale in the softmax, one weight is often close to 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.colors import CenteredNorm, LogNorm, Normalize
@@ -33,27 +33,16 @@ __all__ = [
     "weight_norm",
 ]
 
-Slices: TypeAlias = Literal["column", "row"]  # what a map of its own is of
-
-# Perceptually uniform; the second for numbers of both signs.
-_COLOURS, _SIGNED_COLOURS = "viridis", "berlin"
+_COLOURS, _SIGNED_COLOURS = "viridis", "berlin"  # perceptually uniform
 _MARK = "#D55E00"
 _DECADES = 4
 _PANEL = 3.6  # inches
-_TALLEST = 4 * _PANEL  # whatever the photograph's form
-_PAIRS = 4  # of channels that are shown as pictures
+_MAX_HEIGHT = 4 * _PANEL  # for photographs of any aspect ratio
+_PAIRS = 4  # number of pairs of channels that are shown
 
 
 def cell_of(point: tuple[int, int], photograph: Tensor, features: Tensor) -> tuple[int, int]:
-    """The position of a feature map that lies at a point of a photograph.
-
-    Args:
-        point: x and y in pixels from the top left corner.
-        photograph: (3, H, W).
-        features: (..., h, w).
-
-    Returns:
-        Column and row of the feature map.
+    """Return the column and row of a feature map at a point (x, y) of a photograph.
 
     Raises:
         ValueError: the point is outside the photograph.
@@ -73,14 +62,9 @@ def cell_of(point: tuple[int, int], photograph: Tensor, features: Tensor) -> tup
 
 
 def distances(maps: Tensor, single: Tensor) -> Tensor:
-    """How far maps are from one map: the total variation between their rows, averaged.
+    """Return the total variation between rows of maps (n, C, C) and a map (C, C), averaged.
 
-    Args:
-        maps: (n, C, C), whose rows sum to 1.
-        single: (C, C), whose rows sum to 1.
-
-    Returns:
-        For each map a number from 0, the same, to 1, no channel attended to by both; (n).
+    The rows sum to 1. A distance (n) of 0 means equal maps, of 1 no channel with weight in both.
 
     Example:
         >>> distances(torch.eye(2)[None], torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
@@ -93,96 +77,77 @@ def distances(maps: Tensor, single: Tensor) -> Tensor:
 def draw_positions(
     photograph: Tensor, weights: Tensor, point: tuple[int, int], *, title: str = ""
 ) -> Figure:
-    """Where in a photograph a pixel looks.
-
-    Args:
-        photograph: uint8, (3, H, W).
-        weights: of the positions that the point attends to, (h, w); laid over the photograph.
-        point: x and y in pixels.
-        title: of the figure.
-
-    Returns:
-        The photograph with the point, and beside it the weights over the photograph in grey.
-    """
+    """Draw the weights (h, w) of a point over a photograph (3, H, W), beside the photograph."""
     height, width = photograph.shape[1:]
     panel_width = 1.3 * _PANEL
     figure = _figure(title, 2 * panel_width, panel_width * height / width)
     plain, over = figure.subplots(1, 2)
     _show_photograph(plain, photograph, point)
     plain.set_title("the point")
-    over.imshow(_grey(photograph), cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
-    shown = _show_weights(over, weights, extent=(0, width, height, 0), alpha=0.75)
+    extent = (0, width, height, 0)
+    grey = photograph.float().mean(0).numpy()
+    over.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=extent)
+    shown = _show_weights(over, weights, extent=extent, alpha=0.75)
     _mark(over, point)
     over.set_title("where it looks")
     over.set_axis_off()
-    _explain(figure, shown, [over], weights.numel())
+    _add_weight_bar(figure, shown, [over], weights.numel())
     return figure
 
 
 @styled
 def draw_slices(
     photograph: Tensor,
-    maps: Mapping[Slices, Tensor],
+    maps: Mapping[str, Tensor],
     single: Tensor,
     point: tuple[int, int],
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     title: str = "",
 ) -> Figure:
-    """The channel maps of a layer of columns or rows at a point, and the channel layer's one.
+    """Draw the maps of a point's column and row, and their differences from a channel layer's map.
+
+    The upper panels show the photograph, with the `distances` of all columns' and rows' maps along
+    its edges, and the maps at the point. The lower ones show the single map and the differences.
 
     Args:
         photograph: uint8, (3, H, W).
-        maps: of all columns, (w, C, C), of all rows, (h, C, C), or both.
+        maps: by "column" (w, C, C), by "row" (h, C, C), or both.
         single: the channel layer's map, (C, C).
         point: x and y in pixels.
         size: of the feature map, (h, w).
-        title: of the figure.
-
-    Returns:
-        Above, the photograph with the point's column and row, and the map of each; along its edges
-        how far each column's and row's map is from the single one, as `distances` says. Below, the
-        single map, and each of the others less the single one.
+        title: title of the figure.
     """
-    x, y = cell_of(point, photograph, torch.empty(size))
-    at: dict[Slices, int] = {"column": x, "row": y}
-    names = {slices: f"{slices} {at[slices]}" for slices in maps}
-    own = [maps[slices][at[slices]] for slices in maps]
+    x, y = cell_of(point, photograph, torch.empty(*size))
+    at = {slices: x if slices == "column" else y for slices in maps}
+    own = [maps[slices][index] for slices, index in at.items()]
     figure = _figure(title, 1.2 * (1 + len(maps)) * _PANEL, 2 * _PANEL)
     (plain, *upper), (one, *lower) = figure.subplots(2, 1 + len(maps))
     _show_photograph(plain, photograph, point)
     plain.set_title(f"the point, {' and '.join(f'its {slices}' for slices in maps)}")
-    _frame_slices(plain, photograph, {slices: at[slices] for slices in maps}, size)
+    _frame_slices(plain, photograph, at, size)
     away = {slices: distances(each, single) for slices, each in maps.items()}
     _show_distances(plain, photograph, away, at)
 
     norm = weight_norm(torch.stack([*own, single]))
-    for panel, weights, name in zip(
-        (*upper, one),
-        (*own, single),
-        (*(f"map of {name}" for name in names.values()), "the channel layer's only map"),
-        strict=True,
-    ):
-        shown = _show_weights(panel, weights, norm)
-        panel.set_title(name)
-        _label_channels(panel)
-    _explain(figure, shown, upper, single.shape[1])
+    for panel, weights in zip((*upper, one), (*own, single), strict=True):
+        shown = _show_map(panel, weights, norm)
+    one.set_title("the channel layer's only map")
+    _add_weight_bar(figure, shown, upper, single.shape[1])
     differences = torch.stack(own) - single
     norm, cut = difference_norm(differences)
-    for panel, difference, name in zip(lower, differences, names.values(), strict=True):
-        shown = _show_weights(panel, difference, norm)
-        panel.set_title(f"{name} less that map")
-        _label_channels(panel)
-    bar = figure.colorbar(shown, ax=lower, extend="both" if cut else "neither")
-    bar.set_label("difference of weights")
-    bar.outline.set_edgecolor(QUIET)
+    for above, below, difference, name in zip(upper, lower, differences, at.items(), strict=True):
+        above.set_title("map of {} {}".format(*name))
+        below.set_title("{} {} less that map".format(*name))
+        shown = _show_map(below, difference, norm)
+    _add_bar(figure, shown, lower, "difference of weights", extend="both" if cut else "neither")
     return figure
 
 
 def _frame_slices(
-    panel: Axes, photograph: Tensor, at: Mapping[Slices, int], size: tuple[int, int]
+    panel: Axes, photograph: Tensor, at: Mapping[str, int], size: Sequence[int]
 ) -> None:
-    """A frame around one column or row of the feature map, or both, in the photograph."""
+    """Frame a column or row of the feature map, or both, in the photograph."""
     height, width = photograph.shape[1:]
     high, wide = height / size[0], width / size[1]
     for slices, index in at.items():
@@ -192,28 +157,25 @@ def _frame_slices(
 
 
 def _show_distances(
-    panel: Axes,
-    photograph: Tensor,
-    distances: Mapping[Slices, Tensor],
-    at: Mapping[Slices, int],
+    panel: Axes, photograph: Tensor, distances: Mapping[str, Tensor], at: Mapping[str, int]
 ) -> None:
-    """Along the photograph's edges, how far each column's and row's map is from the single one."""
-    most = max(*(float(each.max()) for each in distances.values()), 1e-3)
-    # As thick beside a long photograph as beside a square one.
+    """Draw distances as bars below the photograph for columns, and beside it for rows."""
+    limits = 0, max(*(float(each.max()) for each in distances.values()), 1e-3)
+    # The same thickness in inches for any aspect ratio.
     high, wide = (side / max(photograph.shape[1:]) for side in photograph.shape[1:])
     for slices, values in distances.items():
-        lengths, index = values.tolist(), at[slices]
+        count, lengths = len(values), values.tolist()
+        colours = [BLUE] * count
+        colours[at[slices]] = _MARK
         label = f"distance of each {slices}'s map\nfrom the channel layer's only one"
         if slices == "column":
             edge = panel.inset_axes((0, -0.24 / high, 1, 0.2 / high))
-            edge.bar(range(len(lengths)), lengths, width=1, color=BLUE)
-            edge.bar(index, lengths[index], width=1, color=_MARK)
-            edge.set(xlim=(-0.5, len(lengths) - 0.5), ylim=(0, most), xticks=[])
+            edge.bar(range(count), lengths, width=1, color=colours)
+            edge.set(xlim=(-0.5, count - 0.5), ylim=limits, xticks=[])
         else:
             edge = panel.inset_axes((1 + 0.03 / wide, 0, 0.2 / wide, 1))
-            edge.barh(range(len(lengths)), lengths, height=1, color=BLUE)
-            edge.barh(index, lengths[index], height=1, color=_MARK)
-            edge.set(ylim=(len(lengths) - 0.5, -0.5), xlim=(0, most), yticks=[])
+            edge.barh(range(count), lengths, height=1, color=colours)
+            edge.set(ylim=(count - 0.5, -0.5), xlim=limits, yticks=[])
             label = "of each\nrow's" if "column" in distances else label
         edge.set_xlabel(label)
         edge.spines[["top", "right"]].set_visible(False)
@@ -222,34 +184,26 @@ def _show_distances(
 
 @styled
 def draw_channels(similarity: Tensor, features: Tensor, *, title: str = "") -> Figure:
-    """A map between channels, and the pairs that call each other loudest.
+    """Draw a map (C, C), and the pairs of channels with the largest weights as pictures.
 
-    Args:
-        similarity: (C, C); row i holds the weights of the channels that i attends to.
-        features: the channels themselves, (C, h, w).
-        title: of the figure.
-
-    Returns:
-        The map, and beside it the pairs of different channels with the largest weights, as
-        pictures: the one that attends, and the one that it attends to.
+    Row i of the map holds the weights that channel i gives; features are the channels, (C, h, w).
     """
-    number = len(similarity)
-    pairs = _loudest_pairs(similarity)
     figure = _figure(title, 2.5 * _PANEL, 1.1 * _PANEL)
     parts: Any = figure.subfigures(1, 2, width_ratios=(1.3, 1))
-    map_part, pairs_part = parts
-    panel = map_part.subplots()
-    shown = _show_weights(panel, similarity)
+    panel = parts[0].subplots()
+    shown = _show_map(panel, similarity)
     panel.set_title("map of the whole image")
-    _label_channels(panel)
-    _explain(map_part, shown, [panel], number)
+    _add_weight_bar(parts[0], shown, [panel], len(similarity))
+    # Each channel's largest weight for another channel.
+    largest, attended = similarity.clone().fill_diagonal_(-torch.inf).max(1)
+    pairs = largest.argsort(descending=True)[:_PAIRS].tolist() if len(similarity) > 1 else []
     if pairs:
-        panels = pairs_part.subplots(len(pairs), 2, squeeze=False)
-        for line, (attends, to) in zip(panels, pairs, strict=True):
-            for place, channel in zip(line, (attends, to), strict=True):
-                _show_channel(place, features[channel], channel)
+        panels = parts[1].subplots(len(pairs), 2, squeeze=False)
+        for line, channel in zip(panels, pairs, strict=True):
+            for place, shown_channel in zip(line, (channel, int(attended[channel])), strict=True):
+                _show_channel(place, features[shown_channel], shown_channel)
             line[0].annotate(
-                f"{float(similarity[attends, to]):.2g} →",
+                f"{float(largest[channel]):.2g} →",
                 (1.04, 0.5),
                 xycoords="axes fraction",
                 va="center",
@@ -261,36 +215,16 @@ def draw_channels(similarity: Tensor, features: Tensor, *, title: str = "") -> F
     return figure
 
 
-def _loudest_pairs(similarity: Tensor) -> list[tuple[int, int]]:
-    """The pairs of different channels with the largest weights, each channel attending once."""
-    others = similarity.detach().clone().fill_diagonal_(-torch.inf)
-    if len(others) < 2:
-        return []
-    weights, attended = others.max(1)
-    order = weights.argsort(descending=True)[:_PAIRS].tolist()
-    return [(attends, int(attended[attends])) for attends in order]
-
-
 def _show_channel(panel: Axes, channel: Tensor, number: int) -> None:
     panel.imshow(channel.float().numpy(force=True), cmap="gray")
-    panel.set_xticks([])
-    panel.set_yticks([])
+    panel.set(xticks=[], yticks=[])
     panel.spines[:].set_visible(False)
     panel.set_ylabel(f"{number}", rotation=0, ha="right", va="center", fontsize=8)
 
 
 @styled
 def draw_channel(weights: Tensor, channel: int, *, title: str = "") -> Figure:
-    """Which channels one channel attends to.
-
-    Args:
-        weights: of every channel, (C).
-        channel: the one that attends.
-        title: of the figure.
-
-    Returns:
-        A bar for each channel, the three largest with their numbers.
-    """
+    """Draw the weights (C) that a channel gives as bars, and label the three largest."""
     figure = _figure(title, 2.4 * _PANEL, _PANEL * 0.9)
     panel = figure.subplots()
     values = weights.float().cpu()
@@ -299,15 +233,9 @@ def draw_channel(weights: Tensor, channel: int, *, title: str = "") -> Figure:
     panel.margins(x=0.01, y=0.15)
     panel.bar(range(len(values)), values.tolist(), width=1, color=BLUE)
     panel.set_ylim(bottom=norm.vmin)
-    for place in values.topk(min(3, len(values))).indices.tolist():
-        panel.annotate(
-            str(place),
-            (place, float(values[place])),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=8,
-        )
+    label: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+    for index in values.topk(min(3, len(values))).indices.tolist():
+        panel.annotate(str(index), (index, float(values[index])), (0, 2), **label)
     panel.set_title(f"channel {channel} attends to")
     panel.set_xlabel("channel")
     panel.set_ylabel(f"attention weight\n(uniform: 1/{len(values)})")
@@ -317,54 +245,43 @@ def draw_channel(weights: Tensor, channel: int, *, title: str = "") -> Figure:
 
 @styled
 def draw_profiles(
-    photograph: Tensor, weights: Mapping[Slices, Tensor], channel: int, *, title: str = ""
+    photograph: Tensor, weights: Mapping[str, Tensor], channel: int, *, title: str = ""
 ) -> Figure:
-    """Which channels one channel of a layer attends to, column by column or row by row.
+    """Draw the weights that a channel gives in each column below the photograph, row beside it.
 
-    Args:
-        photograph: uint8, (3, H, W).
-        weights: the channel's in every column, (w, C), in every row, (h, C), or both.
-        channel: the one that attends.
-        title: of the figure.
-
-    Returns:
-        The photograph; below it the weights of each of its columns, at its right those of each of
-        its rows.
+    Weights are by "column" (w, C), by "row" (h, C), or both.
     """
     height, width = photograph.shape[1:]
     high = _PANEL * height / width
-    figure = _figure(title, 2.4 * _PANEL, min(high, _TALLEST) + _PANEL)
+    figure = _figure(title, 2.4 * _PANEL, min(high, _MAX_HEIGHT) + _PANEL)
     panels = figure.subplots(2, 2, width_ratios=(1, 1), height_ratios=(high, _PANEL))
     (plain, right), (below, corner) = panels
     corner.set_axis_off()
     _show_photograph(plain, photograph)
-    plain.set_aspect("auto")  # so that it lies exactly over its columns and beside its rows
+    plain.set_aspect("auto")  # so that it is aligned with its columns and rows
     norm = weight_norm(torch.cat(list(weights.values())))
-    panels_of: dict[Slices, Axes] = {"column": below, "row": right}
-    for slices, panel in panels_of.items():
+    for slices, panel in {"column": below, "row": right}.items():
         if slices not in weights:
             panel.set_axis_off()
             continue
         each = weights[slices]
-        shown = _show_weights(panel, each.T if slices == "column" else each, norm, aspect="auto")
-        place, channels = f"{slices} of the feature map", "channel attended to"
-        across, up = (place, channels) if slices == "column" else (channels, place)
-        panel.set(xlabel=across, ylabel=up)
-        panel.set_title(f"channel {channel} in each {slices}")
+        labels = {"xlabel": "channel attended to", "ylabel": f"{slices} of the feature map"}
+        if slices == "column":
+            each = each.T
+            labels = {"xlabel": labels["ylabel"], "ylabel": labels["xlabel"]}
+        shown = _show_weights(panel, each, norm, aspect="auto")
+        panel.set(title=f"channel {channel} in each {slices}", **labels)
     number = next(iter(weights.values())).shape[1]
-    _explain(figure, shown, [corner], number, location="left")
+    _add_weight_bar(figure, shown, [corner], number, location="left")
     return figure
 
 
 def _figure(title: str, width: float, height: float) -> Figure:
-    """A figure for panels of so many inches."""
-    figure = Figure(figsize=(width, min(height, _TALLEST) + 0.8), layout="constrained", dpi=150)
+    """Create a figure for panels of a size in inches."""
+    size = (width, min(height, _MAX_HEIGHT) + 0.8)
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
-
-
-def _grey(photograph: Tensor) -> Any:
-    return photograph.float().mean(0).numpy()
 
 
 def _show_photograph(panel: Axes, photograph: Tensor, point: tuple[int, int] | None = None) -> None:
@@ -376,21 +293,17 @@ def _show_photograph(panel: Axes, photograph: Tensor, point: tuple[int, int] | N
 
 
 def _mark(panel: Axes, point: tuple[int, int]) -> None:
-    """A ring around the pixel's centre, seen on dark and on bright."""
-    x, y = point[0] + 0.5, point[1] + 0.5
-    panel.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor="white", mew=3.2)
-    panel.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=_MARK, mew=1.5)
+    """Draw a ring around a pixel's centre that is visible on dark and on bright colours."""
+    for colour, width in (("white", 3.2), (_MARK, 1.5)):
+        x, y = point[0] + 0.5, point[1] + 0.5
+        panel.plot(x, y, "o", markersize=13, mfc="none", markeredgecolor=colour, mew=width)
 
 
 def weight_norm(weights: Tensor) -> Normalize:
-    """The scale of colours for weights.
+    """Return the colour scale for weights of any shape.
 
-    Args:
-        weights: of any shape.
-
-    Returns:
-        Around 0 where there are negative ones; from 0 where all lie within a factor of ten;
-        otherwise logarithmic over at most four decades.
+    It is symmetric around 0 if there are negative weights, linear from 0 if all are within a factor
+    of ten, and otherwise logarithmic over at most four decades.
     """
     least, most = float(weights.min()), float(weights.max())
     if least < 0:
@@ -401,19 +314,15 @@ def weight_norm(weights: Tensor) -> Normalize:
 
 
 def difference_norm(differences: Tensor) -> tuple[CenteredNorm, bool]:
-    """The scale of colours for differences of weights.
+    """Return the colour scale for differences of maps (n, C, C), and whether they exceed it.
 
-    Args:
-        differences: of maps, (n, C, C).
-
-    Returns:
-        A scale around 0, and whether it is exceeded: it ends at the largest difference outside of
-        the diagonal, where a channel meets itself and often stands far out.
+    It is symmetric around 0 and ends at the largest difference off the diagonal. On the diagonal a
+    channel is compared with itself, which often gives far larger weights.
     """
     sizes = differences.abs()
     most = float(sizes.max())
-    apart = ~torch.eye(sizes.shape[-1], dtype=torch.bool)
-    half = float(sizes[:, apart].max()) if apart.any() else most
+    off_diagonal = sizes[:, ~torch.eye(sizes.shape[-1], dtype=torch.bool)]
+    half = float(off_diagonal.max()) if off_diagonal.numel() else most
     half = half or most or 1.0
     return CenteredNorm(halfrange=half), half < most
 
@@ -426,19 +335,21 @@ def _show_weights(
     return panel.imshow(weights.float().numpy(force=True), cmap=colours, norm=norm, **options)
 
 
-def _label_channels(panel: Axes) -> None:
-    panel.set_xlabel("channel attended to")
-    panel.set_ylabel("channel that attends")
+def _show_map(panel: Axes, weights: Tensor, norm: Normalize | None = None) -> AxesImage:
+    panel.set(xlabel="channel attended to", ylabel="channel that attends")
+    return _show_weights(panel, weights, norm)
 
 
-def _explain(
-    figure: Any,
-    shown: AxesImage,
-    panels: Sequence[Axes],
-    number: int,
-    *,
-    location: str = "right",
+def _add_bar(
+    figure: Any, shown: AxesImage, panels: Sequence[Axes], label: str, **options: Any
 ) -> None:
-    bar = figure.colorbar(shown, ax=list(panels), location=location)
-    bar.set_label(f"attention weight (uniform: 1/{number})")
+    bar = figure.colorbar(shown, ax=list(panels), **options)
+    bar.set_label(label)
     bar.outline.set_edgecolor(QUIET)
+
+
+def _add_weight_bar(
+    figure: Any, shown: AxesImage, panels: Sequence[Axes], number: int, location: str = "right"
+) -> None:
+    label = f"attention weight (uniform: 1/{number})"
+    _add_bar(figure, shown, panels, label, location=location)

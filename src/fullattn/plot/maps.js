@@ -1,6 +1,6 @@
 "use strict";
-// Similarity maps out of queries and keys, as fullattn.attention computes them: nothing here knows
-// of a page. The tests run this file in an engine of its own and compare with Python.
+// Similarity maps from queries and keys, as fullattn.attention computes them, without the page. The
+// tests run this file in a JavaScript engine and compare with Python.
 
 const fullattnMaps = (() => {
   // Softmax over scores[from .. from + count), in place.
@@ -12,8 +12,8 @@ const fullattnMaps = (() => {
     for (let i = from; i < from + count; i++) scores[i] /= sum;
   }
 
-  // What one position attends to. query (D, h, w), key (D, h', w'); returns h'·w' weights, 0 outside
-  // of the row or column that the attention stays within.
+  // The weights that one position gives. query (D, h, w), key (D, h', w'); returns h'·w' weights, 0
+  // outside the position's row or column if attention is limited to it.
   function positionWeights({ query, key, features, factor, score, width, keyWidth, within }, at) {
     const [column, row] = at;
     const count = query.length / features, total = key.length / features;
@@ -58,7 +58,7 @@ const fullattnMaps = (() => {
     return map;
   }
 
-  // The scale of colours for weights, as fullattn.plot.figures.weight_norm has it.
+  // The colour scale for weights, as in fullattn.plot.figures.weight_norm.
   function weightNorm(values) {
     let least = Infinity;
     let most = -Infinity;
@@ -74,7 +74,7 @@ const fullattnMaps = (() => {
     return { kind: "logarithmic", least: Math.max(least, most / 1e4), most };
   }
 
-  // That for differences of (C, C) maps, one after the other, as difference_norm has it there.
+  // The colour scale for differences of concatenated (C, C) maps, as in difference_norm.
   function differenceNorm(values, channels) {
     let most = 0;
     let apart = 0;
@@ -87,7 +87,7 @@ const fullattnMaps = (() => {
     return { kind: "centred", least: -half, most: half, cut: half < most };
   }
 
-  // Where a value stands on a scale, from 0 to 1.
+  // The place of a value on a scale, from 0 to 1.
   function place(value, { kind, least, most }) {
     if (kind === "logarithmic") {
       return Math.log(Math.max(value, least) / least) / Math.log(most / least);

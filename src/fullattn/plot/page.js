@@ -10,8 +10,8 @@
   };
   const { positionWeights, sliceMap, weightNorm, differenceNorm, place } = fullattnMaps;
   const byId = (id) => document.getElementById(id);
-  let repeat = null; // what shows the two channels again, when the maps have moved
-  let point = data.point; // in pixels of the photograph as it came
+  let repeat = null; // shows the two channels again after the maps have changed
+  let point = data.point; // in pixels of the original photograph
 
   function element(tag, options = {}, ...children) {
     const made = Object.assign(document.createElement(tag), options);
@@ -22,7 +22,7 @@
   const digits = (value) =>
     value === 0 ? "0" : Math.abs(value) < 0.001 ? value.toExponential(1) : value.toPrecision(3);
 
-  // Paint numbers, row by row, with the colours of a scale.
+  // Paint values, row by row, with the colours of a scale.
   function paint(canvas, values, width, norm) {
     const height = values.length / width;
     canvas.width = width;
@@ -62,7 +62,7 @@
     canvas.getContext("2d").putImageData(image, 0, 0);
   }
 
-  // The two channels that a number of a channel map is about.
+  // Show the two channels that an entry of a channel map compares.
   function showPair(layer, name, map, i, j) {
     const { height, width } = layer;
     const features = tensors[layer.features];
@@ -77,8 +77,8 @@
     Object.assign(byId("cell").dataset, { attends: i, attended: j, value: weight });
   }
 
-  // Where the largest number outside of the diagonal stands.
-  function loudest(map, channels) {
+  // Find the largest value off the diagonal.
+  function largestPair(map, channels) {
     let at = Math.min(1, map.length - 1);
     map.forEach((value, k) => { if (k % (channels + 1) !== 0 && value > map[at]) at = k; });
     return [Math.floor(at / channels), at % channels];
@@ -114,19 +114,19 @@
       shown = values;
       paint(canvas, values, layer.channels, norm);
       caption.replaceChildren(text, legend(norm, what));
-      if (repeat === null) show(...loudest(values, layer.channels));
+      if (repeat === null) show(...largestPair(values, layer.channels));
       else if (repeat === again) again();
     };
     return { box, canvas, update };
   }
 
-  // One section for each layer; each returns what redraws it when the point has moved.
+  // One section for each layer; each returns a function that redraws it when the point has moved.
 
   function positions(layer, section) {
     const over = element("canvas", { className: "weights" });
     over.setAttribute("role", "img");
     const caption = element("figcaption");
-    section.append(element("p", { textContent: "Where the point looks: its row of the map between positions, laid over the photograph." }));
+    section.append(element("p", { textContent: "The weights that the point gives to every position, over the photograph: one row of the map of positions." }));
     section.append(element("figure", {},
       element("div", { className: "over" }, element("img", { src: data.photograph, alt: "" }), over), caption));
     const { factor, score, width } = layer;
@@ -152,7 +152,7 @@
   }
 
   function channels(layer, section) {
-    section.append(element("p", { textContent: "Which channels call each other: one C×C map for the whole image. It is the same wherever the point is." }));
+    section.append(element("p", { textContent: "The weights that each channel gives to every other: one C×C map for the whole image, whatever the point." }));
     const map = channelMap(layer, () => "whole image", "Map of the whole image");
     section.append(element("div", { className: "maps" }, map.box));
     const values = Float64Array.from(tensors[layer.map]);
@@ -162,7 +162,7 @@
   }
 
   function slices(layer, section) {
-    section.append(element("p", { textContent: `A C×C map for every ${layer.branches.map((branch) => branch.slices).join(" and every ")}: here of the point, and how it differs from the only map that a channel layer has.` }));
+    section.append(element("p", { textContent: `A C×C map for every ${layer.branches.map((branch) => branch.slices).join(" and every ")}: those of the point, and their difference from a channel layer's only map.` }));
     const choice = element("fieldset");
     const inputs = {};
     for (const [value, text] of [["weights", "the maps"], ["difference", "less the channel layer's map"]]) {

@@ -1,7 +1,7 @@
 """Similarity maps as one HTML file in which a click on the photograph moves the point.
 
-The file holds what the layers compare, not the maps, which grow with the square of the positions:
-a script of a few lines builds the maps of a point when it moves. It needs nothing from outside.
+The file contains the tensors that the layers compare, not the maps, whose size is quadratic in the
+number of positions: a short script computes the maps at a point. The file has no dependencies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import matplotlib
 import torch
@@ -33,20 +33,17 @@ if TYPE_CHECKING:
 __all__ = ["page"]
 
 
-class _Tensors:
-    """Tensors for the page, each once, by number."""
+# Tensors of a page, encoded, with their indices in it. Equal tensors are stored once.
+_Tensors: TypeAlias = dict[str, int]
 
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self._numbers: dict[str, int] = {}
 
-    def add(self, tensor: Tensor) -> int:
-        little = tensor.detach().float().cpu().contiguous().numpy().astype("<f4")
-        text = base64.b64encode(little.tobytes()).decode()
-        if text not in self._numbers:
-            self._numbers[text] = len(self.texts)
-            self.texts.append(text)
-        return self._numbers[text]
+def _add(tensors: _Tensors, tensor: Tensor) -> int:
+    little_endian = tensor.float().cpu().contiguous().numpy().astype("<f4")
+    return tensors.setdefault(_base64(little_endian.tobytes()), len(tensors))
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def page(
@@ -59,24 +56,24 @@ def page(
     title: str = "",
     notes: Sequence[str] = (),
 ) -> str:
-    """One HTML page, whole in itself, of what layers attend to in a photograph.
+    """Create a self-contained, interactive HTML page of layers' similarity maps.
 
     Args:
-        layers: for each heading a layer and what it is given, (C, h, w) or (1, C, h, w).
+        layers: by heading, a layer and its input (C, h, w) or (1, C, h, w).
         photograph: uint8: a tensor (3, H, W), an array (H, W, 3) or a Pillow image.
-        point: column and row where the point starts, in pixels of `size`; None for the middle.
-        size: height and width that points are told in, where the photograph was scaled down; None
-            for its own.
+        point: initial column and row, in pixels of `size`; default the centre.
+        size: original height and width if the photograph was scaled down, the unit of points;
+            default the photograph's own.
         beside: as in `similarity`.
-        title: of the page.
+        title: title of the page.
         notes: sentences for the foot of the page.
 
     Returns:
-        HTML; write it to a file as UTF-8.
+        The HTML text; write it to a file as UTF-8.
 
     Raises:
-        TypeError: a layer without similarity maps, or not a photograph.
-        ValueError: no layer, more than one feature map, or a point outside the photograph.
+        TypeError: not a layer of this package, or not a photograph.
+        ValueError: no layer, several feature maps, or a point outside the photograph.
 
     Example:
         >>> x, photograph = torch.randn(8, 5, 7), torch.zeros(3, 40, 56, dtype=torch.uint8)
@@ -90,7 +87,7 @@ def page(
     height, width = size or (picture.shape[1], picture.shape[2])
     x, y = (width // 2, height // 2) if point is None else point
     figures.cell_of((x, y), torch.empty(3, height, width), torch.empty(1, 1))
-    tensors = _Tensors()
+    tensors: _Tensors = {}
     with torch.no_grad():
         described = [
             {"title": name, **_describe(layer, features, beside, tensors)}
@@ -103,9 +100,9 @@ def page(
         "photograph": _jpeg(picture),
         "colours": {"weights": _colours("viridis"), "signed": _colours("berlin")},
         "layers": described,
-        "tensors": tensors.texts,
+        "tensors": list(tensors),
     }
-    # What ends a script element, or opens another in it, does so inside of a string as well.
+    # HTML tags end a script element even inside a string.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     parts = {
         "title": html.escape(title or "Similarity maps"),
@@ -121,7 +118,7 @@ def page(
 def _describe(
     layer: nn.Module, x: Tensor, beside: ChannelNonLocal | None, tensors: _Tensors
 ) -> dict[str, Any]:
-    """A layer with its tensors, in the script's words."""
+    """Describe a layer for the script, and add its tensors."""
     layer = check_layer(layer)
     features = one_feature_map(x)
     channels, height, width = features.shape[1:]
@@ -138,20 +135,20 @@ def _describe(
             "score": call.score.name.lower(),
             "branches": [_positions(branch, tensors) for branch in branches],
         }
-    described["features"] = tensors.add(features[0])
-    if slices_of(branches[0]) is None:
+    described["features"] = _add(tensors, features[0])
+    if not slices_of(branches[0]):
         maps = whole_maps(call, branches[0])
-        return described | {"form": "channels", "map": tensors.add(maps[0])}
-    single = channel_map_beside(layer, features, beside).float()
+        return described | {"form": "channels", "map": _add(tensors, maps[0])}
+    single = channel_map_beside(layer, features, beside)
     return described | {
         "form": "slices",
-        "single": tensors.add(single),
+        "single": _add(tensors, single),
         "branches": [
             {
                 "slices": slices_of(branch),
-                "query": tensors.add(branch.query[0]),
-                "key": tensors.add(branch.tokens()[1][0]),
-                "distances": tensors.add(figures.distances(whole_maps(call, branch), single)),
+                "query": _add(tensors, branch.query[0]),
+                "key": _add(tensors, branch.tokens()[1][0]),
+                "distances": _add(tensors, figures.distances(whole_maps(call, branch), single)),
             }
             for branch in branches
         ],
@@ -159,34 +156,34 @@ def _describe(
 
 
 def _positions(branch: Branch, tensors: _Tensors) -> dict[str, Any]:
-    """A branch of positions: queries and keys as feature maps, and what they stay within."""
+    """Describe a branch that compares positions: query and key as feature maps, and the slices."""
     key = branch.key
-    if key.dim() == 3:  # of all slices one
+    if key.dim() == 3:  # shared by all slices
         (count, _, _), size = branch.cut.sizes(branch.query.shape), branch.query.shape[2:]
         key = branch.cut.inverse(key[:, None].expand(-1, count, -1, -1), *size)
     return {
-        "query": tensors.add(branch.query[0].flatten(1)),
-        "key": tensors.add(key[0].flatten(1)),
+        "query": _add(tensors, branch.query[0].flatten(1)),
+        "key": _add(tensors, key[0].flatten(1)),
         "tokenFeatures": branch.query.shape[1],
         "keyHeight": key.shape[2],
         "keyWidth": key.shape[3],
-        "within": slices_of(branch),
+        "within": slices_of(branch) or None,
     }
 
 
 def _jpeg(photograph: Tensor) -> str:
-    """A photograph as an address that holds it."""
+    """Encode a photograph as a data URL."""
     from PIL import Image
 
     file = io.BytesIO()
     Image.fromarray(photograph.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{_base64(file.getvalue())}"
 
 
 def _colours(name: str) -> str:
-    """The 256 colours of a colour map, as bytes."""
+    """Encode the 256 colours of a colour map."""
     table = matplotlib.colormaps[name](range(256), bytes=True)[:, :3]
-    return base64.b64encode(table.tobytes()).decode()
+    return _base64(table.tobytes())
 
 
 def _asset(name: str) -> str:

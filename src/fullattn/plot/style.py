@@ -1,4 +1,4 @@
-"""One look for every picture of this package: legible in a paper, on a slide and in grey."""
+"""The matplotlib style of all figures: legible in a paper, on a slide and in grey."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import matplotlib
 
 __all__ = ["BLUE", "COLOURS", "GRID", "INK", "ORANGE", "QUIET", "styled"]
 
-# Okabe and Ito's colours, which the colour-blind can tell apart and which differ in grey as well.
+# Okabe and Ito's colours, which remain distinct for colour-blind readers and in grey.
 BLUE, ORANGE = "#0072B2", "#E69F00"
 COLOURS = ("#000000", BLUE, "#56B4E9", "#D55E00", ORANGE, "#009E73", "#CC79A7")
 INK, QUIET, GRID = "#222222", "#555555", "#dddddd"
@@ -28,5 +28,5 @@ _SETTINGS: Any = {  # names that matplotlib lists as literals
     "legend.frameon": False,
 }
 
-# A decorator, or a context, in which figures are made.
+# A decorator or context manager for functions that draw.
 styled = matplotlib.rc_context(_SETTINGS)

@@ -6,9 +6,6 @@ import torchvision, whose compiled operators do not load beside every PyTorch: s
 `fullattn.integrations.torchvision`.
 """
 
-from contextlib import suppress
-
 from fullattn.integrations.torchvision import ensure_importable
 
-with suppress(ImportError):
-    ensure_importable()
+ensure_importable()

@@ -1,4 +1,7 @@
-"""Put a layer into a network that is there already, say what was done, and take it out again."""
+"""Put layers into an existing model, report the changes, and undo them.
+
+`fullattn.swap` is the function; import what else this package has with `from fullattn.swap import`.
+"""
 
 from fullattn.swap.operations import insert, remove, swap
 from fullattn.swap.report import Change, Report

@@ -1,4 +1,4 @@
-"""`fullattn swap`: a network before and after a change, measured in turns, as one table."""
+"""`fullattn swap`: a network before and after a change, measured interleaved, as one table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 
 from fullattn._cli.conditions import Mode, environment
 from fullattn._cli.errors import UsageError
-from fullattn.bench.failures import Failure
-from fullattn.bench.measure import Plan, clock_for, take_turns, warm_up
+from fullattn.bench.measure import Failure, Plan, clock_for, interleave, warm_up
 from fullattn.bench.memory import CpuMemory, cuda_peak
 from fullattn.bench.results import Measurement
 from fullattn.bench.table import mebibytes, ratio, si, time
@@ -67,23 +65,19 @@ def compare(
         "before": _Side.of(untouched, untouched.built()[0], images),
         "after": _Side.of(network, changed, images),
     }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(network.conditions.threads)
-    try:
-        with ExitStack() as stack:
-            probe = None
-            if memory and images.device.type == "cpu" and CpuMemory.available:
-                probe = stack.enter_context(CpuMemory())
-            for mode in modes:
-                _time(sides, mode, plan)
-                if memory:
-                    _add_peaks(sides, mode, plan, probe)
-            measured = sides["before"].measured.values()
-            reasons = [m.failure.reason for m in measured if m.failure is not None]
-            if len(reasons) == len(modes):
-                raise UsageError(f"the model does not run: {'; '.join(dict.fromkeys(reasons))}")
-    finally:
-        torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        stack.enter_context(network.conditions.limited_threads())
+        probe = None
+        if memory and images.device.type == "cpu" and CpuMemory.available:
+            probe = stack.enter_context(CpuMemory())
+        for mode in modes:
+            _time(sides, mode, plan)
+            if memory:
+                _add_peaks(sides, mode, plan, probe)
+        measured = sides["before"].measured.values()
+        reasons = [m.failure.reason for m in measured if m.failure is not None]
+        if len(reasons) == len(modes):
+            raise UsageError(f"the model does not run: {'; '.join(dict.fromkeys(reasons))}")
     _print(sides, report, modes, console)
 
 
@@ -98,7 +92,7 @@ def _time(sides: Mapping[str, _Side], mode: Mode, plan: Plan) -> None:
         except Exception as error:
             failures[name] = Failure.of(error)
     ready = {name: workloads[name] for name in calls}
-    times, failed = take_turns(ready, calls, mode, clock)
+    times, failed = interleave(ready, calls, mode, clock)
     failures |= failed
     for name, side in sides.items():
         side.measured[mode] = Measurement(times.get(name, []), None, failures.get(name))
@@ -113,7 +107,7 @@ def _add_peaks(sides: Mapping[str, _Side], mode: Mode, plan: Plan, probe: CpuMem
         elif probe is None:
             return
         else:
-            found = probe.probe_network(side.network, mode, 10 * plan.limit)
+            found = probe.probe(side.network, mode, 10 * plan.limit)
             if isinstance(found, Failure):
                 side.measured[mode] = replace(side.measured[mode], failure=found)
                 continue
@@ -154,7 +148,7 @@ def _print(
         f"{here.device_name}, {conditions.threads} threads, PyTorch {here.torch}, "
         f"fullattn {here.fullattn}, {here.date}"
         + ("" if here.load is None else f", load {here.load:g}"),
-        "Times: median ± interquartile range of calls taken in turns. Peaks: over parameters and "
+        "Times: median ± interquartile range of interleaved calls. Peaks: over parameters and "
         "input.",
         "FLOPs are 2 × multiply-accumulate, of one forward.",
         *(

@@ -1,4 +1,4 @@
-"""The pair that takes a module's place when a layer is inserted behind it."""
+"""The pair that replaces a module when a layer is inserted after it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["Inserted"]
 
 
 class Inserted(nn.Module):
-    """A module with a layer behind it.
+    """A module followed by a layer.
 
-    To code that looks into a model it is still that module: attributes, items and length are its.
+    Attributes, items and length are the module's, for code that inspects the model.
 
     Args:
         module: the module.
         layer: called with the module's result.
 
     Shape:
-        input: whatever the module takes.
-        output: as the module's.
+        input: the module's input.
+        output: the module's output.
 
     Example:
         >>> from torch import nn
@@ -44,7 +44,7 @@ class Inserted(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # While it is unpickled or copied it has no modules yet.
+            # `_modules` is missing while the pair is unpickled or copied.
             modules = self.__dict__.get("_modules", {})
             if "module" not in modules:
                 raise
@@ -65,7 +65,7 @@ class Inserted(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # Weights of the model as it was before the layer came.
+        # Accept weights that were saved before the insertion.
         given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         if given and given <= set(self.module.state_dict()) and not given <= set(self.state_dict()):
             for key in given:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fullattn._cli.conditions import MEMORY_FORMATS, Conditions, Mode
+from fullattn._cli.conditions import Conditions, Mode
 from fullattn._cli.errors import UsageError, describe
 from fullattn._cli.inputs import noise, photograph
 from fullattn._cli.loading import load_class
@@ -23,7 +23,7 @@ __all__ = ["Network", "NetworkWorkload"]
 
 @dataclass(frozen=True)
 class Network:
-    """A network and what is to be done to it; plain data, so that it can go to a process.
+    """A network and a change to it; plain data from which any process builds the same.
 
     Attributes:
         factory: where its class or function is: "FILE.py:NAME" or "package.module:NAME".
@@ -45,14 +45,8 @@ class Network:
     layer_options: dict[str, Any] = field(default_factory=dict)
     behind: bool = False
 
-    @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Network:
-        """Read what `dataclasses.asdict` wrote."""
-        shape, conditions = Shape(*data["shape"]), Conditions(**data["conditions"])
-        return cls(**{**data, "shape": shape, "conditions": conditions})
-
     def built(self) -> tuple[nn.Module, Report | None]:
-        """The network with seeded weights, and what was changed in it.
+        """Build the network with seeded weights; return it and what was changed in it.
 
         Raises:
             UsageError: the factory fails or builds no module, or the change cannot be made.
@@ -72,12 +66,7 @@ class Network:
                     f"got {type(model).__name__}"
                 )
             report = None if self.target is None else self._change(model, self.target)
-        dtype = getattr(torch, self.conditions.dtype)
-        model = model.to(device=self.conditions.device, dtype=dtype)
-        if self.conditions.memory_format == "channels_last":
-            # nn.Module.to takes it only by this name; the type stubs do not list it.
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model, report
+        return self.conditions.placed(model), report
 
     def _change(self, model: nn.Module, target: str) -> Report:
         layer = LAYERS[self.layer]
@@ -90,28 +79,25 @@ class Network:
             raise UsageError(str(error)) from error
 
     def images(self) -> Tensor:
-        """The input: noise, or the photograph scaled to the shape."""
+        """Make the input: noise, or the photograph scaled to the shape."""
         if self.conditions.image is None:
             x = noise(self.shape, self.conditions.seed)
         else:
             x = photograph(self.conditions.image, self.shape)
-        x = x.to(device=self.conditions.device, dtype=getattr(torch, self.conditions.dtype))
-        return x.contiguous(memory_format=MEMORY_FORMATS[self.conditions.memory_format])
+        return self.conditions.placed_tensor(x)
 
-    def workload(self) -> NetworkWorkload:
-        """The network and its input, ready to be called."""
+    def workload(self, mode: Mode) -> NetworkWorkload:
+        """Build the network and its input."""
         return NetworkWorkload(self.built()[0], self.images(), None)
 
 
 class NetworkWorkload(Workload):
     """A network and a batch of images. In training the loss is the mean square of its results."""
 
-    def smaller(self, side: int = 64) -> NetworkWorkload:
-        """The same network on a corner of the images, to warm up with."""
-        return NetworkWorkload(self.module, self.x[..., :side, :side].clone(), None)
+    corner = 64
 
     def prepare(self, mode: Mode) -> None:
-        """As of a layer; but nobody needs a gradient for images."""
+        """Prepare as for a layer, without a gradient for the images."""
         super().prepare(mode)
         self.x.requires_grad_(False)
 
@@ -126,7 +112,7 @@ class NetworkWorkload(Workload):
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """Every tensor with a gradient in a network's result."""
+    """Collect the tensors with a gradient in a network's result."""
     if isinstance(result, Tensor):
         return [result] if result.requires_grad else []
     if isinstance(result, Mapping):

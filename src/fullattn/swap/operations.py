@@ -1,9 +1,10 @@
-"""swap, insert and remove: everything is built and tried first, then put in at once."""
+"""Swap, insert and remove layers. All layers are built and tried before the model is changed."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from fullattn.swap import shapes
 from fullattn.swap.inserted import Inserted
-from fullattn.swap.report import Change, Report
-from fullattn.swap.shapes import Call, Inputs
-from fullattn.swap.targets import Place, Target, find
+from fullattn.swap.report import Change, Report, count_parameters
+from fullattn.swap.shapes import Call
+from fullattn.swap.targets import Site, Target, find
 
 __all__ = ["insert", "remove", "swap"]
 
@@ -28,32 +29,32 @@ def swap(
 ) -> Report:
     """Replace modules of a model by a layer, in place.
 
-    The layer is built as `replacement(channels, **options)` with the channels that the replaced
-    module gives out. Where it takes in another number, a 1×1 convolution comes before the layer.
-    Device, dtype, training mode and memory format are those of the replaced module; a module that
-    is shared stays shared. If anything fails, the model is as it was.
+    The layer is built as `replacement(channels, **options)` with the replaced module's number of
+    output channels. If its number of input channels differs, a 1×1 convolution precedes the layer.
+    Device, dtype, training mode and memory format are those of the replaced module, and a shared
+    module stays shared. Shapes are inferred on a meta-device copy, in milliseconds. If the layer
+    does not fit, a ValueError explains why and the model is unchanged.
 
     Args:
         model: the model; changed in place.
         target: what to replace: a dotted name ("classifier.0"), a glob over dotted names
             ("decoder.*.aspp"; `*` also matches dots), a module class, or a predicate of name and
-            module. Of matches within each other the outermost is replaced.
+            module. Of nested matches, the outermost is replaced.
         replacement: a layer class of this package, or any callable of the channel count that
             builds a module from (B, C, H, W) to the same shape.
-        sample_input: what the model can be called with: a tensor, a tuple of arguments or a
-            mapping of keyword arguments. A copy of the model is run on it, without numbers where
-            that is possible. Needed where a module does not itself say its channels; otherwise a
-            check that the model calls the module as it seems to.
-        options: passed on to `replacement`.
+        sample_input: input of the model: a tensor, a tuple of arguments or a mapping of keyword
+            arguments. Required if a module does not state its channels; otherwise optional, and
+            checks that the model calls the module with one feature map.
+        options: keyword arguments for `replacement`.
 
     Returns:
-        What was replaced by what, with channels, parameters and FLOPs; prints as a table.
+        A report of the changes, with channels, parameters and FLOPs; prints as a table.
 
     Raises:
-        ValueError: nothing matches the target, or only the model itself; channels cannot be found;
-            a replaced module changes the height or width; the replacement gives another shape; the
-            model does not run on the sample input.
-        TypeError: target, replacement, options or sample input are not what they should be.
+        ValueError: nothing matches the target, or only the model itself; the channels cannot be
+            inferred; a replaced module changes height or width; the replacement returns another
+            shape; the model does not run on the sample input.
+        TypeError: wrong type of target, replacement, options or sample input.
 
     Example:
         >>> import torch, fullattn
@@ -64,42 +65,16 @@ def swap(
         ... )
         >>> report = swap(model, "1", fullattn.FullyAttentional, project=False)
         >>> print(report)
-                   was     now                    channels  parameters     FLOPs          at
+                   old     new                    channels  parameters     FLOPs          at
         ────────────────────────────────────────────────────────────────────────────────────────────
         1          Conv2d  1×1, FullyAttentional  64 → 32   18.5K → 4.19K  37.7M → 12.7M  1×64×32×32
         the model                                           20.4K → 6.15K
-        1: a 1×1 convolution takes 64 channels to 32 first
+        1: a 1×1 convolution from 64 to 32 channels precedes the layer
         >>> remove(report)
         >>> model[1]
         Conv2d(64, 32, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
-    _check(model, replacement, options)
-    places = find(model, target, outermost=True)
-    changes = []
-    for place, calls in zip(places, _observed(model, places, sample_input), strict=True):
-        taken, returned = _taken_and_returned(place, calls)
-        layer = _built(replacement, returned[1], options, like=place.module, model=model)
-        now: nn.Module = layer
-        adapter = None
-        if taken[1] != returned[1]:
-            adapter = _as(nn.Conv2d(taken[1], returned[1], 1), like=place.module, model=model)
-            now = nn.Sequential(OrderedDict(adapter=adapter, layer=layer))
-            now.training = layer.training
-        _try(layer, returned, place)
-        changes.append(
-            Change(
-                place,
-                now,
-                layer,
-                inserted=False,
-                in_channels=taken[1],
-                out_channels=returned[1],
-                input=tuple(taken),
-                adapter=adapter,
-                hooks=tuple(_hooks(place)),
-            )
-        )
-    return _carried_out("swap", model, changes)
+    return _apply("swap", model, target, replacement, sample_input, options)
 
 
 def insert(
@@ -110,24 +85,24 @@ def insert(
     sample_input: Any = None,
     **options: Any,
 ) -> Report:
-    """Put a layer behind modules of a model, in place.
+    """Insert a layer after modules of a model, in place.
 
-    The layer is built as `replacement(channels, **options)` with the channels that the module gives
-    out. With `project=False` (or `SpatialNonLocal`, whose output starts at 0) the model computes
-    bit for bit what it did, until training moves the layer. The module's name now stands for the
-    pair: its own parameters get ".module." into their names, the layer's ".layer."; weights of the
-    model as it was still load (with `strict=False`, as the layer's are not among them).
+    The layer is built as `replacement(channels, **options)` with the module's number of output
+    channels. With `project=False` (or `SpatialNonLocal`, whose output starts at 0) the model's
+    results are unchanged bit for bit until training changes the layer. The module's name then
+    refers to the pair: ".module." comes into the names of its own parameters, ".layer." into those
+    of the layer. Earlier weights still load, with `strict=False` because they lack the layer's.
 
     Args:
         model: the model; changed in place.
         replacement: a layer class of this package, or any callable of the channel count that
             builds a module from (B, C, H, W) to the same shape.
-        after: behind what: a target as in `swap`. Matches within each other all get a layer.
+        after: where to insert: a target as in `swap`. Of nested matches, all get a layer.
         sample_input: as in `swap`.
-        options: passed on to `replacement`.
+        options: keyword arguments for `replacement`.
 
     Returns:
-        What was inserted where, with channels, parameters and FLOPs; prints as a table.
+        A report of the changes, with channels, parameters and FLOPs; prints as a table.
 
     Raises:
         ValueError: as in `swap`.
@@ -142,39 +117,21 @@ def insert(
         >>> torch.equal(model(x), y)
         True
     """
-    _check(model, replacement, options)
-    places = find(model, after, outermost=False)
-    changes = []
-    for place, calls in zip(places, _observed(model, places, sample_input), strict=True):
-        returned = _returned(place, calls)
-        layer = _built(replacement, returned[1], options, like=place.module, model=model)
-        _try(layer, returned, place)
-        changes.append(
-            Change(
-                place,
-                Inserted(place.module, layer),
-                layer,
-                inserted=True,
-                in_channels=returned[1],
-                out_channels=returned[1],
-                input=tuple(returned),
-            )
-        )
-    return _carried_out("insert", model, changes)
+    return _apply("insert", model, after, replacement, sample_input, options)
 
 
 def remove(report: Report) -> None:
-    """Put the modules back that `swap` or `insert` replaced.
+    """Undo a `swap` or `insert`.
 
-    A module that was away is moved to where the model has been moved meanwhile (device, dtype,
-    training mode).
+    A module that `swap` replaced is moved to its replacement's current device and dtype, and gets
+    its training mode.
 
     Args:
-        report: what `swap` or `insert` returned.
+        report: the result of `swap` or `insert`.
 
     Raises:
-        ValueError: that was done already, or a place holds something else by now; then nothing is
-            changed.
+        ValueError: the report has been removed already, or the model has been changed since at one
+            of the sites; the model is then unchanged.
         TypeError: not a report.
 
     Example:
@@ -193,200 +150,164 @@ def remove(report: Report) -> None:
     if report.removed:
         raise ValueError(f"this {report.action} has been removed already")
     for change in report.changes:
-        for holder in change.place.holders:
-            if (held := holder.get()) is not change.now:
+        for reference in change.site.references:
+            if (found := reference.get()) is not change.new:
                 raise ValueError(
-                    f"{change.name} has been changed since: expected the "
-                    f"{type(change.now).__name__} of this {report.action}, found "
-                    f"{type(held).__name__}; remove later changes first"
+                    f"cannot remove this {report.action}: expected {type(change.new).__name__} at "
+                    f"{change.name!r}, got {type(found).__name__}; remove later changes first"
                 )
-    # The last change first: it may lie around an earlier one.
+    # In reverse order, because a later change may contain an earlier one.
     for change in reversed(report.changes):
         if not change.inserted:
-            _follow(change.was, change.now)
-        change.place.put(change.was)
+            x = _first_floating(change.new)
+            if x is not None:
+                change.old.to(x.device, x.dtype)
+            if change.old.training != change.new.training:
+                change.old.train(change.new.training)
+        change.site.set(change.old)
     report.removed = True
 
 
-def _check(model: nn.Module, replacement: Any, options: dict[str, Any]) -> None:
+def _apply(
+    action: Literal["swap", "insert"],
+    model: nn.Module,
+    target: Target,
+    replacement: Callable[..., nn.Module],
+    sample_input: Any,
+    options: dict[str, Any],
+) -> Report:
+    """Build and try all layers, then put all of them into the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module as model, got {type(model).__name__}")
-    if isinstance(replacement, nn.Module):
+    if isinstance(replacement, nn.Module) or not callable(replacement):
         raise TypeError(
-            "expected a layer class or a callable of the channel count, got a module of "
-            f"{type(replacement).__name__}; pass the class, or lambda channels: module"
-        )
-    if not callable(replacement):
-        raise TypeError(
-            "expected a layer class or a callable of the channel count, "
-            f"got {type(replacement).__name__}"
+            "expected a layer class or a callable of the channel count, such as "
+            f"lambda channels: layer, got {type(replacement).__name__}"
         )
     if given := {"device", "dtype"} & set(options):
-        raise TypeError(f"{' and '.join(sorted(given))} come from the model, and are no options")
-
-
-def _observed(model: nn.Module, places: Sequence[Place], sample_input: Any) -> list[list[Call]]:
-    """How each place is called: in the model where there is a sample input, otherwise alone."""
-    if sample_input is not None:
-        return shapes.observe(model, places, Inputs.of(sample_input))
-    return [[_alone(place)] for place in places]
-
-
-def _alone(place: Place) -> Call:
+        raise TypeError(f"{' and '.join(sorted(given))} come from the model and cannot be options")
+    sites = find(model, target, outermost=action == "swap")
+    observed = None if sample_input is None else shapes.observe(model, sites, sample_input)
+    build, changes = partial(replacement, **options), []
+    for index, site in enumerate(sites):
+        try:
+            calls = observed[index] if observed else [_call_alone(site.module)]
+            changes.append(_change(site, calls, build, model, inserted=action == "insert"))
+        except ValueError as error:
+            failed = "replace" if action == "swap" else "insert after"
+            where = f"{site.name!r} ({type(site.module).__name__})"
+            raise ValueError(f"cannot {failed} {where}: {error}") from error
+    before = count_parameters(model)
     try:
-        return shapes.returned_alone(place.module)
+        for change in changes:
+            change.site.set(change.new)
+    except BaseException:
+        for change in reversed(changes):
+            change.site.set(change.old)
+        raise
+    return Report(action, tuple(changes), before, count_parameters(model))
+
+
+def _call_alone(module: nn.Module) -> Call:
+    try:
+        return shapes.call_alone(module)
     except ValueError as error:
-        raise ValueError(
-            f"the channels of {place.name} ({type(place.module).__name__}) cannot be found without "
-            f"sample_input: {error}"
-        ) from error
+        raise ValueError(f"cannot infer its channels without sample_input: {error}") from error
 
 
-def _maps(place: Place, shapes: Iterable[torch.Size | str], does: str) -> list[torch.Size]:
-    """The shapes of the feature maps in several calls, which differ in size alone."""
-    maps: list[torch.Size] = []
-    for shape in shapes:
-        if isinstance(shape, str) or len(shape) != 4:
-            given = shape if isinstance(shape, str) else f"a tensor {tuple(shape)}"
-            raise ValueError(f"{place.name} {does} {given}; expected one tensor (B, C, H, W)")
-        maps.append(shape)
-    channels = {shape[1] for shape in maps}
-    if len(channels) > 1:
-        raise ValueError(
-            f"{place.name} is called several times and {does} different numbers of channels: "
-            f"{', '.join(map(str, sorted(channels)))}"
-        )
-    return maps
-
-
-def _returned(place: Place, calls: list[Call]) -> torch.Size:
-    return _maps(place, (call.returned for call in calls), "returns")[0]
-
-
-def _taken_and_returned(place: Place, calls: list[Call]) -> tuple[torch.Size, torch.Size]:
-    """What goes in and comes out in the first call, if no call changes height or width."""
-    ins = _maps(place, (call.taken for call in calls), "takes")
-    outs = _maps(place, (call.returned for call in calls), "returns")
-    for taken, returned in zip(ins, outs, strict=True):
-        _check_size(place, taken, returned)
-    return ins[0], outs[0]
-
-
-def _check_size(place: Place, taken: torch.Size, returned: torch.Size) -> None:
-    factors = " and ".join(
-        f"{axis} by a factor of {returned[i] / taken[i]:.4g}"
-        for i, axis in ((2, "height"), (3, "width"))
-        if returned[i] != taken[i]
-    )
-    if factors:
-        raise ValueError(
-            f"{place.name} ({type(place.module).__name__}) changes the size of its input from "
-            f"{taken[2]}×{taken[3]} to {returned[2]}×{returned[3]} ({factors}), and a layer keeps "
-            "it; swap a module that keeps the size, or insert the layer after this one"
-        )
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
-
-
-def _device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
-    floating = (x for x in _tensors(module) if x.is_floating_point())
-    return next(((x.device, x.dtype) for x in floating), None)
-
-
-def _memory_format(module: nn.Module) -> torch.memory_format | None:
-    """That of the weights, from the first which is not both at once."""
-    for x in _tensors(module):
-        if x.dim() == 4:
-            last = x.is_contiguous(memory_format=torch.channels_last)
-            if last != x.is_contiguous():
-                return torch.channels_last if last else torch.contiguous_format
-    return None
-
-
-def _as(new: nn.Module, *, like: nn.Module, model: nn.Module) -> nn.Module:
-    """Give a new module the device, dtype, memory format and training mode of another.
-
-    What the other does not say, because it has no parameters, the model does.
-    """
-    known = _device_and_dtype(like) or _device_and_dtype(model)
-    if known is not None:
-        device, dtype = known
-        new = new.to_empty(device=device) if device.type == "meta" else new.to(device)
-        new = new.to(dtype)
-    if (_memory_format(like) or _memory_format(model)) is torch.channels_last:
-        new = new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return new.train(like.training)
-
-
-def _built(
-    replacement: Callable[..., nn.Module],
-    channels: int,
-    options: dict[str, Any],
-    *,
-    like: nn.Module,
+def _change(
+    site: Site,
+    calls: list[Call],
+    build: Callable[[int], nn.Module],
     model: nn.Module,
-) -> nn.Module:
-    layer = replacement(channels, **options)
+    *,
+    inserted: bool,
+) -> Change:
+    """Build the layer for one site, and check that it fits."""
+    outputs = _feature_maps("return", [call.output for call in calls])
+    inputs = outputs if inserted else _feature_maps("take", [call.input for call in calls])
+    for taken, returned in zip(inputs, outputs, strict=True):
+        if taken[2:] != returned[2:]:
+            raise ValueError(
+                f"it changes the size of its input from {taken[2]}×{taken[3]} to "
+                f"{returned[2]}×{returned[3]}, and the layer keeps the size; replace another "
+                "module, or insert the layer after this one"
+            )
+    in_channels, shape = inputs[0][1], outputs[0]
+    layer = build(shape[1])
     if not isinstance(layer, nn.Module):
         raise TypeError(
             f"expected the replacement to build a torch.nn.Module, got {type(layer).__name__}"
         )
-    return _as(layer, like=like, model=model)
-
-
-def _try(layer: nn.Module, shape: torch.Size, place: Place) -> None:
-    """Raise unless the layer takes the shape and gives the same."""
-    try:
-        given = shapes.returned(layer, shape)
-    except ValueError as error:
-        raise ValueError(f"{place.name}: the replacement {error}") from error
-    if given != shape:
+    layer = _match(layer, site.module, model)
+    if (output := shapes.output_of(layer, shape)) != shape:
         raise ValueError(
-            f"{place.name}: expected the replacement {type(layer).__name__} to give "
-            f"{tuple(shape)} for an input of that shape, "
-            f"got {given if isinstance(given, str) else tuple(given)}"
+            f"expected {type(layer).__name__} to return {tuple(shape)} for an input of that shape, "
+            f"got {output if isinstance(output, str) else tuple(output)}"
         )
+    change = Change(site, layer, layer, inserted, in_channels, shape[1], tuple(inputs[0]))
+    if inserted:
+        change.new = Inserted(site.module, layer)
+        return change
+    change.hooks = tuple(_hooks(site))
+    if in_channels != shape[1]:
+        change.adapter = _match(nn.Conv2d(in_channels, shape[1], 1), site.module, model)
+        change.new = nn.Sequential(OrderedDict(adapter=change.adapter, layer=layer))
+        change.new.training = layer.training
+    return change
 
 
-def _hooks(place: Place) -> Iterator[str]:
-    kinds = {
-        "_forward_pre_hooks": "forward pre-hook",
-        "_forward_hooks": "forward hook",
-        "_backward_pre_hooks": "backward pre-hook",
-        "_backward_hooks": "backward hook",
-        "_state_dict_hooks": "state_dict hook",
-        "_load_state_dict_pre_hooks": "load_state_dict pre-hook",
-    }
-    for name, module in place.module.named_modules(prefix=place.name):
-        for attribute, kind in kinds.items():
-            for hook in getattr(module, attribute, {}).values():
-                described = getattr(hook, "__qualname__", None) or type(hook).__name__
-                yield f"{kind} {described} of {name}"
+def _feature_maps(
+    verb: Literal["take", "return"], given: list[torch.Size | str]
+) -> list[torch.Size]:
+    """Check that all calls of a module take, or return, feature maps of one number of channels."""
+    found: list[torch.Size] = []
+    for shape in given:
+        if isinstance(shape, str) or len(shape) != 4:
+            got = shape if isinstance(shape, str) else f"a tensor {tuple(shape)}"
+            raise ValueError(f"expected it to {verb} one tensor (B, C, H, W), got {got}")
+        found.append(shape)
+    if len(channels := {shape[1] for shape in found}) > 1:
+        raise ValueError(
+            f"expected all of its calls to {verb} the same number of channels, "
+            f"got {', '.join(map(str, sorted(channels)))}"
+        )
+    return found
 
 
-def _carried_out(
-    action: Literal["swap", "insert"], model: nn.Module, changes: list[Change]
-) -> Report:
-    """Put all changes in and report; if that is interrupted, put them back."""
-    before = sum(x.numel() for x in model.parameters())
-    try:
-        for change in changes:
-            change.place.put(change.now)
-    except BaseException:
-        for change in reversed(changes):
-            change.place.put(change.was)
-        raise
-    after = sum(x.numel() for x in model.parameters())
-    return Report(action, tuple(changes), before, after)
+def _tensors(*modules: nn.Module) -> Iterator[Tensor]:
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
 
 
-def _follow(was: nn.Module, now: nn.Module) -> None:
-    """Move a module that was away to where the one in its place has been moved."""
-    then, today = _device_and_dtype(was), _device_and_dtype(now)
-    if then is not None and today is not None and then != today:
-        was.to(device=today[0], dtype=today[1])
-    if was.training != now.training:
-        was.train(now.training)
+def _first_floating(*modules: nn.Module) -> Tensor | None:
+    return next((x for x in _tensors(*modules) if x.is_floating_point()), None)
+
+
+def _match(new: nn.Module, old: nn.Module, model: nn.Module) -> nn.Module:
+    """Move a new module to the device, dtype, memory format and training mode of an old one.
+
+    The model's other tensors decide what the old module's do not.
+    """
+    x = _first_floating(old, model)
+    if x is not None:
+        new = new.to(x.device, x.dtype)
+    for x in _tensors(old, model):
+        if x.dim() == 4:
+            channels_last = x.is_contiguous(memory_format=torch.channels_last)
+            if channels_last != x.is_contiguous():  # some shapes are both
+                if channels_last:
+                    new = new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                break
+    return new.train(old.training)
+
+
+def _hooks(site: Site) -> Iterator[str]:
+    for name, module in site.module.named_modules(prefix=site.name):
+        for attribute, hooks in vars(module).items():
+            if attribute.endswith("_hooks") and isinstance(hooks, dict):
+                kind = attribute.strip("_").removesuffix("s")
+                for hook in hooks.values():
+                    described = getattr(hook, "__qualname__", None) or type(hook).__name__
+                    yield f"{kind} {described} of {name}"

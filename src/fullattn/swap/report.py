@@ -1,4 +1,4 @@
-"""What was done to a model: plain data that prints as a table."""
+"""Reports of changes to a model: plain data that prints as a table."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Literal
 from torch import nn
 
 from fullattn.swap.shapes import count_flops
-from fullattn.swap.targets import Place
+from fullattn.swap.targets import Site
 
-__all__ = ["Change", "Report"]
+__all__ = ["Change", "Report", "count_parameters"]
 
 
 @dataclass(eq=False)
 class Change:
-    """One layer that came into a model.
+    """One layer that was put into a model.
 
     Attributes:
-        place: where in the model, and the module that was there before.
-        now: the module that is there now: the layer, or the layer and what it needed around it.
+        site: where in the model, and the module that was there before.
+        new: the module that is there now: the layer, or a module that contains it.
         layer: the new layer itself.
-        inserted: whether the layer stands behind the module of before, not in its place.
-        in_channels: channels of the feature map that comes in.
-        out_channels: channels of the one that goes out.
-        input: shape of the feature map that comes in, (B, C, H, W), at which FLOPs are counted:
-            that of the sample input, or of a trial.
-        adapter: the 1×1 convolution from in_channels to out_channels; None where they are equal.
-        hooks: hooks of the replaced module and of those within it, in words: they are gone with it.
+        inserted: whether the layer follows the old module instead of replacing it.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        input: shape (B, C, H, W) of the input at which FLOPs are counted: with the sample input,
+            or of a trial size.
+        adapter: the 1×1 convolution from in_channels to out_channels; None if they are equal.
+        hooks: descriptions of the old module's hooks, which are no longer called.
     """
 
-    place: Place
-    now: nn.Module
+    site: Site
+    new: nn.Module
     layer: nn.Module
     inserted: bool
     in_channels: int
@@ -43,53 +43,57 @@ class Change:
 
     @property
     def name(self) -> str:
-        """Dotted name in the model; the first one where the module is shared."""
-        return self.place.name
+        """Dotted name in the model; the first one if the module is shared."""
+        return self.site.name
 
     @property
     def names(self) -> tuple[str, ...]:
         """All dotted names of the module."""
-        return self.place.names
+        return self.site.names
 
     @property
-    def was(self) -> nn.Module:
-        """The module of before."""
-        return self.place.module
+    def old(self) -> nn.Module:
+        """The module that was there before."""
+        return self.site.module
 
     @property
     def parameters_before(self) -> int:
-        """Numbers in the replaced module's parameters; 0 where the layer was inserted."""
-        return 0 if self.inserted else _parameters(self.was)
+        """Number of parameters of the replaced module; 0 if the layer was inserted."""
+        return 0 if self.inserted else count_parameters(self.old)
 
     @property
     def parameters_after(self) -> int:
-        """Numbers in the parameters of what came."""
-        return _parameters(self.layer if self.inserted else self.now)
+        """Number of parameters that were added."""
+        return count_parameters(self._added)
 
     @property
     def flops_before(self) -> int | None:
-        """FLOPs of the replaced module at `input`; 0 where the layer was inserted."""
-        return 0 if self.inserted else count_flops(self.was, self.input)
+        """FLOPs of the replaced module; 0 if the layer was inserted, None if unknown."""
+        return 0 if self.inserted else count_flops(self.old, self.input)
 
     @property
     def flops_after(self) -> int | None:
-        """FLOPs at `input` of what came; None where they cannot be counted."""
-        return count_flops(self.layer if self.inserted else self.now, self.input)
+        """FLOPs of the modules that were added; None if unknown."""
+        return count_flops(self._added, self.input)
+
+    @property
+    def _added(self) -> nn.Module:
+        return self.layer if self.inserted else self.new
 
 
 @dataclass(eq=False, repr=False)
 class Report:
-    """What `swap` or `insert` did. Shows as a table; `remove` takes the changes back.
+    """The result of `swap` or `insert`. Prints as a table; `remove` undoes its changes.
 
-    FLOPs are 2 for each multiplication with an addition, in a forward pass of one place at the
-    shape that the table gives; they are counted when they are asked for.
+    FLOPs are 2 per multiply-accumulate, of one forward call at the shape in the table. They are
+    counted on access.
 
     Attributes:
         action: "swap" or "insert".
-        changes: one for each place.
-        parameters_before: numbers in the model's parameters before.
-        parameters_after: the same afterwards.
-        removed: whether `remove` has put the original modules back.
+        changes: one for each module that the target matched.
+        parameters_before: number of parameters of the model before.
+        parameters_after: number of parameters of the model after.
+        removed: whether `remove` has undone the changes.
     """
 
     action: Literal["swap", "insert"]
@@ -105,79 +109,75 @@ class Report:
 
     @property
     def flops_before(self) -> int | None:
-        """FLOPs of all replaced modules together; None where one of them cannot be counted."""
+        """FLOPs of all replaced modules; None if one of them is unknown."""
         return _sum(change.flops_before for change in self.changes)
 
     @property
     def flops_after(self) -> int | None:
-        """FLOPs of all that came; None where one of them cannot be counted."""
+        """FLOPs of all modules that were added; None if one of them is unknown."""
         return _sum(change.flops_after for change in self.changes)
 
     def __repr__(self) -> str:
         rows = [
-            ("", "was", "now", "channels", "parameters", "FLOPs", "at"),
+            ("", "old", "new", "channels", "parameters", "FLOPs", "at"),
             *map(_row, self.changes),
+            ("the model", *[""] * 3, _pair(self.parameters_before, self.parameters_after), "", ""),
         ]
-        total = f"{_short(self.parameters_before)} → {_short(self.parameters_after)}"
-        rows.append(("the model", "", "", "", total, "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
-        return "\n".join([*lines, *self._notes()])
-
-    def _notes(self) -> list[str]:
-        notes = []
         for change in self.changes:
             if change.adapter is not None:
-                notes.append(
-                    f"{change.name}: a 1×1 convolution takes {change.in_channels} channels to "
-                    f"{change.out_channels} first"
+                lines.append(
+                    f"{change.name}: a 1×1 convolution from {change.in_channels} to "
+                    f"{change.out_channels} channels precedes the layer"
                 )
             if len(change.names) > 1:
-                notes.append(
-                    f"{change.name} is also {', '.join(change.names[1:])}: shared as before"
-                )
-            notes += [f"{change.name}: no longer called: {hook}" for hook in change.hooks]
+                lines.append(f"{change.name} is shared: also {', '.join(change.names[1:])}")
+            lines += [f"{change.name}: no longer called: {hook}" for hook in change.hooks]
         if self.removed:
-            notes.append("removed: the original modules are back")
-        return notes
+            lines.append("removed: the original modules are back")
+        return "\n".join(lines)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Count the elements of a module's parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _row(change: Change) -> tuple[str, ...]:
-    channels = f"{change.in_channels}"
-    if change.out_channels != change.in_channels:
-        channels += f" → {change.out_channels}"
-    name = type(change.layer).__name__
+    old, new = type(change.old).__name__, type(change.layer).__name__
+    if change.inserted:
+        new = f"{old}, {new}"
+    channels = str(change.in_channels)
     if change.adapter is not None:
-        name = f"1×1, {name}"
-    was = type(change.was).__name__
+        new = f"1×1, {new}"
+        channels += f" → {change.out_channels}"
+    others = len(change.names) - 1
     return (
-        change.name + (f" (+{len(change.names) - 1})" if len(change.names) > 1 else ""),
-        was,
-        f"{was}, {name}" if change.inserted else name,
+        change.name + (f" (+{others})" if others else ""),
+        old,
+        new,
         channels,
-        f"{_short(change.parameters_before)} → {_short(change.parameters_after)}",
-        f"{_short(change.flops_before)} → {_short(change.flops_after)}",
+        _pair(change.parameters_before, change.parameters_after),
+        _pair(change.flops_before, change.flops_after),
         "×".join(map(str, change.input)),
     )
 
 
-def _sum(numbers: Iterable[int | None]) -> int | None:
-    known = list(numbers)
-    return None if None in known else sum(number or 0 for number in known)
+def _sum(counts: Iterable[int | None]) -> int | None:
+    known = list(counts)
+    return None if None in known else sum(count or 0 for count in known)
 
 
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _pair(before: int | None, after: int | None) -> str:
+    return f"{_short(before)} → {_short(after)}"
 
 
-def _short(number: int | None) -> str:
-    if number is None:
+def _short(count: int | None) -> str:
+    if count is None:
         return "–"
-    for factor, letter in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "K")):
-        if number >= factor:
-            return f"{number / factor:#.3g}".rstrip(".") + letter
-    return str(number)
+    for exponent, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "K")):
+        if count >= 10**exponent:
+            return f"{count / 10**exponent:#.3g}".rstrip(".") + letter
+    return str(count)

@@ -1,4 +1,4 @@
-"""Augmentation and examples: image and mask stay together, and chance is a function of the key."""
+"""Augmentation and examples: image and mask stay aligned, random numbers depend on the key only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PLAIN: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "photo
 
 
 def blocks(height: int, width: int, side: int) -> tuple[Tensor, Tensor]:
-    """An image that says what its mask is: red is 20 times the label of a block."""
+    """Return an image whose red channel is 20 times the label of its mask."""
     label = torch.randint(0, 10, (-(-height // side), -(-width // side)), dtype=torch.uint8)
     mask = label.repeat_interleave(side, 0).repeat_interleave(side, 1)[:height, :width]
     image = torch.stack([mask * 20, torch.full_like(mask, 200), mask * 10])
@@ -44,7 +44,7 @@ def blocks(height: int, width: int, side: int) -> tuple[Tensor, Tensor]:
 
 
 def coordinates(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """An image and a mask that say where each pixel was: red is the row, green and mask column."""
+    """Return an image and mask of coordinates: red is the row, green and mask the column."""
     rows = torch.arange(height, dtype=torch.uint8)[:, None].expand(height, width)
     columns = torch.arange(width, dtype=torch.uint8)[None].expand(height, width)
     return torch.stack([rows, columns, torch.zeros_like(rows)]), columns.contiguous()
@@ -140,7 +140,7 @@ def test_a_crop_is_a_window_and_all_windows_occur() -> None:
     assert corners == {(top, left) for top in range(3) for left in range(4)}
 
 
-def test_flip_mirrors_both_and_as_often_as_asked() -> None:
+def test_flip_mirrors_image_and_mask_with_its_probability() -> None:
     image, mask = coordinates(10, 12)
     mirrored = 0
     for seed in range(60):
@@ -154,7 +154,7 @@ def test_flip_mirrors_both_and_as_often_as_asked() -> None:
     assert 8 <= mirrored <= 30
 
 
-def test_what_is_smaller_than_the_crop_is_put_anywhere_in_mean_colour_and_255() -> None:
+def test_a_small_image_is_placed_at_random_and_padded_with_mean_colour_and_255() -> None:
     image = torch.full((3, 10, 12), 255, dtype=torch.uint8)
     mask = torch.zeros(10, 12, dtype=torch.uint8)
     augment = Augment((12, 15), scale=(1.0, 1.0), photometric=False, mean=MEAN, std=STD, pad=True)
@@ -218,7 +218,7 @@ def test_inputs_are_not_modified() -> None:
 
 
 @pytest.mark.parametrize("size", [(31, 40), (40, 31)])
-def test_an_image_smaller_than_the_crop_is_refused_unless_padding_is_asked_for(
+def test_an_image_smaller_than_the_crop_raises_unless_pad_is_set(
     size: tuple[int, int],
 ) -> None:
     image, mask = blocks(*size, side=8)
@@ -230,22 +230,22 @@ def test_an_image_smaller_than_the_crop_is_refused_unless_padding_is_asked_for(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"crop": (0, 3)}, "crop must be a positive height and width, got"),
+        ({"crop": (0, 3)}, "expected a positive height and width for crop, got"),
         ({"crop": (3,)}, "crop"),
         ({"crop": (3.5, 3)}, "crop"),
-        ({"crop": (3, 3), "scale": (0.0, 1.0)}, "scale must be 0 < smallest <= largest"),
+        ({"crop": (3, 3), "scale": (0.0, 1.0)}, "expected scale with 0 < smallest <= largest"),
         ({"crop": (3, 3), "scale": (2.0, 1.0)}, "scale"),
-        ({"crop": (3, 3), "flip": 1.5}, "flip must be a probability"),
+        ({"crop": (3, 3), "flip": 1.5}, "expected a probability for flip"),
         ({"crop": (3, 3), "std": (0.0, 1.0, 1.0)}, "std positive"),
         ({"crop": (3, 3), "mean": (0.5,)}, "three numbers"),
     ],
 )
-def test_options_that_do_not_fit_are_refused(options: dict[str, Any], reason: str) -> None:
+def test_invalid_options_raise(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Augment(**options)
 
 
-def test_options_may_be_the_lists_of_a_file() -> None:
+def test_options_may_be_lists() -> None:
     lists = Augment(crop=[3, 4], scale=[0.5, 2.0], mean=list(MEAN), std=list(STD))  # type: ignore[arg-type]
     assert lists == Augment(crop=(3, 4), mean=MEAN, std=STD)
     assert hash(lists) == hash(Augment(crop=(3, 4)))
@@ -296,7 +296,7 @@ def test_neighbouring_keys_share_no_random_numbers(dataset: SegmentationDataset)
     assert torch.corrcoef(numbers).fill_diagonal_(0).abs().max() < 0.7
 
 
-def test_examples_leave_the_random_numbers_of_the_program_alone(
+def test_examples_do_not_change_the_global_random_state(
     dataset: SegmentationDataset,
 ) -> None:
     examples = Examples(dataset, Augment((32, 48)))
@@ -308,7 +308,7 @@ def test_examples_leave_the_random_numbers_of_the_program_alone(
 
 
 def test_examples_are_made_by_one_thread_as_workers_do(dataset: SegmentationDataset) -> None:
-    """The mean of a large crop, which contrast needs, is another one with two threads."""
+    """The mean of a large crop, which contrast uses, depends on the number of threads."""
     threads = []
 
     def noting(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,7 +325,7 @@ def test_examples_are_made_by_one_thread_as_workers_do(dataset: SegmentationData
 
 
 class Keys:
-    """Keys of two epochs, in an order of their own."""
+    """Keys of two epochs in an arbitrary order."""
 
     def __iter__(self) -> Any:
         return iter([(1, 4), (0, 2), (1, 0), (0, 5), (0, 4), (1, 1), (1, 3)])
@@ -345,7 +345,7 @@ def test_workers_make_the_same_examples(workers: int, dataset: SegmentationDatas
 
 
 @pytest.mark.slow
-def test_spawned_workers_which_import_everything_anew_make_the_same_examples(
+def test_spawned_workers_make_the_same_examples(
     dataset: SegmentationDataset,
 ) -> None:
     examples = Examples(dataset, Augment((32, 48)), seed=3)
@@ -367,7 +367,7 @@ def test_nothing_of_torchvision_is_in_a_pickled_transform() -> None:
     assert pickle.loads(pickle.dumps(augment)) == augment
 
 
-def test_the_last_of_the_bad_files_is_followed_by_the_first_good_one(
+def test_a_bad_sample_is_replaced_by_the_next_readable_one(
     dataset: SegmentationDataset,
 ) -> None:
     for index in (1, 2, 5):
@@ -382,7 +382,7 @@ def test_the_last_of_the_bad_files_is_followed_by_the_first_good_one(
         assert example["skipped"] == [str(dataset.samples[i].image) for i in skipped.get(index, [])]
 
 
-def test_a_bad_file_in_the_middle_is_an_error_that_names_it(dataset: SegmentationDataset) -> None:
+def test_a_bad_file_raises_an_error_that_names_it(dataset: SegmentationDataset) -> None:
     bad = dataset.samples[2].mask
     assert bad is not None
     bad.write_bytes(b"")
@@ -396,10 +396,10 @@ def test_a_bad_file_in_the_middle_is_an_error_that_names_it(dataset: Segmentatio
             next(iter(loader))
 
 
-def test_skipping_ends_where_every_file_is_bad(dataset: SegmentationDataset) -> None:
+def test_skipping_raises_if_every_file_is_bad(dataset: SegmentationDataset) -> None:
     for sample in dataset.samples:
         tiny_data.truncate(sample.image)
-    with pytest.raises(DataError, match="none of 6 samples can be read, among them"):
+    with pytest.raises(DataError, match="none of 6 samples can be read, for example"):
         Examples(dataset, Normalize(), skip_bad=True)[0]
 
 
@@ -415,7 +415,7 @@ def test_a_batch_stacks_and_lists(dataset: SegmentationDataset) -> None:
     assert torch.equal(batch["mask"][0], dataset.read(0)[1].long())
 
 
-def test_a_batch_of_different_sizes_is_refused_naming_them(tmp_path: Path) -> None:
+def test_a_batch_of_different_sizes_raises_and_names_them(tmp_path: Path) -> None:
     root = tiny_data.camvid(tmp_path)
     path = min((root / "images/train").iterdir())
     tiny_data.save(path, np.zeros((20, 30, 3), np.uint8))
@@ -434,7 +434,7 @@ def test_an_index_out_of_range_is_an_index_error(index: int, dataset: Segmentati
 # What is imported, and what is missing
 
 
-def test_an_absent_package_is_a_sentence_and_torchvision_is_imported_only_when_used() -> None:
+def test_missing_packages_name_the_extra_and_torchvision_is_imported_on_use() -> None:
     program = """
 import sys, torch
 sys.modules["PIL"] = None

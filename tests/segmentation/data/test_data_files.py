@@ -1,4 +1,4 @@
-"""Single files: what each kind of picture and mask becomes, and what damage is reported."""
+"""Decoding of image and mask formats, and reports of damaged files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from fullattn.segmentation.data import DataError, SegmentationDataset, open_dataset, smallest_image
 from fullattn.segmentation.data.classes import Classes, numbered
 from fullattn.segmentation.data.decode import image_size, read_image, read_labels
-from fullattn.segmentation.data.listing import Sample
+from fullattn.segmentation.data.files import Sample
 from helpers import tiny_data
 
 HEIGHT, WIDTH = 12, 20
@@ -126,9 +126,9 @@ def test_exif_orientation_is_applied_to_the_pixels_and_to_the_size(
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_pixels_of_32_bits_are_refused(dtype: type, tmp_path: Path) -> None:
+def test_pixels_of_32_bits_raise(dtype: type, tmp_path: Path) -> None:
     tiny_data.save(tmp_path / "a.tif", GREY.astype(dtype))
-    with pytest.raises(DataError, match=r"a.tif has pixels of 32 bits; expected 8 or 16"):
+    with pytest.raises(DataError, match=r"a.tif has 32 bits per channel: expected 8 or 16"):
         read_image(tmp_path / "a.tif")
 
 
@@ -180,15 +180,15 @@ def test_a_grey_mask_saved_as_colour_is_read(tmp_path: Path) -> None:
         assert np.array_equal(read_labels(tmp_path / f"{name}.png"), GREY)
 
 
-def test_a_mask_in_colours_is_refused(tmp_path: Path) -> None:
+def test_a_colour_mask_raises(tmp_path: Path) -> None:
     tiny_data.save(tmp_path / "a.png", RGB)
-    with pytest.raises(DataError, match=r"a.png is a picture in colours \(RGB\)"):
+    with pytest.raises(DataError, match=r"a.png is a colour image \(RGB\)"):
         read_labels(tmp_path / "a.png")
 
 
-def test_a_mask_of_fractions_is_refused(tmp_path: Path) -> None:
+def test_a_float_mask_raises(tmp_path: Path) -> None:
     tiny_data.save(tmp_path / "a.tif", GREY.astype(np.float32))
-    with pytest.raises(DataError, match=r"a.tif is no mask: its pixels are float32"):
+    with pytest.raises(DataError, match=r"a.tif is not a mask: expected integers, got float32"):
         read_labels(tmp_path / "a.tif")
 
 
@@ -215,7 +215,9 @@ DAMAGES = {
 
 @pytest.mark.parametrize("half", ["image", "mask"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_an_error_that_names_the_file(damage: str, half: str, tmp_path: Path) -> None:
+def test_a_damaged_file_raises_an_error_that_names_it(
+    damage: str, half: str, tmp_path: Path
+) -> None:
     # Pictures of noise, so that what is cut off is not only the end of the format.
     pixels = RANDOM.integers(0, 256, (60, 80, 3), dtype=np.uint8)
     tiny_data.save(tmp_path / "image.jpg", pixels)
@@ -231,14 +233,14 @@ def test_damage_is_an_error_that_names_the_file(damage: str, half: str, tmp_path
         "truncated": "truncated or damaged",
         "cut in its head": "",
         "empty": "the file is empty",
-        "text": "no picture of a format",
+        "text": "not a valid image file",
         "gone": "does not exist",
         "overwritten": "",
     }
     assert expected[damage] in str(raised.value)
 
 
-def test_a_mask_of_another_size_is_an_error_that_names_both(tmp_path: Path) -> None:
+def test_a_mask_of_another_size_raises_an_error_that_names_both_files(tmp_path: Path) -> None:
     tiny_data.save(tmp_path / "i.png", RGB)
     tiny_data.save(tmp_path / "m.png", GREY.T % 2)
     dataset = SegmentationDataset([Sample(tmp_path / "i.png", tmp_path / "m.png")], numbered(2))
@@ -251,7 +253,7 @@ def test_a_mask_of_another_size_is_an_error_that_names_both(tmp_path: Path) -> N
 
 
 def broken(root: Path) -> tuple[SegmentationDataset, dict[str, Path]]:
-    """CamVid with one file of each kind of fault, and six good pairs."""
+    """Make CamVid with four bad files and six good pairs."""
     dataset = open_dataset("camvid", tiny_data.camvid(root, images=10), "train")
     paths = {
         "truncated": dataset.samples[1].image,
@@ -287,7 +289,7 @@ def test_check_finds_every_fault_and_counts_the_rest(threads: int | None, tmp_pa
     assert report.ignored == (masks == 255).sum()
 
 
-def test_check_of_the_heads_alone_finds_sizes_and_unreadable_files(tmp_path: Path) -> None:
+def test_check_without_decoding_finds_sizes_and_unreadable_files(tmp_path: Path) -> None:
     dataset, paths = broken(tmp_path)
     report = dataset.check(decode=False)
     assert [problem.path for problem in report.problems] == [paths["mask"], paths["size"]]
@@ -334,7 +336,7 @@ def test_what_was_left_out_before_stays_listed(tmp_path: Path) -> None:
     assert len(rest) == 4
 
 
-def test_a_data_set_of_bad_files_alone_is_refused(tmp_path: Path) -> None:
+def test_a_dataset_of_only_bad_files_raises(tmp_path: Path) -> None:
     dataset = open_dataset("camvid", tiny_data.camvid(tmp_path, images=2), "val")
     for sample in dataset.samples:
         tiny_data.truncate(sample.image)
@@ -342,7 +344,7 @@ def test_a_data_set_of_bad_files_alone_is_refused(tmp_path: Path) -> None:
         dataset.without(dataset.check().problems)
 
 
-def test_classes_that_no_mask_has_are_told(tmp_path: Path) -> None:
+def test_classes_in_no_mask_are_reported(tmp_path: Path) -> None:
     tiny_data.save(tmp_path / "i.png", RGB)
     tiny_data.save(tmp_path / "m.png", np.ones_like(GREY))
     classes = Classes(("a", "b", "c"), ((0, 0, 0),) * 3)
@@ -356,7 +358,8 @@ def test_samples_can_be_selected_by_name(tmp_path: Path) -> None:
     chosen = dataset.select("Seq05VD_*")
     assert len(chosen) == 3
     assert set(chosen.samples) < set(dataset.samples)
-    with pytest.raises(DataError, match=r"no image .* 'Seq06\*': they are 0001TP_008550"):
+    assert dataset.select("Seq05VD_*.jpg").samples == chosen.samples
+    with pytest.raises(DataError, match=r"no image .* 'Seq06\*': the names are 0001TP_008550"):
         dataset.select("Seq06*")
 
 

@@ -1,4 +1,4 @@
-"""Evaluation over a data set on disk, and `fullattn evaluate`."""
+"""Evaluation on a dataset, and `fullattn evaluate`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TIE = 0.09  # squared distances of colours are whole numbers, so eleven of these
 
 
 class NearestColour(nn.Conv2d):
-    """Gives each pixel the class whose colour is nearest: a network that needs no training.
+    """A network without training that predicts the class with the nearest colour.
 
     Among colours equally near it is the first, by a margin that float32 resolves.
     """
@@ -45,7 +45,7 @@ class NearestColour(nn.Conv2d):
 
 
 def _count(dataset: SegmentationDataset, indices: range | list[int]) -> np.ndarray[Any, Any]:
-    """The same network and the confusion matrix in NumPy, from the files."""
+    """Compute the confusion matrix of NearestColour in NumPy, from the files."""
     confusion = np.zeros((11, 11), np.int64)
     for index in indices:
         sample = dataset.samples[index]
@@ -130,14 +130,14 @@ def test_passes_are_those_of_segment(root: Path) -> None:
     assert _evaluate(model, root, batch_size=2, **options).confusion.tolist() == expected.tolist()
 
 
-def test_normalised_is_of_each_colour() -> None:
+def test_each_colour_is_normalised() -> None:
     images = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
     expected = (images.numpy() / 255 - np.array(MEAN)[:, None, None]) / np.array(STD)[:, None, None]
     torch.testing.assert_close(normalised(images, MEAN, STD), torch.from_numpy(expected).float())
 
 
-class Moody(nn.Module):
-    """Notes the modes in which it runs; one of its parts is in another mode than the rest."""
+class MixedModes(nn.Module):
+    """Records the modes in which its modules run; one module starts in evaluation mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,8 +152,8 @@ class Moody(nn.Module):
         return [logits] if self.training else logits
 
 
-def test_the_model_runs_in_evaluation_mode_and_gets_its_modes_back(root: Path) -> None:
-    model = Moody()
+def test_the_model_runs_in_evaluation_mode_and_its_modes_are_restored(root: Path) -> None:
+    model = MixedModes()
     before = [module.training for module in model.modules()]
     statistics = model.norm.running_mean.clone()
     _evaluate(model, root)
@@ -163,8 +163,8 @@ def test_the_model_runs_in_evaluation_mode_and_gets_its_modes_back(root: Path) -
     assert torch.equal(model.norm.running_mean, statistics)
 
 
-def test_the_modes_come_back_after_an_error() -> None:
-    model = Moody()
+def test_the_modes_are_restored_after_an_error() -> None:
+    model = MixedModes()
     with pytest.raises(RuntimeError, match="oh"), evaluating(model):
         raise RuntimeError("oh")
     assert model.training
@@ -220,17 +220,17 @@ def test_files_that_the_data_set_dropped_are_listed_too(tmp_path: Path) -> None:
         ({"scales": (0.0,)}, "scales above 0"),
         ({"precision": "float8"}, "a precision of float32, bfloat16, float16, got 'float8'"),
         ({"batch_size": 0}, "a batch size of at least 1, got 0"),
-        ({"indices": []}, "expected images to evaluate on, got none of camvid"),
+        ({"indices": []}, "expected at least one image of camvid, got none"),
     ],
 )
-def test_bad_options_are_sentences(root: Path, options: dict[str, Any], said: str) -> None:
+def test_invalid_options_raise(root: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         _evaluate(NearestColour(), root, **options)
 
 
-def test_what_would_give_no_score_is_a_sentence(damaged: Path) -> None:
+def test_evaluation_without_scores_raises(damaged: Path) -> None:
     dataset = open_dataset("camvid", damaged, "test")
-    with pytest.raises(ValueError, match="of camvid's 11 classes, got one of 7"):
+    with pytest.raises(ValueError, match="the 11 classes of camvid, got 7"):
         _evaluate(nn.Conv2d(3, 7, 1), damaged, indices=[0])
     with pytest.raises(ValueError, match="none of 2 images of camvid can be read"):
         _evaluate(NearestColour(), damaged, indices=[1, 3], skip_bad=True)
@@ -310,7 +310,6 @@ def test_the_options_of_the_command_reach_the_evaluation(
     assert found == {
         "mean": list(MEAN),
         "std": list(STD),
-        "indices": list(range(10)),
         "batch_size": 3,
         "workers": 2,
         "device": torch.device("cpu"),
@@ -334,12 +333,12 @@ def test_the_command_lists_what_it_skipped(
     assert lines[start + 1 : start + 3] == [str(samples[1].image), str(samples[3].mask)]
 
 
-def test_classes_of_other_names_are_pointed_out(
+def test_other_class_names_print_a_warning(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = _save(tmp_path / "a.ckpt", 11, names=[f"class{i}" for i in range(11)])
     _run(file, "--data", "camvid", root)
-    assert "Beware: the checkpoint names its classes class0, class1" in capsys.readouterr().out
+    assert "the checkpoint's classes have other names: class0, class1" in capsys.readouterr().out
 
 
 def _cut(path: Path) -> Path:
@@ -358,16 +357,16 @@ BAD: dict[str, tuple[Callable[[Path, Path, Path], list[Any]], str]] = {
     ),
     "another number of classes": (
         lambda c, root, tmp: [_save(tmp / "five.ckpt", 5), "--data", "camvid", root],
-        "five.ckpt was trained on 5 classes of camvid, and camvid has 11",
+        "five.ckpt was trained on 5 classes of camvid, but camvid has 11",
     ),
     "no data set of the name": (
         lambda c, root, tmp: [c, "--data", "camwid", root],
-        "no data set 'camwid'",
+        "unknown dataset 'camwid'",
     ),
     "no data": (lambda c, root, tmp: [c, "--data", "camvid", tmp / "none"], "none"),
     "no file that matches": (
         lambda c, root, tmp: [c, "--data", "camvid", root, "--only", "Seq9*"],
-        "expected file names that match 'Seq9\\*', got none among 5 such as 0001TP_008550.jpg",
+        "no image of camvid test matches 'Seq9\\*': the names are 0001TP_008550.jpg",
     ),
     "scale 0": (
         lambda c, root, tmp: [c, "--data", "camvid", root, "--scales", "0"],
@@ -389,7 +388,7 @@ BAD: dict[str, tuple[Callable[[Path, Path, Path], list[Any]], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_and_nothing_is_written(
+def test_bad_input_is_a_one_line_error_and_nothing_is_written(
     case: str, checkpoint: Path, root: Path, tmp_path: Path
 ) -> None:
     arguments, said = BAD[case]
@@ -403,7 +402,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_an_unreadable_file_is_one_sentence_and_nothing_is_written(
+def test_an_unreadable_file_is_a_one_line_error_and_nothing_is_written(
     checkpoint: Path, damaged: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=r"0001TP_008580\.jpg cannot be read"):
@@ -422,7 +421,7 @@ def test_an_unreadable_file_is_one_sentence_and_nothing_is_written(
         (["--precision", "float8"], "float8"),
     ],
 )
-def test_bad_arguments_are_one_sentence(
+def test_bad_arguments_are_a_one_line_error(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as raised:

@@ -82,7 +82,7 @@ def test_every_pixel_is_seen_and_no_window_leaves_the_axis(
     window=st.tuples(st.integers(1, 25), st.integers(1, 25)),
     data=st.data(),
 )
-def test_windows_do_not_change_what_looks_at_single_pixels(
+def test_windows_do_not_change_a_pixelwise_model(
     height: int, width: int, window: tuple[int, int], data: st.DataObject
 ) -> None:
     stride = data.draw(st.none() | st.tuples(*(st.integers(1, length) for length in window)))
@@ -120,7 +120,7 @@ def test_the_default_stride_is_two_thirds_of_the_window() -> None:
     assert torch.equal(segment(model, images, window=(9, 12)), expected)
 
 
-def test_flips_do_not_change_what_commutes_with_mirroring() -> None:
+def test_flips_do_not_change_an_equivariant_model() -> None:
     model, images = _mirrored(_with_context()), _images()
     torch.testing.assert_close(segment(model, images, flip=True), segment(model, images))
 
@@ -237,10 +237,10 @@ def test_averages_of_half_precision_are_float32() -> None:
         ({"window": (0, 4)}, r"a window of two lengths of at least 1, got \(0, 4\)"),
         ({"window": (4, 4), "stride": (0, 1)}, "a stride of two lengths of at least 1"),
         ({"window": (4, 4), "stride": (4, 5)}, "would leave pixels out"),
-        ({"stride": (4, 4)}, "no window was given"),
+        ({"stride": (4, 4)}, "expected a window for the stride"),
     ],
 )
-def test_bad_options_are_sentences(options: dict[str, Any], said: str) -> None:
+def test_invalid_options_raise(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         segment(_pixelwise(), _images(), **options)
 
@@ -248,20 +248,20 @@ def test_bad_options_are_sentences(options: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (lambda x: [x, x], "gives logits, got list"),
+        (lambda x: [x, x], "expected logits from the network, got list"),
         (lambda x: x[:, :, 1:], r"expected logits of shape \(2, K, 13, 18\), got \(2, 3, 12, 18\)"),
         (lambda x: x[:1], r"got \(1, 3, 13, 18\)"),
         (lambda x: x[0], r"got \(3, 13, 18\)"),
-        (lambda x: x / 0 - x / 0, "not a number"),
-        (lambda x: torch.where(x == x.max(), torch.inf, x), "not a number"),
+        (lambda x: x / 0 - x / 0, "output is nan"),
+        (lambda x: torch.where(x == x.max(), torch.inf, x), "output is nan"),
     ],
 )
-def test_bad_models_are_sentences(model: Callable[[Tensor], Any], said: str) -> None:
+def test_invalid_model_outputs_raise(model: Callable[[Tensor], Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         segment(model, _images())
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (0, 3, 4, 5), (1, 3, 0, 5)])
-def test_bad_images_are_sentences(shape: tuple[int, ...]) -> None:
+def test_invalid_images_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected images of shape"):
         segment(_pixelwise(), torch.zeros(shape))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fullattn.integrations.torchvision import ensure_importable
 from fullattn.segmentation.evaluation import Scores, confusion_matrix
-from fullattn.segmentation.evaluation.table import table
+from fullattn.segmentation.evaluation.scores import table
 
 NAMES = ("Sky", "Pole", "Road", "Tree", "Car", "Sign")
 
@@ -85,7 +85,7 @@ def test_counts_that_float32_cannot_hold_are_exact() -> None:
     assert Scores(torch.tensor([[most, 1], [0, 0]]), ["a", "b"]).iou[0] == most / (most + 1)
 
 
-def test_a_class_that_is_nowhere_has_no_iou_and_one_only_guessed_has_0() -> None:
+def test_iou_is_nan_for_an_absent_class_and_0_for_one_only_predicted() -> None:
     scores = _scores(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 0, 0]]))
     assert scores.iou.tolist() == pytest.approx([2 / 3, 0, *[math.nan] * 4], nan_ok=True)
     assert scores.mean_iou == pytest.approx(1 / 3)
@@ -104,7 +104,7 @@ def test_groups_are_means_of_their_present_classes() -> None:
     )
 
 
-def test_json_has_every_number_and_null_for_what_is_not_there() -> None:
+def test_json_has_every_number_and_null_for_nan() -> None:
     confusion = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
     scores = Scores(confusion, ["a", "b", "c"], {"thin": ["b"], "none": ["c"]}, 7, ["x.png"])
     read = json.loads(json.dumps(scores.as_dict(), allow_nan=False))
@@ -142,14 +142,14 @@ def test_the_table_says_the_same() -> None:
         assert line in lines
 
 
-def test_wrong_shapes_and_groups_are_sentences() -> None:
+def test_wrong_shapes_and_groups_raise() -> None:
     with pytest.raises(ValueError, match="a confusion matrix of 2 classes, got one of shape"):
         Scores(torch.zeros(3, 3), ["a", "b"])
     with pytest.raises(ValueError, match="expected classes of a, b in group 'thin', got 'c'"):
         Scores(torch.zeros(2, 2), ["a", "b"], {"thin": ["c"]})
 
 
-def test_without_torchmetrics_the_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchmetrics_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchmetrics.classification", None)
     with pytest.raises(ImportError, match=r"pip install 'fullattn\[train\]'"):
         confusion_matrix(2)

@@ -1,4 +1,4 @@
-"""Pictures of what a network sees: overlays, labels, similarity maps; and `fullattn predict`."""
+"""Overlays, label images and similarity maps, and `fullattn predict`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from fullattn._cli.errors import UsageError
 from fullattn.segmentation.evaluation import segment
 from fullattn.segmentation.evaluation.loop import normalised
-from fullattn.segmentation.evaluation.overlay import index_picture, overlay
+from fullattn.segmentation.evaluation.overlay import overlay, palette_image
 from fullattn.segmentation.models.files import load
 from helpers import tiny_data
 from helpers.command_line import run_command
@@ -56,7 +56,7 @@ def _colours(picture: Image.Image, top: int) -> set[tuple[int, ...]]:
     return {colour for _, colour in below.getcolors(below.width * below.height)}
 
 
-def test_the_legend_shows_the_classes_that_are_there_and_no_others() -> None:
+def test_the_legend_shows_only_the_classes_in_the_image() -> None:
     picture = overlay(_photograph(), _labels(), PALETTE, CLASSES)
     found = _colours(picture, 24)
     assert {PALETTE[0], PALETTE[2], (255, 255, 255)} <= found
@@ -114,7 +114,7 @@ def test_a_photograph_narrower_than_its_legend_is_not_scaled() -> None:
         ({"image": torch.zeros(3, 24, 40)}, "a uint8 image"),
     ],
 )
-def test_a_bad_overlay_is_a_sentence(change: dict[str, Any], said: str) -> None:
+def test_invalid_overlay_arguments_raise(change: dict[str, Any], said: str) -> None:
     arguments = {
         "image": _photograph(),
         "labels": _labels(),
@@ -125,9 +125,9 @@ def test_a_bad_overlay_is_a_sentence(change: dict[str, Any], said: str) -> None:
         overlay(**{**arguments, **change})
 
 
-def test_an_index_picture_holds_indices_and_shows_colours(tmp_path: Path) -> None:
+def test_a_palette_image_holds_indices_and_shows_colours(tmp_path: Path) -> None:
     labels = _labels()
-    index_picture(labels, PALETTE).save(tmp_path / "labels.png")
+    palette_image(labels, PALETTE).save(tmp_path / "labels.png")
     with Image.open(tmp_path / "labels.png") as picture:
         assert (np.asarray(picture) == labels.numpy()).all()
         assert picture.convert("RGB").getpixel((39, 23)) == PALETTE[2]
@@ -176,7 +176,7 @@ def _names(folder: Path) -> list[str]:
         ),
     ],
 )
-def test_the_labels_are_the_likeliest_classes(
+def test_the_labels_are_the_most_probable_classes(
     arguments: list[str],
     options: dict[str, Any],
     checkpoint: Callable[[str], Path],
@@ -219,7 +219,9 @@ def test_maps_are_drawn_of_each_layer_that_has_them(
     maps_of = [f"street_point_79_47{layer}.png" for layer in at_point]
     assert _names(tmp_path / "at_point") == ["street_overlay.png", *maps_of]
     if at_channel is None:
-        with pytest.raises(UsageError, match="a map of positions and none of channels"):
+        with pytest.raises(
+            UsageError, match="expected a layer with a map of channels, got only SpatialNonLocal"
+        ):
             _run(*given, "--output", "at_channel", "--channel", "7")
         assert not Path("at_channel").exists()
         return
@@ -228,7 +230,7 @@ def test_maps_are_drawn_of_each_layer_that_has_them(
     assert _names(tmp_path / "at_channel") == sorted(["street_overlay.png", *maps_of])
 
 
-def test_the_command_says_what_it_wrote_and_keeps_other_files(
+def test_the_command_prints_the_written_files_and_keeps_other_files(
     checkpoint: Callable[[str], Path],
     photo: Path,
     tmp_path: Path,
@@ -304,7 +306,7 @@ BAD: dict[str, tuple[Given, str]] = {
     ),
     "damaged weights": (
         lambda c, p: [p, "--checkpoint", _not_a_number(c("fully"))],
-        "the network's output is not a number",
+        "the network's output is nan",
     ),
 }
 
@@ -327,7 +329,7 @@ def _not_a_number(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence_and_nothing_is_written(
+def test_bad_input_is_a_one_line_error_and_nothing_is_written(
     case: str, checkpoint: Callable[[str], Path], photo: Path
 ) -> None:
     arguments, said = BAD[case]
@@ -348,7 +350,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
         (["--alpha", "nan"], "expected a number, got 'nan'"),
     ],
 )
-def test_bad_arguments_are_one_sentence(
+def test_bad_arguments_are_a_one_line_error(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as raised:

@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_cannot_be_resumed(size: int, copied: Path, root: P
         (["data.crop=[49,64]"], "is smaller than the crop of 49×64"),
         (["data.crop=[49,64]", "--no-check"], "is smaller than the crop of 49×64"),
         (["data.name=cityscapes"], "is not laid out as Cityscapes"),
-        (["data.train=all"], "camvid has no split 'all'"),
+        (["data.train=all"], "CamVid has no split 'all'"),
         (["model.backbone=resnet"], "cannot build the network of the configuration: timm"),
         (["model.attention_options={shape: 3}"], "cannot build the network"),
         (["model.backbone_weights=gone.npz"], "file gone.npz does not exist"),
@@ -228,7 +228,9 @@ def test_bad_files_are_named_before_the_first_step(root: Path, tmp_path: Path) -
     labels = np.asarray(Image.open(masks[0])).copy()
     labels[0, 0] = 99
     Image.fromarray(labels).save(masks[0])
-    assert f"{masks[0]} has labels that camvid does not have: 99" in refusal(tmp_path, copy)
+    assert f"{masks[0]} has invalid labels for camvid: expected 0 to 10 and 255, got 99" in refusal(
+        tmp_path, copy
+    )
     photo = sorted((copy / "images" / "val").iterdir())[1]
     photo.write_bytes(photo.read_bytes()[:500])
     masks[2].unlink()

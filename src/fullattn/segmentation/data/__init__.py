@@ -1,4 +1,4 @@
-"""Images with masks: the data sets of segmentation on disk, and what training makes of them.
+"""Datasets for semantic segmentation: images and masks on disk, and augmented examples of them.
 
 >>> from fullattn import data
 >>> dataset = data.open_dataset("camvid", "path/to/camvid", "train+val")  # doctest: +SKIP
@@ -17,7 +17,6 @@ except ImportError as error:
         f"fullattn.segmentation.data needs NumPy and Pillow: pip install 'fullattn[data]' ({error})"
     ) from error
 
-from fullattn.segmentation.data.checks import Report
 from fullattn.segmentation.data.classes import IGNORE_INDEX, Classes
 from fullattn.segmentation.data.dataset import (
     SegmentationDataset,
@@ -26,10 +25,9 @@ from fullattn.segmentation.data.dataset import (
     smallest_image,
 )
 from fullattn.segmentation.data.decode import read_image
-from fullattn.segmentation.data.errors import DataError
 from fullattn.segmentation.data.examples import Examples, collate
+from fullattn.segmentation.data.files import DataError, DatasetReport, FileIssue, Sample
 from fullattn.segmentation.data.layouts import LAYOUTS
-from fullattn.segmentation.data.listing import Problem, Sample
 from fullattn.segmentation.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augment, Normalize
 
 DATASETS = tuple(LAYOUTS)
@@ -42,10 +40,10 @@ __all__ = [
     "Augment",
     "Classes",
     "DataError",
+    "DatasetReport",
     "Examples",
+    "FileIssue",
     "Normalize",
-    "Problem",
-    "Report",
     "Sample",
     "SegmentationDataset",
     "SmallestImage",

@@ -1,21 +1,22 @@
-"""Names, colours and groups of classes: those of the known data sets, and those in a folder's list.
+"""Names, colours and groups of classes, of known datasets and from a folder's class list.
 
 `classes/*.json` beside this module hold the known ones, in the form of CamVid's classes.json with
-the groups added. Two groups let a comparison look where the layers are said to differ:
+two groups added:
 
-- "thin": classes whose regions are a few pixels across or have such parts (poles, signs, people
-  far away, railings, bicycles): few of their pixels are far from another class.
-- "large": the classes that fill most of a picture (road, sky, building, wall).
+- "thin": classes whose regions, or parts of them, are a few pixels across (poles, signs, distant
+  people, railings, bicycles).
+- "large": the classes that fill most of an image (road, sky, building, wall).
 
-CamVid's groups come first; Cityscapes' are the same kinds of things. ADE20K's large group is the
-ten background classes with most pixels in its published table; its thin group is the lamps, poles,
-rails and columns among its 150. VOC has objects only: thin are those with thin parts, large those
-that fill the picture.
+The groups of Cityscapes are analogous to CamVid's. ADE20K's large group is the ten background
+classes with most pixels in its published table; its thin group is the lamps, poles, rails and
+columns among its 150. VOC has objects only: thin are those with thin parts, large those that fill
+the image.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,13 +25,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fullattn.segmentation.data.errors import DataError
+from fullattn.segmentation.data.files import DataError
 
-__all__ = ["IGNORE_INDEX", "STRAY", "Classes", "colour", "known", "numbered", "read"]
+__all__ = ["IGNORE_INDEX", "STRAY", "Classes", "colour", "known", "label_table", "numbered", "read"]
 
+# Train ids are bytes: 255 is ignored, 254 marks an invalid label, the classes are below.
 IGNORE_INDEX = 255
-# Train ids are bytes: 255 is ignored, 254 marks a label that the data set does not have, and the
-# classes are below.
 STRAY = 254
 
 Colour = tuple[int, int, int]
@@ -38,13 +38,17 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a data set, in the order of their indices.
+    """The classes of a dataset, in the order of their indices.
 
     Args:
-        names: of the classes.
+        names: names of the classes.
         palette: (red, green, blue) of each, 0 to 255.
         groups: names of classes by the name of their group.
-        void: the label in the files that means ignored.
+        void: the label in the masks that is ignored, beside 255.
+
+    Raises:
+        ValueError: a name is empty or repeated, a group has an unknown class, or a number is out
+            of range.
     """
 
     names: tuple[str, ...]
@@ -52,61 +56,58 @@ class Classes:
     groups: dict[str, tuple[str, ...]] = field(default_factory=dict)
     void: int = IGNORE_INDEX
 
-    def table(self) -> NDArray[np.uint8]:
-        """The train id of every label, for files whose labels are the indices of the classes.
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.names) <= STRAY:
+            raise ValueError(f"expected 1 to {STRAY} classes, got {len(self.names)}")
+        if not all(isinstance(name, str) and name for name in self.names):
+            raise ValueError(f"expected a name for every class, got {list(self.names)}")
+        if repeated := sorted({name for name in self.names if self.names.count(name) > 1}):
+            raise ValueError(f"expected distinct class names, got {repeated[0]!r} twice")
+        for group, members in self.groups.items():
+            if unknown := [member for member in members if member not in self.names]:
+                raise ValueError(f"group {group!r} has an unknown class {unknown[0]!r}")
+        if not isinstance(self.void, int) or not 0 <= self.void <= 255:
+            raise ValueError(f"expected an ignore_index of 0 to 255, got {self.void!r}")
 
-        Returns:
-            uint8 (256,): 255 for `void` and 255, 254 for labels that there must not be.
+    def table(self) -> NDArray[np.uint8]:
+        """Return the train id of every label, if the labels are the class indices.
+
+        uint8 (256,): 255 for `void` and 255, 254 for invalid labels.
         """
-        table = np.full(256, STRAY, np.uint8)
-        table[: len(self.names)] = range(len(self.names))
-        table[[self.void, IGNORE_INDEX]] = IGNORE_INDEX
-        return table
+        return label_table(range(len(self.names)), (self.void, IGNORE_INDEX))
+
+
+def label_table(labels: Sequence[int], ignored: Sequence[int]) -> NDArray[np.uint8]:
+    """Return the train id of every label, uint8 (256,): 255 for ignored, 254 for invalid labels."""
+    table = np.full(256, STRAY, np.uint8)
+    table[list(labels)] = range(len(labels))
+    table[list(ignored)] = IGNORE_INDEX
+    return table
 
 
 def known(name: str) -> Classes:
-    """The classes of a data set that has a file in this package.
-
-    Args:
-        name: "ade20k", "camvid", "cityscapes" or "voc".
-
-    Returns:
-        Its classes with the groups "thin" and "large".
+    """Return the classes of "ade20k", "camvid", "cityscapes" or "voc".
 
     Example:
         >>> known("camvid").groups["thin"]
         ('Pole', 'SignSymbol', 'Pedestrian')
     """
-    text = (
-        resources.files("fullattn.segmentation.data")
-        .joinpath("classes", f"{name}.json")
-        .read_text("utf-8")
-    )
-    return _from_json(json.loads(text))
+    folder = resources.files("fullattn.segmentation.data").joinpath("classes")
+    return _from_json(json.loads(folder.joinpath(f"{name}.json").read_text("utf-8")))
 
 
 def numbered(count: int) -> Classes:
-    """Classes that nobody named: "0", "1", … in the colours of VOC's colour map.
-
-    Args:
-        count: how many.
-
-    Returns:
-        The classes.
-    """
-    return Classes(tuple(map(str, range(count))), tuple(map(colour, range(count))))
+    """Return classes named "0", "1", … in the colours of VOC's colour map."""
+    return _in_vocs_colours(map(str, range(count)))
 
 
 def read(path: Path) -> Classes:
-    """Read a list of classes.
+    """Read a class list.
 
     Args:
         path: a JSON file in the form of CamVid's classes.json ({"classes": [{"index", "name",
-            "color"}, …]}, and if wanted "ignore_index" and "groups"; colours may be left out), or
-            a text file with one name a line.
-
-    Returns:
-        The classes.
+            "color"}, …]} with optional "ignore_index", "groups" and colours), or a text file with
+            one name per line.
 
     Raises:
         DataError: the file is not of that form.
@@ -115,38 +116,32 @@ def read(path: Path) -> Classes:
         text = path.read_text("utf-8")
         if path.suffix == ".json":
             return _from_json(json.loads(text))
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-        return _checked(Classes(tuple(names), tuple(map(colour, range(len(names))))))
+        return _in_vocs_colours(line.strip() for line in text.splitlines() if line.strip())
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no list of classes: {error}", path) from error
+        raise DataError(f"{path} is not a class list: {error}", path) from error
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(
-            f'{path} is no list of classes: expected {{"classes": [{{"index": 0, "name": …, '
+            f'{path} is not a class list: expected {{"classes": [{{"index": 0, "name": …, '
             f'"color": [red, green, blue]}}, …]}}',
             path,
         ) from error
 
 
 def colour(index: int) -> Colour:
-    """A class's colour in VOC's colour map, which spreads the bits of the index over the channels.
-
-    Args:
-        index: of the class, 0 to 255.
-
-    Returns:
-        (red, green, blue), 0 to 255.
+    """Return a class's (red, green, blue) in VOC's colour map, which interleaves the index's bits.
 
     Example:
         >>> colour(1)
         (128, 0, 0)
     """
-    red = green = blue = 0
-    for bit in range(7, -1, -1):
-        red |= (index & 1) << bit
-        green |= (index >> 1 & 1) << bit
-        blue |= (index >> 2 & 1) << bit
-        index >>= 3
+    bits = [index >> bit & 1 for bit in range(9)]  # bit 3k + c becomes bit 7 - k of channel c
+    red, green, blue = (128 * bits[c] + 64 * bits[c + 3] + 32 * bits[c + 6] for c in range(3))
     return red, green, blue
+
+
+def _in_vocs_colours(names: Iterable[str]) -> Classes:
+    names = tuple(names)
+    return Classes(names, tuple(map(colour, range(len(names)))))
 
 
 def _from_json(content: dict[str, Any]) -> Classes:
@@ -154,14 +149,11 @@ def _from_json(content: dict[str, Any]) -> Classes:
     indices = [entry["index"] for entry in listed]
     if indices != list(range(len(listed))):
         raise ValueError(f"expected the indices 0, 1, 2, … once each, got {indices}")
-    groups = {name: tuple(members) for name, members in content.get("groups", {}).items()}
-    return _checked(
-        Classes(
-            tuple(entry["name"] for entry in listed),
-            tuple(_colour(entry) for entry in listed),
-            groups,
-            content.get("ignore_index", IGNORE_INDEX),
-        )
+    return Classes(
+        tuple(entry["name"] for entry in listed),
+        tuple(_colour(entry) for entry in listed),
+        {name: tuple(members) for name, members in content.get("groups", {}).items()},
+        content.get("ignore_index", IGNORE_INDEX),
     )
 
 
@@ -169,20 +161,4 @@ def _colour(entry: dict[str, Any]) -> Colour:
     match entry.get("color", colour(entry["index"])):
         case (int(red), int(green), int(blue)) if all(0 <= n <= 255 for n in (red, green, blue)):
             return red, green, blue
-    raise ValueError(f"expected a colour of three whole numbers 0 to 255 for {entry['name']!r}")
-
-
-def _checked(classes: Classes) -> Classes:
-    names = classes.names
-    if not 1 <= len(names) <= STRAY:
-        raise ValueError(f"expected 1 to {STRAY} classes, got {len(names)}")
-    if not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"expected a name for every class, got {list(names)}")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two classes have the name {repeated[0]!r}")
-    for group, members in classes.groups.items():
-        if strangers := [member for member in members if member not in names]:
-            raise ValueError(f"group {group!r} names no class of the list: {strangers[0]!r}")
-    if not isinstance(classes.void, int) or not 0 <= classes.void <= 255:
-        raise ValueError(f"expected an ignore_index of 0 to 255, got {classes.void!r}")
-    return classes
+    raise ValueError(f"expected a colour of three integers 0 to 255 for {entry['name']!r}")

@@ -1,4 +1,4 @@
-"""Examples for training: augmented, the same in whatever order and process they are made."""
+"""Augmented examples for training, independent of the order and process in which they are made."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fullattn.segmentation.data.dataset import SegmentationDataset
-from fullattn.segmentation.data.errors import DataError
+from fullattn.segmentation.data.files import DataError
 from fullattn.segmentation.seeding import random_seed
 
 __all__ = ["Batch", "Example", "Examples", "collate"]
 
 
 class Example(TypedDict):
-    """One example."""
+    """An image and its mask, with names."""
 
     image: Tensor
     mask: Tensor
@@ -27,7 +27,7 @@ class Example(TypedDict):
 
 
 class Batch(TypedDict):
-    """Several examples, stacked."""
+    """A batch of stacked examples."""
 
     image: Tensor
     mask: Tensor
@@ -36,18 +36,18 @@ class Batch(TypedDict):
 
 
 class Examples(Dataset[Example]):
-    """A data set with a transform whose random numbers depend on seed, epoch and index alone.
+    """A dataset with a transform whose random numbers depend only on seed, epoch and index.
 
-    So an example is the same in whatever order, worker or process it is made, and after a restart.
-    A key is an index or (epoch, index); an index alone is of epoch 0.
+    An example is therefore the same in any order, worker and process, and after a restart. A key is
+    an index or (epoch, index); an index alone means epoch 0.
 
     Args:
         dataset: images and masks.
-        transform: from image uint8 (3, H, W) and mask uint8 (H, W) to what the network takes, with
-            PyTorch's random numbers of the CPU.
-        seed: of the random numbers.
-        skip_bad: give the next readable sample in place of an unreadable one, whose file is then
-            named in "skipped"; otherwise it raises.
+        transform: maps image uint8 (3, H, W) and mask uint8 (H, W) to the network's input and
+            target, with random numbers of PyTorch's CPU generator.
+        seed: seed of the random numbers.
+        skip_bad: replace an unreadable sample by the next readable one and name its file in
+            "skipped", instead of raising.
 
     Example:
         >>> from fullattn.segmentation.data import Augment, open_dataset
@@ -93,12 +93,12 @@ class Examples(Dataset[Example]):
                 if not self.skip_bad:
                     raise
                 skipped.append(str(error.paths[0]))
-        raise DataError(f"none of {len(self)} samples can be read, among them {skipped[0]}")
+        raise DataError(f"none of {len(self)} samples can be read, for example {skipped[0]}")
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """As in a loader's worker: sums, and with them colours, depend on the number of threads."""
+    """Use one thread, as loader workers do: sums, and thus colours, depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -111,10 +111,10 @@ def collate(examples: Sequence[Example]) -> Batch:
     """Stack examples to a batch.
 
     Args:
-        examples: of `Examples`.
+        examples: items of `Examples`.
 
     Returns:
-        "image" (B, 3, H, W), "mask" (B, H, W), the names, and everything that was skipped.
+        "image" (B, 3, H, W), "mask" (B, H, W), "name" and the files in "skipped".
 
     Raises:
         ValueError: the images differ in size.
@@ -123,7 +123,7 @@ def collate(examples: Sequence[Example]) -> Batch:
     if len(shapes) > 1:
         sizes = ", ".join(f"{height}×{width}" for height, width in sorted(shapes))
         raise ValueError(
-            f"a batch of images of different sizes (height × width): {sizes}; crop them, or take "
+            f"cannot stack images of different sizes (height × width): {sizes}; crop them, or use "
             "batches of one"
         )
     return {

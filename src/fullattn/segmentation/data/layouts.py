@@ -1,7 +1,7 @@
-"""The layouts of the data sets on disk: where each keeps images, masks and splits.
+"""The layouts of the datasets on disk: where each keeps images, masks and splits.
 
 cityscapes   leftImg8bit/{train,val,test}/<city>/*_leftImg8bit.png
-             gtFine/{train,val,test}/<city>/*_gtFine_labelIds.png   33 ids -> 19 train ids
+             gtFine/{train,val,test}/<city>/*_gtFine_labelIds.png   34 ids -> 19 train ids
 ade20k       [ADEChallengeData2016/]images/{training,validation}/*.jpg
              [ADEChallengeData2016/]annotations/{training,validation}/*.png   0 is ignored
 voc          [VOCdevkit/][VOC2012/]JPEGImages/*.jpg, SegmentationClass/*.png,
@@ -15,273 +15,228 @@ folder       images/{split}/**, masks/{split}/** (or labels/), [classes.json or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fullattn.segmentation.data import classes as class_lists
-from fullattn.segmentation.data.classes import IGNORE_INDEX, STRAY, Classes
-from fullattn.segmentation.data.errors import DataError
-from fullattn.segmentation.data.listing import (
-    Listing,
-    Problem,
+from fullattn.segmentation.data.classes import Classes, label_table
+from fullattn.segmentation.data.files import (
+    DataError,
+    FileIssue,
     Sample,
-    contents,
-    files,
+    describe_folder,
+    find_files,
     pair,
-    stems,
 )
 
-__all__ = ["LAYOUTS", "MASKS", "Layout", "masks_folder"]
+__all__ = ["LAYOUTS", "MASK_SUFFIXES", "Layout", "find_classes", "find_layout"]
 
-PHOTOS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-# No JPEG: what it stores is not exactly what was drawn.
-MASKS = (".png", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+# No JPEG: lossy compression changes the labels.
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
 
-# Cityscapes' ids of its 19 classes in the order of their train ids; there are ids 0 to 33.
+# The ids, among 0 to 33, of the 19 classes in the order of their train ids.
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-
-Table = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How to find a data set's files.
+    """The folders of a dataset and the labels in its masks.
 
     Args:
-        base: the folder that the others are in, from the folder that the user named.
-        list_split: the pairs of one split, from the base.
-        splits: names of the splits; empty where the folders decide.
-        classes: the classes, from the base; None where the masks decide.
-        table: train id of every label 0 to 255, from the base and the classes.
+        title: the dataset's name in error messages.
+        required: folders that identify the layout.
+        images: folder of images; {} stands for the split's folder.
+        masks: folder of masks, likewise.
+        splits: names of the splits; None if the subfolders of the images' folder are the splits.
+        split_folders: the folder of each split, if it is not the split's name.
+        lists: text file with the names of a split's samples; {} stands for the split's name. None:
+            all files of the folders.
+        bases: where the required folders may be, below the folder that the user gives.
+        image_suffixes: ends of image file names.
+        mask_suffixes: ends of mask file names.
+        labels: the label in the masks of each class; None for the indices of the classes.
+        ignored: labels that are ignored, if `labels` is given.
     """
 
-    base: Callable[[Path], Path]
-    list_split: Callable[[Path, str], Listing]
-    splits: tuple[str, ...]
-    classes: Callable[[Path], Classes | None]
-    table: Callable[[Path, Classes], Table]
+    title: str
+    required: tuple[str, ...]
+    images: str
+    masks: str
+    splits: tuple[str, ...] | None = ("train", "val", "test")
+    split_folders: tuple[str, ...] | None = None
+    lists: str | None = None
+    bases: tuple[str, ...] = ("",)
+    image_suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+    mask_suffixes: tuple[str, ...] = MASK_SUFFIXES
+    labels: Sequence[int] | None = None
+    ignored: Sequence[int] = ()
 
+    def masks_root(self, base: Path) -> Path:
+        """Return the folder of the masks of all splits."""
+        return base / self.masks.format("")
 
-def _below(*places: str, holding: Sequence[str], layout: str) -> Callable[[Path], Path]:
-    """The first of some places below a folder that holds these folders, or an error."""
+    def table(self, classes: Classes) -> NDArray[np.uint8]:
+        """Return the train id of every label, uint8 (256,), as `Classes.table`."""
+        return classes.table() if self.labels is None else label_table(self.labels, self.ignored)
 
-    def find(root: Path) -> Path:
-        for place in places:
-            if all((root / place / name).is_dir() for name in holding):
-                return root / place
-        expected = " and ".join(f"{name}/" for name in holding)
-        raise DataError(
-            f"{root} is not laid out as {layout}: expected {expected} in it; {contents(root)}", root
-        )
+    def find_samples(self, base: Path, split: str) -> tuple[list[Sample], list[FileIssue]]:
+        """Return the samples of a split and issues of files without counterpart.
 
-    return find
+        Raises:
+            DataError: unknown split, or a folder or list without samples.
+        """
+        folder = self._split_folder(base, split)
+        names = None if self.lists is None else _read_names(base / self.lists.format(split), split)
+        images = _find_some(base / self.images.format(folder), self.image_suffixes)
+        masks = _find_some(base / self.masks.format(folder), self.mask_suffixes)
+        if names is None:
+            return pair(images, masks)
+        samples, issues = [], []
+        for name in names:
+            if name in images and name in masks:
+                samples.append(Sample(images[name][0], masks[name][0]))
+                continue
+            missing, suffix = (self.masks, ".png") if name in images else (self.images, ".jpg")
+            path = base / missing.format(folder) / f"{name}{suffix}"
+            issues.append(FileIssue(path, f"does not exist, but the list of {split!r} names it"))
+        return samples, issues
 
-
-def _tree(
-    images: Path, image_endings: Sequence[str], masks: Path, mask_endings: Sequence[str]
-) -> Listing:
-    """The pairs below two folders, both of which must hold something."""
-    found = []
-    for folder, endings in ((images, image_endings), (masks, mask_endings)):
-        named = files(folder, endings)
-        if not named:
-            expected = " or ".join(f"*{ending}" for ending in endings)
+    def _split_folder(self, base: Path, split: str) -> str:
+        if self.splits is None:
+            subfolders = (base / self.images.format("")).iterdir()
+            folders = {path.name: path.name for path in subfolders if path.is_dir()}
+            folders["all"] = ""
+        else:
+            folders = dict(zip(self.splits, self.split_folders or self.splits, strict=True))
+        if split not in folders:
             raise DataError(
-                f"no files {expected} below {folder}; {_nearest_contents(folder)}", folder
+                f"{self.title} has no split {split!r}: expected one of {', '.join(folders)}, or "
+                "several joined by +",
+                base,
             )
-        found.append(named)
-    return pair(*found)
+        return folders[split]
 
 
-def _nearest_contents(folder: Path) -> str:
-    """What a folder holds, or the nearest one above it that exists."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return contents(folder)
+def _find_some(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
+    found = find_files(folder, suffixes)
+    if not found:
+        expected = " or ".join(f"*{suffix}" for suffix in suffixes)
+        raise DataError(f"no files {expected} below {folder}; {describe_folder(folder)}", folder)
+    return found
 
 
-# Cityscapes
-
-
-def _cityscapes_split(root: Path, split: str) -> Listing:
-    return _tree(
-        root / "leftImg8bit" / split,
-        ("_leftimg8bit.png",),
-        root / "gtFine" / split,
-        ("_gtfine_labelids.png",),
-    )
-
-
-def _cityscapes_table(root: Path, classes: Classes) -> Table:
-    table = np.full(256, STRAY, np.uint8)
-    table[:34] = IGNORE_INDEX
-    table[list(_CITYSCAPES_IDS)] = range(len(_CITYSCAPES_IDS))
-    return table
-
-
-# ADE20K
-
-
-def _ade20k_split(root: Path, split: str) -> Listing:
-    folder = {"train": "training", "val": "validation"}[split]
-    return _tree(root / "images" / folder, (".jpg",), root / "annotations" / folder, (".png",))
-
-
-def _ade20k_table(root: Path, classes: Classes) -> Table:
-    table = np.full(256, STRAY, np.uint8)
-    table[0] = IGNORE_INDEX
-    table[1 : len(classes.names) + 1] = range(len(classes.names))
-    return table
-
-
-# PASCAL VOC
-
-
-def _voc_split(root: Path, split: str) -> Listing:
-    lists = root / "ImageSets" / "Segmentation"
-    names = lists / f"{split}.txt"
-    if not names.is_file():
-        raise DataError(f"no list {names.name} for the split {split!r}; {contents(lists)}", names)
-    image_folder = root / "JPEGImages"
-    mask_folder = root / ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass")
-    images, masks = files(image_folder, (".jpg",)), files(mask_folder, (".png",))
-    if not masks:
-        found = _nearest_contents(mask_folder)
-        raise DataError(f"no masks *.png in {mask_folder}; {found}", mask_folder)
-    listing = Listing()
-    for stem in stems(names):
-        if stem in images and stem in masks:
-            listing.samples.append(Sample(images[stem][0], masks[stem][0]))
-            continue
-        missing = mask_folder / f"{stem}.png" if stem in images else image_folder / f"{stem}.jpg"
-        listing.problems.append(Problem(missing, f"does not exist, but {names} lists it"))
-    return listing
-
-
-# CamVid
-
-
-def _camvid_base(root: Path) -> Path:
-    if (root / "trainannot").is_dir():
-        return root
-    return _below("", holding=("images", "labels"), layout="CamVid")(root)
-
-
-def _camvid_split(root: Path, split: str) -> Listing:
-    if (root / f"{split}annot").is_dir():
-        return _tree(root / split, PHOTOS, root / f"{split}annot", MASKS)
-    return _tree(root / "images" / split, PHOTOS, root / "labels" / split, MASKS)
-
-
-def _camvid_classes(root: Path) -> Classes:
-    known = class_lists.known("camvid")
-    listed = root / "classes.json"
-    if listed.is_file() and (names := class_lists.read(listed).names) != known.names:
+def _read_names(path: Path, split: str) -> list[str]:
+    """Read VOC's list of names: one a line, or the paths of image and mask on each line."""
+    if not path.is_file():
         raise DataError(
-            f"{listed} has other classes than the 11 of CamVid: expected "
-            f"{', '.join(known.names)}; found {', '.join(names)}; read it as 'folder'",
-            listed,
+            f"no list {path.name} for the split {split!r}; {describe_folder(path.parent)}", path
         )
-    return known
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}", path) from error
+    return [Path(line.split()[0]).stem for line in lines if line.strip()]
 
 
-def _camvid_table(root: Path, classes: Classes) -> Table:
-    void = 11 if (root / "trainannot").is_dir() else IGNORE_INDEX
-    return replace(classes, void=void).table()
+_FOLDER = "a folder of images and masks"
+
+# By name, the possible layouts in the order in which they are tried.
+LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "cityscapes": (
+        Layout(
+            "Cityscapes",
+            ("leftImg8bit", "gtFine"),
+            "leftImg8bit/{}",
+            "gtFine/{}",
+            image_suffixes=("_leftimg8bit.png",),
+            mask_suffixes=("_gtfine_labelids.png",),
+            labels=_CITYSCAPES_IDS,
+            ignored=tuple(set(range(34)) - set(_CITYSCAPES_IDS)),
+        ),
+    ),
+    "ade20k": (
+        Layout(
+            "ADE20K (SceneParse150)",
+            ("images", "annotations"),
+            "images/{}",
+            "annotations/{}",
+            splits=("train", "val"),
+            split_folders=("training", "validation"),
+            bases=("ADEChallengeData2016", ""),
+            image_suffixes=(".jpg",),
+            mask_suffixes=(".png",),
+            labels=range(1, 151),
+            ignored=(0,),
+        ),
+    ),
+    "voc": (
+        Layout(
+            "PASCAL VOC 2012",
+            ("JPEGImages", "ImageSets/Segmentation"),
+            "JPEGImages",
+            "SegmentationClass{}",
+            splits=("train", "val", "trainval", "trainaug", "test"),
+            split_folders=("", "", "", "Aug", ""),
+            lists="ImageSets/Segmentation/{}.txt",
+            bases=("VOCdevkit/VOC2012", "VOC2012", ""),
+            image_suffixes=(".jpg",),
+            mask_suffixes=(".png",),
+        ),
+    ),
+    "camvid": (
+        Layout(
+            "CamVid (SegNet)", ("trainannot",), "{}", "{}annot", labels=range(11), ignored=(11, 255)
+        ),
+        Layout("CamVid", ("images", "labels"), "images/{}", "labels/{}"),
+    ),
+    "folder": (
+        Layout(_FOLDER, ("images", "masks"), "images/{}", "masks/{}", splits=None),
+        Layout(_FOLDER, ("images", "labels"), "images/{}", "labels/{}", splits=None),
+    ),
+}
 
 
-# Any folder
+def find_layout(name: str, root: Path) -> tuple[Layout, Path]:
+    """Find the layout of a folder, and its base: the folder with the required folders.
 
-
-def masks_folder(root: Path) -> Path:
-    """Where a folder of images and masks has its masks: masks/, or labels/.
-
-    Args:
-        root: the folder of the data set.
-
-    Returns:
-        The folder of the masks.
+    Raises:
+        DataError: the folder has none of the dataset's layouts.
     """
-    return root / ("masks" if (root / "masks").is_dir() else "labels")
-
-
-def _folder_base(root: Path) -> Path:
-    if (root / "images").is_dir() and masks_folder(root).is_dir():
-        return root
+    for layout in LAYOUTS[name]:
+        for base in layout.bases:
+            if all((root / base / folder).is_dir() for folder in layout.required):
+                return layout, root / base
+    expected = ", or ".join(
+        " and ".join(f"{folder}/" for folder in layout.required) for layout in LAYOUTS[name]
+    )
     raise DataError(
-        f"{root} is not laid out as a folder of images and masks: expected images/ and masks/ (or "
-        f"labels/) in it; {contents(root)}",
+        f"{root} is not laid out as {LAYOUTS[name][-1].title}: expected {expected} in it; "
+        f"{describe_folder(root)}",
         root,
     )
 
 
-def _folder_split(root: Path, split: str) -> Listing:
-    images, masks = root / "images", masks_folder(root)
-    if split != "all":
-        if split not in {path.name for path in images.iterdir() if path.is_dir()}:
+def find_classes(name: str, base: Path) -> Classes | None:
+    """Return the classes of a known dataset or in a folder's list; None without a list.
+
+    Raises:
+        DataError: the list is invalid, or CamVid's has other classes than CamVid.
+    """
+    listed = [base / file for file in ("classes.json", "classes.txt") if (base / file).is_file()]
+    if name == "folder":
+        return class_lists.read(listed[0]) if listed else None
+    known = class_lists.known(name)
+    if name == "camvid" and listed and listed[0].suffix == ".json":
+        names = class_lists.read(listed[0]).names
+        if names != known.names:
             raise DataError(
-                f"no split {split!r}: expected the name of a folder in {images}, or 'all' for all "
-                f"of it; {contents(images)}",
-                root,
+                f"{listed[0]} has other classes than the 11 of CamVid: expected "
+                f"{', '.join(known.names)}; got {', '.join(names)}; open it as 'folder'",
+                listed[0],
             )
-        images, masks = images / split, masks / split
-    return _tree(images, PHOTOS, masks, MASKS)
-
-
-def _folder_classes(root: Path) -> Classes | None:
-    for name in ("classes.json", "classes.txt"):
-        if (root / name).is_file():
-            return class_lists.read(root / name)
-    return None
-
-
-def _plain_table(root: Path, classes: Classes) -> Table:
-    return classes.table()
-
-
-LAYOUTS = {
-    "cityscapes": Layout(
-        _below("", holding=("leftImg8bit", "gtFine"), layout="Cityscapes"),
-        _cityscapes_split,
-        ("train", "val", "test"),
-        lambda root: class_lists.known("cityscapes"),
-        _cityscapes_table,
-    ),
-    "ade20k": Layout(
-        _below(
-            "ADEChallengeData2016",
-            "",
-            holding=("images", "annotations"),
-            layout="ADE20K (SceneParse150)",
-        ),
-        _ade20k_split,
-        ("train", "val"),
-        lambda root: class_lists.known("ade20k"),
-        _ade20k_table,
-    ),
-    "voc": Layout(
-        _below(
-            "VOCdevkit/VOC2012",
-            "VOC2012",
-            "",
-            holding=("JPEGImages", "ImageSets/Segmentation"),
-            layout="PASCAL VOC 2012",
-        ),
-        _voc_split,
-        ("train", "val", "trainval", "trainaug", "test"),
-        lambda root: class_lists.known("voc"),
-        _plain_table,
-    ),
-    "camvid": Layout(
-        _camvid_base,
-        _camvid_split,
-        ("train", "val", "test"),
-        _camvid_classes,
-        _camvid_table,
-    ),
-    "folder": Layout(_folder_base, _folder_split, (), _folder_classes, _plain_table),
-}
+    return known

@@ -1,4 +1,4 @@
-"""What happens to an image and its mask between the file and the network."""
+"""Transforms of an image and its mask: normalisation and augmentation."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from fullattn.segmentation.data.classes import IGNORE_INDEX
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Augment", "Normalize"]
 
-# Of images in 0..1: what most pretrained backbones were trained with.
+# Of images in 0..1, as most pretrained backbones expect.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Numbers = tuple[float, float, float]
+Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """(image / 255 - mean) / std in each channel, and nothing random.
+    """Normalise an image: (image / 255 - mean) / std in each channel.
 
     Args:
-        mean: of red, green and blue of images in 0..1.
-        std: of the same.
+        mean: mean of red, green and blue of images in 0..1.
+        std: their standard deviation.
 
     Example:
         >>> image = torch.full((3, 4, 5), 255, dtype=torch.uint8)
@@ -38,14 +38,14 @@ class Normalize:
         (tensor([1.]), torch.int64)
     """
 
-    mean: Numbers = IMAGENET_MEAN
-    std: Numbers = IMAGENET_STD
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _as_numbers(self)
+        _to_tuples(self)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply it.
+        """Normalise an image and convert its mask.
 
         Args:
             image: uint8 (3, H, W).
@@ -61,32 +61,32 @@ class Normalize:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random scale, crop, flip and colours, as segmentation networks are usually trained.
+    """Random scale, crop, flip and colours, as usual in the training of segmentation networks.
 
     In this order: both sides are resized by one factor, uniform in `scale` (image bilinear, mask
-    nearest); a window of the crop's size is cut anywhere; it is mirrored with probability `flip`;
-    brightness (±12.5 %), contrast (±50 %), saturation (±50 %) and hue (±18°) change, each with
-    probability 1/2; the image is normalised; what is smaller than the crop is put anywhere in it,
-    with the mean colour around the image and 255 around the mask.
+    nearest); a random crop is taken; it is mirrored with probability `flip`; brightness (±12.5 %),
+    contrast (±50 %), saturation (±50 %) and hue (±18°) change, each with probability 1/2; the image
+    is normalised; a scaled image smaller than the crop is placed in it at random and padded with
+    the mean colour, its mask with 255.
 
-    The random numbers are those of PyTorch's generator of the CPU, and no others.
+    Random numbers come from PyTorch's CPU generator only.
 
     Args:
-        crop: height and width of the window, in pixels.
+        crop: height and width of the crop, in pixels.
         scale: smallest and largest factor.
         flip: probability that image and mask are mirrored.
         photometric: whether colours change.
-        mean: of red, green and blue of images in 0..1.
-        std: of the same.
-        pad: take images that are smaller than the crop before they are scaled, too. Off by
-            default, because such a crop is more often a mistake. `smallest_image` tells beforehand.
+        mean: mean of red, green and blue of images in 0..1.
+        std: their standard deviation.
+        pad: accept images that are smaller than the crop before scaling. Off by default, because
+            such a crop is usually a mistake; `smallest_image` returns the largest one that fits.
 
     Raises:
-        ValueError: an option does not fit; when called, an image smaller than the crop without
-            `pad`.
+        ValueError: an option is invalid; when called, an image is smaller than the crop and `pad`
+            is off.
 
     Source:
-        Colours: Liu et al., SSD, ECCV 2016 (arXiv 1512.02325), without the exchange of channels.
+        Colours: Liu et al., SSD, ECCV 2016 (arXiv 1512.02325), without the channel swap.
 
     Example:
         >>> image = torch.zeros(3, 40, 60, dtype=torch.uint8)
@@ -100,69 +100,73 @@ class Augment:
     scale: tuple[float, float] = (0.5, 2.0)
     flip: float = 0.5
     photometric: bool = True
-    mean: Numbers = IMAGENET_MEAN
-    std: Numbers = IMAGENET_STD
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
     pad: bool = False
 
     def __post_init__(self) -> None:
-        _as_numbers(self)
+        _to_tuples(self)
         if len(self.crop) != 2 or not all(isinstance(n, int) and n > 0 for n in self.crop):
-            raise ValueError(f"crop must be a positive height and width, got {self.crop}")
+            raise ValueError(f"expected a positive height and width for crop, got {self.crop}")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale must be 0 < smallest <= largest, got {self.scale}")
+            raise ValueError(f"expected scale with 0 < smallest <= largest, got {self.scale}")
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip must be a probability, got {self.flip}")
+            raise ValueError(f"expected a probability for flip, got {self.flip}")
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Apply it.
+        """Augment an image and its mask.
 
         Args:
             image: uint8 (3, H, W).
             mask: uint8 (H, W).
 
         Returns:
-            float32 (3, *crop) and int64 crop, 255 where nothing is known.
+            float32 (3, *crop) and int64 crop, 255 in the padding.
         """
         height, width = image.shape[1:]
         if not self.pad and (height < self.crop[0] or width < self.crop[1]):
             raise ValueError(
                 f"an image of {height}×{width} (height × width) is smaller than the crop "
-                f"{self.crop[0]}×{self.crop[1]}; choose a smaller crop, or pad=True"
+                f"{self.crop[0]}×{self.crop[1]}; use a smaller crop, or pad=True"
             )
         factor = torch.empty(()).uniform_(*self.scale).item()
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
-        image, mask = _resized(image, mask, size)
-        top, above = _placed(size[0], self.crop[0])
-        left, before = _placed(size[1], self.crop[1])
-        rows, columns = slice(top, top + self.crop[0]), slice(left, left + self.crop[1])
-        image, mask = _recoloured(image[:, rows, columns], mask[rows, columns], self)
+        image, mask = _resize(image, mask, size)
+        rows, above, below = _random_placement(size[0], self.crop[0])
+        columns, left, right = _random_placement(size[1], self.crop[1])
+        tensors = _torchvision("tv_tensors")
+        image, mask = _pipeline(self.flip, self.photometric)(
+            tensors.Image(image[:, rows, columns]), tensors.Mask(mask[rows, columns])
+        )
+        image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)
         image, mask = Normalize(self.mean, self.std)(image, mask)
-        below = self.crop[0] - above - mask.shape[0]
-        behind = self.crop[1] - before - mask.shape[1]
-        margins = (before, behind, above, below)
-        # The mean colour is 0 by now.
-        return F.pad(image, margins), F.pad(mask, margins, value=IGNORE_INDEX)
+        padding = (left, right, above, below)
+        # The mean colour is 0 after normalisation.
+        return F.pad(image, padding), F.pad(mask, padding, value=IGNORE_INDEX)
 
 
-def _placed(length: int, crop: int) -> tuple[int, int]:
-    """Where the window begins in the image and where the image begins in the window, by chance."""
-    place = int(torch.randint(abs(length - crop) + 1, ()))
-    return (place, 0) if length >= crop else (0, place)
+def _random_placement(length: int, crop: int) -> tuple[slice, int, int]:
+    """Return a random crop of an axis, and the padding before and after it."""
+    start = int(torch.randint(abs(length - crop) + 1, ()))
+    if length >= crop:
+        return slice(start, start + crop), 0, 0
+    return slice(None), start, crop - length - start
 
 
-def _as_numbers(options: Normalize | Augment) -> None:
-    """Tuples in place of the lists that come out of files, so that the options are hashable."""
+def _to_tuples(options: Normalize | Augment) -> None:
+    """Convert lists, as configuration files have, to tuples, and check mean and std."""
     for name in ("crop", "scale", "mean", "std"):
         if hasattr(options, name):
             object.__setattr__(options, name, tuple(getattr(options, name)))
     if len(options.mean) != 3 or len(options.std) != 3 or min(options.std) <= 0:
         raise ValueError(
-            f"mean and std must be three numbers, std positive, got {options.mean}, {options.std}"
+            f"expected three numbers for mean and std, std positive, got {options.mean} and "
+            f"{options.std}"
         )
 
 
 def _torchvision(module: str) -> Any:
-    """Import a module of torchvision where it is used: the classes above must be picklable."""
+    """Import a module of torchvision on use, so that the classes above can be pickled."""
     try:
         return importlib.import_module(f"torchvision.{module}")
     except ImportError as error:
@@ -171,23 +175,14 @@ def _torchvision(module: str) -> Any:
         ) from error
 
 
-def _resized(image: Tensor, mask: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
+def _resize(image: Tensor, mask: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
     v2 = _torchvision("transforms.v2")
-    # Not v2's own for masks, whose nearest pixel is up to a pixel off the image's bilinear one.
+    # v2's default for masks, NEAREST, is shifted against the bilinear image by up to a pixel.
     nearest = v2.InterpolationMode.NEAREST_EXACT
     return (
         v2.functional.resize(image, size, antialias=True),
         v2.functional.resize(mask[None], size, interpolation=nearest)[0],
     )
-
-
-def _recoloured(image: Tensor, mask: Tensor, options: Augment) -> tuple[Tensor, Tensor]:
-    """Mirrored and in other colours, each by chance."""
-    tensors = _torchvision("tv_tensors")
-    image, mask = _pipeline(options.flip, options.photometric)(
-        tensors.Image(image), tensors.Mask(mask)
-    )
-    return image.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
 @functools.cache

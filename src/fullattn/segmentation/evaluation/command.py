@@ -1,23 +1,21 @@
-"""`fullattn evaluate` and `fullattn predict`: their arguments, and errors as one sentence.
+"""The commands `fullattn evaluate` and `fullattn predict`.
 
-Everything that takes long to import is imported when a command runs.
+Slow imports are deferred until a command runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from fullattn._cli.arguments import Adds, Parser, add_device, count, index, number, point, size
 from fullattn._cli.conditions import environment, parse_device
 from fullattn._cli.errors import UsageError, sentences
-from fullattn._cli.output import output_folder, write_all, written_together
+from fullattn._cli.output import written_together
 from fullattn.segmentation.models.command_input import read_trained
 
 __all__ = ["configure_evaluate", "configure_predict"]
@@ -41,50 +39,37 @@ examples:
 def configure_evaluate(parser: Parser) -> None:
     """Add the arguments of `fullattn evaluate`."""
     parser.description = (
-        "Segment the images of a data set and compare with its masks: IoU of each "
-        "class, means over all, over thin and over large classes, and accuracies."
+        "Segment the images of a dataset and compare with its masks: IoU of each class, means over "
+        "all, over thin and over large classes, and accuracies."
     )
     parser.epilog = _EVALUATE_EXAMPLES
-    parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="a file of `fullattn train`"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of `fullattn train`")
+    add(
         "--data",
         nargs=2,
         required=True,
         metavar=("NAME", "ROOT"),
-        help="data set (cityscapes, ade20k, voc, camvid, folder) and its folder",
+        help="dataset (cityscapes, ade20k, voc, camvid, folder) and its folder",
     )
-    parser.add_argument(
-        "--split", default="test", metavar="SPLIT", help="test, val, train or train+val (test)"
-    )
-    parser.add_argument(
-        "--only", metavar="GLOB", help="only images whose file name matches, such as 'Seq05VD*'"
-    )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out files that cannot be read, and list them"
-    )
-    _add_passes(parser.add_argument_group("how images are segmented"))
-    how = parser.add_argument_group("how it is run")
+    add("--split", default="test", metavar="SPLIT", help="test, val, train or train+val (test)")
+    add("--only", metavar="GLOB", help="only images whose file name matches, as 'Seq05VD*'")
+    add("--skip-bad", action="store_true", help="leave out and list files that cannot be read")
+    add("--output", type=Path, metavar="FILE.json", help="write the scores there too")
+    _add_passes(parser.add_argument_group("segmentation"))
+    how = parser.add_argument_group("execution")
     add_device(how)
     how.add_argument(
         "--precision",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of convolutions and products (float32)",
+        help="precision of convolutions and products (float32)",
     )
     how.add_argument(
-        "--batch-size",
-        type=count,
-        default=1,
-        metavar="N",
-        help="images of one size run at once (1)",
+        "--batch-size", type=count, default=1, metavar="N", help="images of one size per batch (1)"
     )
     how.add_argument(
         "--workers", type=index, default=0, metavar="N", help="processes that read files (0)"
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="write the scores there too"
     )
     parser.set_defaults(run=_evaluate)
 
@@ -92,48 +77,35 @@ def configure_evaluate(parser: Parser) -> None:
 def configure_predict(parser: Parser) -> None:
     """Add the arguments of `fullattn predict`."""
     parser.description = (
-        "Segment photographs and write their classes in colour over them, with a "
-        "legend; on request the labels, and the similarity maps of the layer."
+        "Segment photographs and draw the classes in colour over them, with a legend; optionally "
+        "write the labels and the similarity maps of the attention layer."
     )
     parser.epilog = _PREDICT_EXAMPLES
-    parser.add_argument("photographs", nargs="+", type=Path, metavar="PHOTO")
-    parser.add_argument(
+    add = parser.add_argument
+    add("photographs", nargs="+", type=Path, metavar="PHOTO")
+    add(
         "--checkpoint",
         type=Path,
         required=True,
         metavar="FILE",
         help="a file of `fullattn train`",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of PHOTO_overlay.png and the other pictures",
-    )
-    parser.add_argument(
-        "--alpha",
-        type=number,
-        default=0.5,
-        help="from 0, the photograph alone, to 1, the colours alone (0.5)",
-    )
-    parser.add_argument(
-        "--labels", action="store_true", help="write PHOTO_labels.png, the index of each class, too"
-    )
+    add("--output", type=Path, required=True, metavar="DIR", help="folder of the written images")
+    add("--alpha", type=number, default=0.5, help="opacity of the colours, 0 to 1 (0.5)")
+    add("--labels", action="store_true", help="write PHOTO_labels.png, the class indices, too")
     maps = parser.add_argument_group("similarity maps of the attention layer")
     maps.add_argument("--maps", action="store_true", help="draw them, at a point or a channel")
     where = maps.add_mutually_exclusive_group()
-    where.add_argument(
-        "--point", type=point, metavar="X,Y", help="pixel of the photograph, from its top left"
-    )
+    where.add_argument("--point", type=point, metavar="X,Y", help="pixel, from the top left")
     where.add_argument("--channel", type=index, metavar="C", help="index of a channel, from 0")
-    _add_passes(parser.add_argument_group("how photographs are segmented"))
+    _add_passes(parser.add_argument_group("segmentation"))
     add_device(parser)
     parser.set_defaults(run=_predict)
 
 
 def _add_passes(parser: Adds) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--scales",
         nargs="+",
         type=number,
@@ -141,29 +113,24 @@ def _add_passes(parser: Adds) -> None:
         metavar="SCALE",
         help="average over images scaled by these factors (1)",
     )
-    parser.add_argument(
-        "--flip", action="store_true", help="average over images and their mirror images"
-    )
-    parser.add_argument(
-        "--window", type=size, metavar="HxW", help="slide a window of so many pixels over images"
-    )
-    parser.add_argument(
-        "--stride", type=size, metavar="HxW", help="steps of the window (two thirds of it)"
-    )
+    add("--flip", action="store_true", help="average over images and their mirror images")
+    add("--window", type=size, metavar="HxW", help="size in pixels of a sliding window")
+    add("--stride", type=size, metavar="HxW", help="step of the window (two thirds of it)")
 
 
 def _passes(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `segment`."""
+    """Collect and check the options of `segment`."""
     from fullattn.segmentation.evaluation.passes import check_options
 
-    with sentences():
-        check_options(args.scales, args.window, args.stride)
-    return {
+    passes = {
         "scales": tuple(args.scales),
         "flip": args.flip,
         "window": args.window,
         "stride": args.stride,
     }
+    with sentences():
+        check_options(**passes)
+    return passes
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -180,34 +147,25 @@ def _evaluate(args: argparse.Namespace) -> None:
 
         from fullattn.segmentation.data import open_dataset
         from fullattn.segmentation.evaluation.loop import evaluate
-        from fullattn.segmentation.evaluation.table import table
+        from fullattn.segmentation.evaluation.scores import table
 
         dataset = open_dataset(name, root, args.split, skip_bad=args.skip_bad)
+        if args.only is not None:
+            dataset = dataset.select(args.only)
     if len(dataset.classes) != len(description.classes):
         raise UsageError(
             f"{args.checkpoint} was trained on {len(description.classes)} classes of "
-            f"{description.dataset}, and {name} has {len(dataset.classes)}"
+            f"{description.dataset}, but {name} has {len(dataset.classes)}"
         )
-    indices = [
-        index
-        for index, sample in enumerate(dataset.samples)
-        if args.only is None or fnmatchcase(sample.image.name, args.only)
-    ]
-    if not indices:
-        raise UsageError(
-            f"expected file names that match {args.only!r}, got none among {len(dataset.samples)} "
-            f"such as {dataset.samples[0].image.name}"
-        )
-    writable = nullcontext() if args.output is None else output_folder(args.output.parent)
-    with writable, sentences():
+    writable = nullcontext() if args.output is None else written_together(args.output.parent)
+    with writable as folder, sentences():
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("images", total=len(indices))
+            task = progress.add_task("images", total=len(dataset))
             scores = evaluate(
                 trained.model,
                 dataset,
                 mean=description.mean,
                 std=description.std,
-                indices=indices,
                 batch_size=args.batch_size,
                 workers=args.workers,
                 device=device,
@@ -223,14 +181,15 @@ def _evaluate(args: argparse.Namespace) -> None:
         console.print(table(scores))
         if list(dataset.classes) != list(description.classes):
             console.print(
-                f"Beware: the checkpoint names its classes {', '.join(description.classes)}.",
+                "Warning: the checkpoint's classes have other names: "
+                f"{', '.join(description.classes)}.",
                 markup=False,
             )
         if scores.skipped:
             console.print(f"{len(scores.skipped)} files were skipped:")
         for path in scores.skipped:
             console.print(f"  {path}", markup=False, soft_wrap=True)
-        if args.output is not None:
+        if folder is not None:
             report = {
                 "checkpoint": str(args.checkpoint),
                 "step": description.step,
@@ -242,12 +201,8 @@ def _evaluate(args: argparse.Namespace) -> None:
                 "environment": asdict(environment(device)),
                 "scores": scores.as_dict(),
             }
-            _write_json(args.output, report)
-
-
-def _write_json(path: Path, report: Mapping[str, Any]) -> None:
-    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-    write_all({path: lambda part: part.write_text(text)})
+            text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+            (folder / args.output.name).write_text(text)
 
 
 def _predict(args: argparse.Namespace) -> None:

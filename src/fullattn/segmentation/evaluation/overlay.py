@@ -1,4 +1,4 @@
-"""Pictures of labels: colours over a photograph with a legend, and labels as a paletted PNG."""
+"""Images of labels: an overlay of colours with a legend, and a palette image of class indices."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["index_picture", "overlay"]
+__all__ = ["overlay", "palette_image"]
 
 _TEXT = "#222222"
 _EDGE = "#888888"
-_SMALLEST_LETTERS = 12  # pixels; below that they cannot be read
+_MIN_FONT_SIZE = 12  # pixels; smaller letters are not legible
 
 
 def overlay(
@@ -25,27 +25,25 @@ def overlay(
     classes: Sequence[str],
     alpha: float = 0.5,
 ) -> Image:
-    """A photograph under the colours of its classes, above a legend of those that are in it.
+    """Blend an image with the colours of its classes and add a legend with their shares below.
 
     Args:
         image: uint8, (3, H, W).
-        labels: class indices, (H, W); a pixel whose index is of no class keeps its own colour.
+        labels: class indices, (H, W); pixels without a valid index keep their colour.
         palette: (red, green, blue) from 0 to 255 of each class.
         classes: names of the classes.
-        alpha: how much of the colour there is, from 0 (the photograph) to 1 (the colours).
+        alpha: opacity of the colours, 0 to 1.
 
     Returns:
-        An RGB picture of at least (H, W): the photograph's top left corner is the picture's. The
-        legend gives each class's share of the pixels.
+        An RGB image of at least (H, W) with the given one at its top left.
 
     Raises:
-        ValueError: alpha is out of range, or shapes or counts do not fit each other.
+        ValueError: alpha is out of range, or shapes or counts do not match.
 
     Example:
         >>> image = torch.zeros(3, 20, 30, dtype=torch.uint8)
         >>> labels = torch.ones(20, 30, dtype=torch.uint8)
-        >>> picture = overlay(image, labels, [(0, 0, 0), (100, 200, 50)], ["Road", "Tree"])
-        >>> picture.getpixel((0, 0))
+        >>> overlay(image, labels, [(0, 0, 0), (100, 200, 50)], ["Road", "Tree"]).getpixel((0, 0))
         (50, 100, 25)
     """
     from PIL import Image
@@ -81,50 +79,43 @@ def overlay(
     return _above_legend(Image.fromarray(pixels.numpy()), entries)
 
 
-def index_picture(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
-    """Labels as an 8-bit picture whose values are the class indices, shown in their colours.
-
-    Args:
-        labels: class indices below 256, (H, W).
-        palette: (red, green, blue) from 0 to 255 of each class.
-
-    Returns:
-        A picture of mode "P", as PASCAL VOC's masks are; what is of no class is black.
+def palette_image(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
+    """Convert labels (H, W) to an image of mode "P", as PASCAL VOC's masks; invalid ones are black.
 
     Example:
-        >>> index_picture(torch.tensor([[0, 1]]), [(0, 0, 0), (100, 200, 50)]).getpixel((1, 0))
+        >>> palette_image(torch.tensor([[0, 1]]), [(0, 0, 0), (100, 200, 50)]).getpixel((1, 0))
         1
     """
     from PIL import Image
 
-    # All 256 colours: of a shorter palette Pillow writes fewer bits, and 255 becomes another index.
+    # With fewer than 256 colours Pillow writes fewer bits, and 255 becomes another index.
     colours = [*palette, *[(0, 0, 0)] * (256 - len(palette))]
-    picture = Image.fromarray(labels.to(torch.uint8).numpy())
-    picture.putpalette([value for colour in colours for value in colour])
-    return picture
+    image = Image.fromarray(labels.to(torch.uint8).numpy())
+    image.putpalette([value for colour in colours for value in colour])
+    return image
 
 
 def _percent(share: float) -> str:
     return "<1%" if share < 0.01 else f"{share:.0%}"
 
 
-def _above_legend(picture: Image, entries: Sequence[tuple[str, tuple[int, ...]]]) -> Image:
-    """The picture on white, and below it the entries in as many lines as they take."""
+def _above_legend(image: Image, entries: Sequence[tuple[str, tuple[int, ...]]]) -> Image:
+    """Draw the image on white and the entries below it, in as many lines as needed."""
     from PIL import Image, ImageDraw, ImageFont
 
-    letters = max(_SMALLEST_LETTERS, picture.height // 40)
+    letters = max(_MIN_FONT_SIZE, image.height // 40)
     font = ImageFont.load_default(letters)
     widths = [letters * 3 + round(font.getlength(text)) for text, _ in entries]
-    width = max([picture.width, *(letters + width for width in widths)])
+    width = max([image.width, *(letters + width for width in widths)])
     places: list[tuple[int, int]] = []
-    x, y = letters, picture.height + letters
+    x, y = letters, image.height + letters
     for wide in widths:
         if x + wide > width and x > letters:
             x, y = letters, y + 2 * letters
         places.append((x, y))
         x += wide
     sheet = Image.new("RGB", (width, y + 2 * letters), "white")
-    sheet.paste(picture)
+    sheet.paste(image)
     draw = ImageDraw.Draw(sheet)
     for (text, colour), (left, top) in zip(entries, places, strict=True):
         draw.rectangle((left, top, left + letters, top + letters), tuple(colour), _EDGE)

@@ -1,51 +1,50 @@
-"""Class probabilities of images: from one pass, from several scales with flips, or from windows.
+"""Class probabilities of images with test-time augmentation: scales, flips and sliding windows.
 
-What is averaged, and where:
+- The logits of overlapping windows are averaged at each pixel.
+- The logits of a pass over scaled or flipped images are resized and flipped back, and the softmax
+  is taken there.
+- The probabilities of all passes are averaged.
 
-- a window's logits are averaged with those of the other windows that see the same pixel;
-- the logits of one pass over a scaled or flipped image are brought back to the image's own size and
-  orientation, and become probabilities there;
-- the probabilities of all passes are averaged.
-
-Images are scaled bilinearly with antialiasing, as training examples are. Logits are scaled
-bilinearly without it. Neither aligns corners: the edges of pictures lie on each other, not the
-centres of corner pixels.
+Images are scaled bilinearly with antialiasing, as in training; logits bilinearly without it; both
+with align_corners=False.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["check_options", "segment", "starts"]
+__all__ = ["PassOptions", "check_options", "segment", "starts"]
+
+
+class PassOptions(TypedDict, total=False):
+    """Keywords of `segment`."""
+
+    scales: Sequence[float]
+    flip: bool
+    window: tuple[int, int] | None
+    stride: tuple[int, int] | None
 
 
 def check_options(
-    scales: Sequence[float],
-    window: tuple[int, int] | None,
-    stride: tuple[int, int] | None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    window: tuple[int, int] | None = None,
+    stride: tuple[int, int] | None = None,
 ) -> None:
-    """Check the options of `segment` without running anything.
-
-    Args:
-        scales: as in `segment`.
-        window: as in `segment`.
-        stride: as in `segment`.
-
-    Raises:
-        ValueError: one of them cannot be used; the message says why.
-    """
+    """Check the options of `segment`; raise a ValueError if one is invalid."""
     if not scales:
         raise ValueError("expected at least one scale, got none")
     for scale in scales:
         if not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"expected scales above 0, got {scale}")
     if stride is not None and window is None:
-        raise ValueError("a stride is for windows, and no window was given")
+        raise ValueError("expected a window for the stride, got none")
     if window is None:
         return
     for name, pair in (("window", window), ("stride", stride or _default_stride(window))):
@@ -55,8 +54,8 @@ def check_options(
         step > length for step, length in zip(stride, window, strict=True)
     ):
         raise ValueError(
-            f"a stride of {stride} over windows of {window} would leave pixels out; "
-            "expected one that is not longer than the window"
+            f"a stride of {stride} over windows of {window} would leave pixels out: expected one "
+            "not longer than the window"
         )
 
 
@@ -69,28 +68,27 @@ def segment(
     window: tuple[int, int] | None = None,
     stride: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The probability of every class at every pixel, averaged over scales, flips and windows.
+    """Compute the probability of each class at each pixel, averaged over scales, flips and windows.
 
     With scale 1, no flip and no window this is `model(images).softmax(1)`. The model runs once for
     every scale, flip and window, without gradients.
 
     Args:
-        model: takes (B, 3, h, w) of any size to logits (B, K, h, w); a network in evaluation mode.
+        model: maps (B, 3, h, w) of any size to logits (B, K, h, w); a network in evaluation mode.
         images: normalised, (B, 3, H, W).
         scales: factors on H and W; each is a pass over the scaled images.
-        flip: whether to make each pass again over the images mirrored left to right.
-        window: height and width in pixels of the scaled image. Each pass then slides a window of
-            that size over the images, clipped to their size; each pixel's logits are the average
-            over the windows that see it. None for whole images.
-        stride: steps of the window down and to the right, not longer than the window; None for two
-            thirds of it. The last window of a line is moved inwards to end at the edge.
+        flip: whether to repeat each pass with horizontally flipped images.
+        window: height and width, in pixels of the scaled images, of a sliding window, clipped to
+            the images' size. None for whole images.
+        stride: vertical and horizontal step of the window, not longer than the window; None for two
+            thirds of it. The last window of a row or column ends at the edge.
 
     Returns:
-        (B, K, H, W), at least float32; over K they sum to 1.
+        (B, K, H, W), at least float32, with sum 1 over K.
 
     Raises:
-        ValueError: an option or an input cannot be used, the model's output is not as above, or it
-            is not a number.
+        ValueError: an option or an input is invalid, or the model's output has another shape or
+            nan.
 
     Example:
         >>> model = torch.nn.Conv2d(3, 5, 1)
@@ -98,7 +96,7 @@ def segment(
         >>> segment(model, images, scales=(0.5, 1.0), flip=True, window=(16, 16)).shape
         torch.Size([2, 5, 24, 32])
     """
-    check_options(scales, window, stride)
+    check_options(scales, flip, window, stride)
     if images.dim() != 4 or 0 in images.shape:
         raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
     size = images.shape[2], images.shape[3]
@@ -107,8 +105,7 @@ def segment(
         for scale in scales:
             scaled = _scaled(images, scale)
             for flipped in (False, True) if flip else (False,):
-                seen = scaled.flip(3) if flipped else scaled
-                logits = _logits(model, seen, window, stride)
+                logits = _logits(model, scaled.flip(3) if flipped else scaled, window, stride)
                 if flipped:
                     logits = logits.flip(3)
                 if logits.shape[2:] != size:
@@ -118,22 +115,13 @@ def segment(
     assert total is not None
     if total.isnan().any():
         raise ValueError(
-            "the network's output is not a number; its weights are damaged, or the precision is "
-            "too low for them"
+            "the network's output is nan: its weights are damaged, or the precision is too low"
         )
     return total.div_(len(scales) * (2 if flip else 1))
 
 
 def starts(size: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along an axis so that every pixel is seen.
-
-    Args:
-        size: of the axis, in pixels.
-        window: length of a window; not more than size.
-        stride: from one window to the next; not more than window.
-
-    Returns:
-        Every stride pixels, and last where a window ends at the edge.
+    """Compute where windows of one length start along an axis, the last one ending at the edge.
 
     Example:
         >>> starts(10, 4, 3), starts(11, 4, 3), starts(4, 4, 3)
@@ -159,7 +147,7 @@ def _logits(
     window: tuple[int, int] | None,
     stride: tuple[int, int] | None,
 ) -> Tensor:
-    """Logits of images at their own size, (B, K, H, W), at least float32."""
+    """Compute logits at the images' size, (B, K, H, W), at least float32."""
     if window is None:
         return _checked(model(images), images)
     height, width = min(window[0], images.shape[2]), min(window[1], images.shape[3])
@@ -181,8 +169,8 @@ def _logits(
 def _checked(logits: object, images: Tensor) -> Tensor:
     if not isinstance(logits, Tensor):
         raise ValueError(
-            f"expected a network that gives logits, got {type(logits).__name__}; a network in "
-            "training mode may give auxiliary logits too: call its eval() first"
+            f"expected logits from the network, got {type(logits).__name__}; call its eval() "
+            "first, if it returns auxiliary logits in training mode"
         )
     batch, _, height, width = images.shape
     if logits.dim() != 4 or (logits.shape[0], *logits.shape[2:]) != (batch, height, width):

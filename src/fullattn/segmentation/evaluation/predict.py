@@ -1,20 +1,19 @@
-"""Photographs to pictures: the classes over the photograph, the labels, the similarity maps."""
+"""Segment photographs and write figures: overlays, labels and similarity maps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
-from torch import nn
 
-from fullattn.plot import figures, inputs_of, layers_with_maps, similarity
-from fullattn.plot.tokens import has_channel_maps
+from fullattn.plot import figures, inputs_of, similarity
 from fullattn.segmentation.data.decode import read_image
 from fullattn.segmentation.evaluation.loop import evaluating, normalised
-from fullattn.segmentation.evaluation.overlay import index_picture, overlay
-from fullattn.segmentation.evaluation.passes import check_options, segment
+from fullattn.segmentation.evaluation.maps import attention_layers, with_channel_maps
+from fullattn.segmentation.evaluation.overlay import overlay, palette_image
+from fullattn.segmentation.evaluation.passes import PassOptions, check_options, segment
 from fullattn.segmentation.models.files import Trained
 
 __all__ = ["predict"]
@@ -30,57 +29,56 @@ def predict(
     point: tuple[int, int] | None = None,
     channel: int | None = None,
     device: torch.device | str = "cpu",
-    **options: Any,
+    **passes: Unpack[PassOptions],
 ) -> Iterator[list[Path]]:
-    """Segment photographs and write what is seen in them as PNG files.
+    """Segment photographs and write the results as PNG files.
 
-    For street.jpg these are street_overlay.png and, where asked for, street_labels.png and, of each
-    layer in the network's attention, street_point_30_20.png or street_channel_5.png; where there
-    are several layers, their names follow.
+    For street.jpg these are street_overlay.png; with `labels` street_labels.png; and with a point
+    or channel, for each layer in the network's attention, street_point_30_20.png or
+    street_channel_5.png, followed by the layer's name if there are several.
 
     Args:
         trained: the network with its classes, colours and normalisation.
-        photographs: files, whose names without endings differ.
-        folder: where to write.
+        photographs: files, whose names without extensions differ.
+        folder: the output folder.
         alpha: as in `overlay`.
         labels: whether to write the class indices too.
-        point: x and y, in pixels, of which similarity maps are drawn; from one pass over the whole
-            photograph at its own size, whatever the options.
-        channel: index of a channel of which they are drawn.
-        device: to run on, to which the network is moved.
-        options: keywords of `segment`.
+        point: x and y, in pixels, at which similarity maps are drawn. They are always from one pass
+            over the whole photograph at its own size.
+        channel: index of a channel whose maps are drawn.
+        device: device to run on, to which the network is moved.
+        passes: keywords of `segment`: scales, flip, window and stride.
 
     Yields:
-        For each photograph the files that were written.
+        The written files of each photograph.
 
     Raises:
         DataError: a photograph cannot be read.
-        ValueError: an option cannot be used, a point or channel is not there, the network has no
-            such maps, or two photographs have the same name. As all that can be, this is checked
+        ValueError: an option is invalid, a point or channel does not exist, the network has no such
+            maps, or two photographs have the same name. Everything that can be checked is checked
             before the first file is written.
     """
-    _check(trained, photographs, alpha, point, options)
-    layers = {} if point is None and channel is None else _layers(trained, channel)
+    check_options(**passes)
+    _check(photographs, alpha, point)
+    layers = {} if point is None and channel is None else attention_layers(trained)
+    if channel is not None:
+        layers = {name: layers[name] for name in with_channel_maps(layers)}
+    maps = f"channel_{channel}" if point is None else f"point_{point[0]}_{point[1]}"
     description = trained.description
     model = trained.model.to(device)
     with evaluating(model):
         for path in photographs:
             photograph = read_image(path)
             images = normalised(photograph[None].to(device), description.mean, description.std)
-            found = segment(model, images, **options)[0].argmax(0).cpu()
-            pictures = {
-                "overlay": overlay(
-                    photograph, found, description.palette, description.classes, alpha
-                )
-            }
+            found = segment(model, images, **passes)[0].argmax(0).cpu()
+            written = [folder / f"{path.stem}_overlay.png"]
+            overlay(photograph, found, description.palette, description.classes, alpha).save(
+                written[-1]
+            )
             if labels:
-                pictures["labels"] = index_picture(found, description.palette)
-            written = []
-            for name, picture in pictures.items():
-                written.append(folder / f"{path.stem}_{name}.png")
-                picture.save(written[-1])
-            inputs = inputs_of(model, layers, images) if layers else {}
-            for name, features in inputs.items():
+                written.append(folder / f"{path.stem}_labels.png")
+                palette_image(found, description.palette).save(written[-1])
+            for name, features in (inputs_of(model, layers, images) if layers else {}).items():
                 figure = similarity(
                     layers[name],
                     features,
@@ -89,21 +87,13 @@ def predict(
                     channel=channel,
                     title=f"{type(layers[name]).__name__}, {path.name}",
                 )
-                what = f"channel_{channel}" if point is None else f"point_{point[0]}_{point[1]}"
-                ending = f"_{name}" if name else ""
-                written.append(folder / f"{path.stem}_{what}{ending}.png")
+                suffix = f"_{name}" if name else ""
+                written.append(folder / f"{path.stem}_{maps}{suffix}.png")
                 figure.savefig(written[-1])
             yield written
 
 
-def _check(
-    trained: Trained,
-    photographs: Sequence[Path],
-    alpha: float,
-    point: tuple[int, int] | None,
-    options: dict[str, Any],
-) -> None:
-    check_options(**{name: value for name, value in options.items() if name != "flip"})
+def _check(photographs: Sequence[Path], alpha: float, point: tuple[int, int] | None) -> None:
     if not 0 <= alpha <= 1:
         raise ValueError(f"expected alpha from 0 to 1, got {alpha}")
     first: dict[str, Path] = {}
@@ -120,19 +110,3 @@ def _check(
                 figures.cell_of(point, photograph, photograph)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-
-
-def _layers(trained: Trained, channel: int | None) -> dict[str, nn.Module]:
-    """The layers whose maps can be drawn."""
-    layers: dict[str, Any] = layers_with_maps(trained.model.get_submodule("head.attention"))
-    if not layers:
-        raise ValueError(
-            f"the network's attention, {trained.description.model.get('attention')!r}, has no "
-            "similarity maps"
-        )
-    if channel is None:
-        return layers
-    of_channels = {n: layer for n, layer in layers.items() if has_channel_maps(layer)}
-    if not of_channels:
-        raise ValueError("the network's attention has a map of positions and none of channels")
-    return of_channels

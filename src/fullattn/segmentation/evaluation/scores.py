@@ -1,7 +1,7 @@
-"""What a confusion matrix says: intersection over union, accuracies, means over groups of classes.
+"""Scores from a confusion matrix: intersection over union, accuracies, means of groups.
 
-The matrix is torchmetrics', which sums over batches and over processes. Everything else is
-computed from it in float64, so that a class with few pixels among billions is counted exactly.
+The matrix is torchmetrics', which sums over batches and processes. The scores are computed from it
+in float64, so that a class with few pixels among billions is counted exactly.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from torchmetrics.classification import MulticlassConfusionMatrix
 
-__all__ = ["Scores", "confusion_matrix"]
+__all__ = ["Scores", "confusion_matrix", "table"]
 
 
 def confusion_matrix(num_classes: int, ignore_index: int = 255) -> MulticlassConfusionMatrix:
-    """A counter of pixels by true and predicted class, from torchmetrics.
+    """Create torchmetrics' confusion matrix of pixels.
 
     Args:
-        num_classes: K.
+        num_classes: number of classes, K.
         ignore_index: label of pixels that are not counted.
 
     Returns:
-        The metric: `update(predicted, target)` with labels (B, H, W), and `compute()` gives (K, K)
+        The metric: `update(predicted, target)` takes labels (B, H, W); `compute()` returns (K, K)
         with true classes in rows and predicted ones in columns.
 
     Raises:
-        ImportError: torchmetrics is missing.
+        ImportError: torchmetrics is not installed.
 
     Example:
         >>> import torch
@@ -44,29 +45,27 @@ def confusion_matrix(num_classes: int, ignore_index: int = 255) -> MulticlassCon
     try:
         from torchmetrics.classification import MulticlassConfusionMatrix
     except ImportError as error:
-        raise ImportError(
-            "scores need torchmetrics, which is missing: pip install 'fullattn[train]'"
-        ) from error
-    # Labels are checked where they are read, once; here it would sort every mask at every call.
+        raise ImportError("scores need torchmetrics: pip install 'fullattn[train]'") from error
+    # The dataset has checked the labels; validate_args would sort every mask at every call.
     return MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index, validate_args=False)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a network over a data set.
+    """Scores of a network on a dataset.
 
-    A class that is nowhere, neither in the labels nor in the predictions, has no IoU: it is nan,
-    and no mean counts it. A class that is predicted but nowhere in the labels has IoU 0.
+    A class that is neither in the labels nor in the predictions has IoU nan, which the means leave
+    out. A class that is predicted but not in the labels has IoU 0.
 
     Args:
         confusion: pixels by true class (rows) and predicted class (columns), (K, K).
         classes: K names.
-        groups: names of groups and of the classes in them.
-        images: how many images were counted.
+        groups: names of classes by the name of their group.
+        images: number of images.
         skipped: files that could not be read.
 
     Raises:
-        ValueError: the numbers of classes differ, or a group names a class that is not there.
+        ValueError: the numbers of classes differ, or a group has an unknown class.
 
     Example:
         >>> import torch
@@ -104,10 +103,10 @@ class Scores:
 
     @property
     def iou(self) -> Tensor:
-        """Intersection over union of each class, (K); nan for a class that is nowhere."""
+        """Intersection over union of each class, (K); nan if neither labelled nor predicted."""
         counts = self.confusion.double()
-        right = counts.diagonal()
-        return right / (counts.sum(0) + counts.sum(1) - right)
+        correct = counts.diagonal()
+        return correct / (counts.sum(0) + counts.sum(1) - correct)
 
     @property
     def mean_iou(self) -> float:
@@ -116,7 +115,7 @@ class Scores:
 
     @property
     def accuracy(self) -> Tensor:
-        """Share of each class's pixels that got that class, (K); nan for one without pixels."""
+        """Fraction of each class's pixels that are correct, (K); nan for a class without pixels."""
         counts = self.confusion.double()
         return counts.diagonal() / counts.sum(1)
 
@@ -127,7 +126,7 @@ class Scores:
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of all labelled pixels that got their class."""
+        """Fraction of all labelled pixels that are correct."""
         counts = self.confusion.double()
         return float(counts.diagonal().sum() / counts.sum())
 
@@ -139,14 +138,15 @@ class Scores:
     @property
     def group_means(self) -> dict[str, float]:
         """Mean IoU of each group's classes."""
-        places = {name: place for place, name in enumerate(self.classes)}
+        iou = self.iou
+        indices = {name: index for index, name in enumerate(self.classes)}
         return {
-            group: float(self.iou[[places[member] for member in members]].nanmean())
+            group: float(iou[[indices[member] for member in members]].nanmean())
             for group, members in self.groups.items()
         }
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values for JSON, which has no nan: None stands in its place."""
+        """Convert the scores to plain values for JSON, with None for nan."""
         rows = zip(
             self.classes,
             self.iou.tolist(),
@@ -171,3 +171,29 @@ class Scores:
 
 def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def table(scores: Scores) -> Table:
+    """Format IoU, accuracy and share of the pixels of each class, and the means, in per cent."""
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("class")
+    for heading in ("IoU %", "accuracy %", "of pixels %"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shares = scores.pixels / scores.pixels.sum()
+    columns = (scores.classes, scores.iou.tolist(), scores.accuracy.tolist(), shares.tolist())
+    for name, *values in zip(*columns, strict=True):
+        shown.add_row(name, *map(_percent, values))
+    shown.add_section()
+    for group, mean in scores.group_means.items():
+        shown.add_row(f"mean of {group}", _percent(mean))
+    shown.add_section()
+    shown.add_row("mean", _percent(scores.mean_iou), _percent(scores.mean_accuracy))
+    shown.add_row("all pixels", "", _percent(scores.pixel_accuracy))
+    return shown
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.2f}"

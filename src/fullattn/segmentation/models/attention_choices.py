@@ -1,7 +1,7 @@
-"""The part in which the networks that are compared differ: a module from C channels to C.
+"""The attention modules of a segmentation head, by name: modules from C channels to C.
 
-All of them leave their input as it is, or double it, until training moves them; so networks that
-differ in this part alone start from the same function.
+At initialisation each returns its input, or twice its input, so that networks that differ only in
+the attention start from the same function.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Attention: TypeAlias = str | Callable[[int], nn.Module]
 
 
 class Dual(nn.Module):
-    """Channel and spatial attention side by side, summed.
+    """Sum of channel and spatial attention.
 
     y = ChannelNonLocal(x) + SpatialNonLocal(x), each with its own residual.
 
@@ -38,7 +38,7 @@ class Dual(nn.Module):
 
     Example:
         >>> x = torch.randn(2, 16, 9, 7)
-        >>> torch.equal(Dual(16)(x), 2 * x)  # both leave x as it is at first
+        >>> torch.equal(Dual(16)(x), 2 * x)  # each is the identity at initialisation
         True
     """
 
@@ -48,18 +48,17 @@ class Dual(nn.Module):
         self.spatial = SpatialNonLocal(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply both layers to x and add what they give."""
+        """Apply both layers to x and add the results."""
         y: Tensor = self.channel(x) + self.spatial(x)
         return y
 
 
 class Convolution(nn.Module):
-    """Two 1x1 convolutions with as many parameters as FullyAttentional, no attention: a control.
+    """Two 1x1 convolutions with as many parameters as FullyAttentional: a baseline.
 
-    y = x + gamma · norm( second( ReLU( first(x) ) ) ), gamma 0 at first.
+    y = x + gamma · norm( second( ReLU( first(x) ) ) ), gamma 0 at initialisation.
 
-    Without the normalisation the branch is so small beside x that training hardly uses it, and the
-    control would be none.
+    Without the normalisation the branch is so small relative to x that training hardly uses it.
 
     Args:
         channels: C.
@@ -84,35 +83,29 @@ class Convolution(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what the two convolutions make of x."""
+        """Add the branch of two convolutions to x."""
         y: Tensor = x + self.gamma * self.norm(self.second(torch.relu(self.first(x))))
         return y
 
 
 def _channel_then_spatial(channels: int) -> nn.Module:
-    steps: OrderedDict[str, nn.Module] = OrderedDict(
-        channel=ChannelNonLocal(channels), spatial=SpatialNonLocal(channels)
+    return nn.Sequential(
+        OrderedDict[str, nn.Module](
+            channel=ChannelNonLocal(channels), spatial=SpatialNonLocal(channels)
+        )
     )
-    return nn.Sequential(steps)
-
-
-def _none(channels: int) -> nn.Module:
-    return nn.Identity()
 
 
 _OTHERS: Mapping[str, Callable[[int], nn.Module]] = {
     "dual": Dual,
     "channel_spatial": _channel_then_spatial,
-    "none": _none,
+    "none": nn.Identity,
     "convolution": Convolution,
 }
 
 
 def attentions() -> tuple[str, ...]:
-    """The names that `build` knows: of the registered layers, and of what they are compared with.
-
-    Returns:
-        The names.
+    """Return the names of attentions: registered layers, combinations and baselines.
 
     Example:
         >>> attentions()
@@ -122,46 +115,44 @@ def attentions() -> tuple[str, ...]:
 
 
 def build(attention: Attention, channels: int, options: Mapping[str, Any]) -> nn.Module:
-    """The module for a name of `attentions`, or what a callable of the channel count gives.
+    """Build the attention of a head.
 
     Args:
-        attention: the name or the callable.
+        attention: a name of `attentions()`, or a callable of the channel count.
         channels: C.
-        options: keywords for a registered layer, over those with which it goes into a head.
-
-    Returns:
-        The module.
+        options: keywords for a registered layer, which override its `head_options`.
 
     Raises:
-        ValueError: an unknown name, or options for something that takes none.
-        TypeError: neither a name nor a callable, an option that the layer does not have, or a
-            callable that gives something other than a module.
+        ValueError: an unknown name, or options for an attention that takes none.
+        TypeError: neither a name nor a callable, an unknown option, or a callable that does not
+            return a module.
     """
+    if isinstance(attention, str) and attention in LAYERS:
+        layer = LAYERS[attention]
+        return layer(channels, **{**layer.head_options, **options})
     if isinstance(attention, str):
-        if attention in LAYERS:
-            # A head ends with a projection of its own, the same for all.
-            layer = LAYERS[attention]
-            return layer(channels, **{**layer.head_options, **options})
         if attention not in _OTHERS:
             near = difflib.get_close_matches(attention, attentions(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             allowed = ", ".join(map(repr, attentions()))
             raise ValueError(
-                f"attention must be one of {allowed} or a callable, got {attention!r}{hint}"
+                f"expected attention of {allowed} or a callable, got {attention!r}{hint}"
             )
-        if options:
-            raise ValueError(
-                f"attention_options are for {', '.join(map(repr, LAYERS))}, "
-                f"got attention={attention!r}"
-            )
-        return _OTHERS[attention](channels)
-    if isinstance(attention, nn.Module) or not callable(attention):
+        factory = _OTHERS[attention]
+    elif isinstance(attention, nn.Module) or not callable(attention):
         raise TypeError(
-            f"attention must be a name or a callable of the channel count, got {attention!r}"
+            f"expected attention to be a name or a callable of the channel count, got {attention!r}"
         )
+    else:
+        factory = attention
     if options:
-        raise ValueError("attention_options are for named attention; bind them to the callable")
-    module = attention(channels)
+        raise ValueError(
+            f"attention_options need attention of {', '.join(map(repr, LAYERS))}, "
+            f"got {attention!r}; bind the options of a callable to it"
+        )
+    module = factory(channels)
     if not isinstance(module, nn.Module):
-        raise TypeError(f"attention({channels}) must give a module, got {type(module).__name__}")
+        raise TypeError(
+            f"expected attention({channels}) to return a module, got {type(module).__name__}"
+        )
     return module

@@ -1,9 +1,9 @@
-"""timm's networks as backbones: the last three feature maps, and weights for them."""
+"""Backbones from timm: their last three feature maps, and weights for them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,18 +12,20 @@ from torch import Tensor, nn
 
 from fullattn import checkpoints
 
-__all__ = ["Stages", "build", "load_weights"]
+__all__ = ["Stages", "build", "channels_first", "load_state_dict", "load_weights"]
+
+_PREFIXES = ("backbone.", "model.backbone.", "module.")
 
 
 class Stages:
-    """What a head needs to know of a backbone, and how its feature maps come out.
+    """The last three feature maps of a backbone.
 
     The last map of a high-resolution network (HRNet) is its four branches, resized to the finest
-    and concatenated, as in the authors' networks for segmentation; others end with their last
-    stage. The two maps before are those of the stages before, HRNet's of strides 8 and 16.
+    and concatenated, as in the HRNet authors' segmentation networks; the two maps before are those
+    of strides 8 and 16. Other backbones' maps are those of their last three stages.
 
     Attributes:
-        channels: of the three maps, from early to late.
+        channels: channel counts of the three maps, from early to late.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -31,47 +33,49 @@ class Stages:
         widths = [int(width) for width in info.channels()]
         if len(widths) < 3:
             raise ValueError(f"expected a backbone of at least 3 feature maps, got {len(widths)}")
-        self._branches = "HighResolution" in type(backbone).__name__
-        self._channels_last = str(getattr(backbone, "output_fmt", "")).endswith("NHWC")
-        if self._branches:
-            self.channels = (widths[1], widths[2], sum(widths))
-        else:
-            self.channels = (widths[-3], widths[-2], widths[-1])
+        self._output_format = getattr(backbone, "output_fmt", None)
+        self._high_resolution = "HighResolution" in type(backbone).__name__
+        if self._high_resolution:
+            widths = [widths[1], widths[2], sum(widths)]
+        self.channels: tuple[int, ...] = tuple(widths[-3:])
 
-    def __call__(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The three maps, (B, C, H, W) each, of what the backbone gives."""
-        if self._channels_last:
-            features = [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
-        if self._branches:
-            size = features[0].shape[-2:]
-            finest, *others = features
-            resized = [
-                F.interpolate(other, size, mode="bilinear", align_corners=False) for other in others
-            ]
-            return features[1], features[2], torch.cat([finest, *resized], dim=1)
-        return features[-3], features[-2], features[-1]
+    def __call__(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the three maps, (B, C, H, W) each, from the backbone's output."""
+        features = channels_first(features, self._output_format)
+        if not self._high_resolution:
+            return features[-3:]
+        size = features[0].shape[-2:]
+        resized = [
+            F.interpolate(feature, size, mode="bilinear", align_corners=False)
+            for feature in features[1:]
+        ]
+        return features[1], features[2], torch.cat([features[0], *resized], dim=1)
+
+
+def channels_first(features: Sequence[Tensor], output_format: object) -> Sequence[Tensor]:
+    """Permute feature maps to (B, C, H, W), if timm's `output_fmt` of their backbone is NHWC."""
+    if not str(output_format).endswith("NHWC"):
+        return features
+    return [feature.permute(0, 3, 1, 2).contiguous() for feature in features]
 
 
 def build(
     name: str,
     *,
-    output_stride: int,
-    uniform_dilation: bool,
-    pretrained: bool,
-    options: Mapping[str, Any],
+    output_stride: int = 32,
+    uniform_dilation: bool = False,
+    pretrained: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A network of timm that gives its feature maps.
+    """Build a network of timm that returns its feature maps.
 
     Args:
         name: timm's name, with or without the tag of its weights.
-        output_stride: of the last map: 8, 16 or 32, or what the network has where it cannot change.
+        output_stride: stride of the last map: 8, 16 or 32; ignored by HRNet.
         uniform_dilation: whether the first block of a ResNet's dilated stage is dilated like the
             others, as in the official FLANet; timm's keeps the dilation of the stage before.
         pretrained: whether timm loads the weights that it has for this name.
         options: further keywords for `timm.create_model`.
-
-    Returns:
-        The network.
 
     Raises:
         ImportError: timm is not installed.
@@ -80,16 +84,15 @@ def build(
     try:
         import timm
     except ImportError as error:
-        raise ImportError("backbones are timm's: pip install 'fullattn[models]'") from error
+        raise ImportError("backbones need timm: pip install 'fullattn[models]'") from error
     if not timm.is_model(name):
-        architecture = name.partition(".")[0]
-        near = timm.list_models(f"*{architecture[:6]}*")[:5]
-        hint = f"; near it are {', '.join(near)}" if near else ""
+        near = timm.list_models(f"*{name.partition('.')[0][:6]}*")[:5]
+        hint = f"; similar names are {', '.join(near)}" if near else ""
         raise ValueError(f"timm {timm.__version__} has no model {name!r}{hint}")
-    keywords = dict(options)
+    keywords = dict(options or {})
     if name.startswith("hrnet"):  # four branches of fixed strides
         keywords |= {"feature_location": "", "out_indices": (1, 2, 3, 4)}
-    elif output_stride != 32:  # what every network has by itself
+    elif output_stride != 32:  # the stride without the keyword, which not every network accepts
         keywords.setdefault("output_stride", output_stride)
     try:
         backbone: nn.Module = timm.create_model(
@@ -98,7 +101,7 @@ def build(
     except (TypeError, NotImplementedError, AssertionError, RuntimeError) as error:
         reason = f"timm cannot build {name!r} as a backbone with {keywords}: {error}"
         if "output_stride" in keywords:
-            reason += "; output_stride=32 leaves its strides as they are"
+            reason += "; output_stride=32 keeps the network's own strides"
         raise ValueError(reason) from error
     if uniform_dilation:
         _dilate_first_blocks(backbone)
@@ -108,56 +111,46 @@ def build(
 def _dilate_first_blocks(backbone: nn.Module) -> None:
     """Give a ResNet's first block of each stage the dilation of the others in it."""
     for name, stage in backbone.named_children():
-        if name.startswith("layer") and isinstance(stage, nn.Sequential) and len(stage) > 1:
-            for path, convolution in stage[0].named_modules():
-                if not isinstance(convolution, nn.Conv2d) or "downsample" in path:
-                    continue
-                later = dict(stage[1].named_modules()).get(path)
-                if isinstance(later, nn.Conv2d) and convolution.kernel_size == later.kernel_size:
-                    convolution.dilation = later.dilation
-                    convolution.padding = later.padding
+        if not (name.startswith("layer") and isinstance(stage, nn.Sequential) and len(stage) > 1):
+            continue
+        second = dict(stage[1].named_modules())
+        for path, convolution in stage[0].named_modules():
+            later = second.get(path)
+            if (
+                isinstance(convolution, nn.Conv2d)
+                and isinstance(later, nn.Conv2d)
+                and "downsample" not in path
+                and convolution.kernel_size == later.kernel_size
+            ):
+                convolution.dilation, convolution.padding = later.dilation, later.padding
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load weights into the backbone of a FLANet.
-
-    Args:
-        model: a FLANet.
-        path: a checkpoint as `fullattn.checkpoints.load` reads it, with timm's names; its
-            classifier is left out.
+def load_weights(backbone: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load weights with timm's names into a backbone, ignoring other keys (a classifier's).
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         checkpoints.CheckpointError: the file does not hold weights of this backbone.
     """
-    backbone: Any = model.backbone
-    weights = _without_prefix(checkpoints.load(path), ("backbone.", "model.backbone.", "module."))
+    found = checkpoints.load(path)
+    prefix = next(
+        (prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in found)), ""
+    )
     own = backbone.state_dict()
-    if missing := sorted(own.keys() - weights.keys()):
-        counters = [name for name in missing if name.endswith("num_batches_tracked")]
-        missing = [name for name in missing if name not in counters]
-    wrong = [
-        f"{name!r} is {tuple(own[name].shape)} in it and {tuple(weights[name].shape)} in the file"
-        for name in own
-        if name in weights and own[name].shape != weights[name].shape
-    ]
-    if missing or wrong:
-        lacking = [f"{len(missing)} are missing, the first {missing[0]!r}"] if missing else []
+    # Converted weights often lack these counters, which only momentum=None uses.
+    optional = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
+    weights = {name: found[prefix + name] for name in own if prefix + name in found}
+    load_state_dict(backbone, optional | weights, path)
+
+
+def load_state_dict(
+    module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> None:
+    """Load weights into a module and raise PyTorch's list of mismatches as a CheckpointError."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        mismatches = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         raise checkpoints.CheckpointError(
-            f"{path} does not hold the weights of this backbone: {'; '.join(lacking + wrong[:3])}"
-        )
-    backbone.load_state_dict({name: weights.get(name, own[name]) for name in own})
-
-
-def _without_prefix(weights: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors below the first of these prefixes that there is, or all of them."""
-
-    def below(prefix: str) -> Iterator[tuple[str, Tensor]]:
-        return (
-            (name.removeprefix(prefix), x) for name, x in weights.items() if name.startswith(prefix)
-        )
-
-    for prefix in prefixes:
-        if found := dict(below(prefix)):
-            return found
-    return dict(weights)
+            f"cannot load {path} into {type(module).__name__}: {mismatches[:300]}"
+        ) from error

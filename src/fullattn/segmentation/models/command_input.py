@@ -1,4 +1,4 @@
-"""Read a trained network that a command line names."""
+"""Read a trained network for a command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["read_trained"]
 
 
 def read_trained(path: Path) -> Trained:
-    """A trained network from a file of `fullattn train`, or the user's one sentence."""
+    """Read a file of `fullattn train`; raise a UsageError if it is not one."""
     with sentences():
         from fullattn.segmentation.models.files import load
 

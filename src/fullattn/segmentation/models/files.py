@@ -1,9 +1,9 @@
-"""A trained network in a file, together with what is needed to use it.
+"""Files of trained networks with a description of the network and its data.
 
 The file is a dict that `torch.load(weights_only=True)` reads: "state_dict" with the network's
-tensors below "model.", and "fullattn" with a description of plain values: the network's arguments,
-the data set's classes, palette and groups, and how images are normalised. Checkpoints of
-`fullattn train` are such files.
+tensors under the prefix "model.", and "fullattn" with the description as plain values: the
+network's arguments, the dataset's classes, palette and groups, and the normalisation of images.
+`fullattn train` writes such files.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 
 from fullattn.checkpoints import CheckpointError
 from fullattn.checkpoints.files import contents
+from fullattn.segmentation.models.backbone import load_state_dict
 from fullattn.segmentation.models.flanet import FLANet
 
 __all__ = ["Description", "Trained", "describe", "load"]
@@ -27,18 +28,18 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Description:
-    """What is needed to build a trained network again and to use it.
+    """A description from which a trained network is rebuilt and used.
 
     Attributes:
         model: the arguments of FLANet.
-        dataset: name of the data set.
+        dataset: name of the dataset.
         classes: names of the classes, by index.
         palette: a colour for each, (red, green, blue) from 0 to 255.
-        groups: named groups of classes.
-        mean: of images in 0 to 1, for each colour.
+        groups: names of classes by the name of their group.
+        mean: mean of each colour of images in 0..1.
         std: their standard deviation.
-        step: steps of training behind it.
-        format: of this description.
+        step: number of training steps.
+        format: version of the description.
     """
 
     model: Mapping[str, Any]
@@ -52,16 +53,9 @@ class Description:
     format: int = field(default=_FORMAT)
 
     def plain(self) -> dict[str, Any]:
-        """The same as plain values, for the file."""
-        return {
-            **asdict(self),
-            "model": _plain(self.model),
-            "classes": list(self.classes),
-            "palette": [[int(value) for value in colour] for colour in self.palette],
-            "groups": {name: list(members) for name, members in self.groups.items()},
-            "mean": [float(value) for value in self.mean],
-            "std": [float(value) for value in self.std],
-        }
+        """Return the description as dicts, lists, numbers and strings, for the file."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
 
 
 @dataclass(frozen=True)
@@ -73,56 +67,56 @@ class Trained:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and sequences as dicts and lists, all the way down."""
+    """Convert mappings and sequences to dicts and lists, recursively.
+
+    Raises:
+        ValueError: there is something other than these, numbers, strings and None.
+    """
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    return value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"{value!r}: expected names and numbers")
 
 
 def describe(model: FLANet) -> dict[str, Any]:
-    """The arguments of a FLANet as plain values.
+    """Return the arguments of a FLANet as plain values.
 
     Args:
         model: the network.
 
     Returns:
-        What `FLANet(**arguments)` builds the same architecture from.
+        Arguments with which `FLANet(**arguments)` has the same architecture.
 
     Raises:
-        ValueError: it was built with a callable, which a file cannot hold.
+        ValueError: an argument is a callable, which a file cannot hold.
     """
     arguments = dict(model.arguments)
-    if arguments["norm_layer"] is nn.BatchNorm2d:  # what it is without the argument
+    if arguments["norm_layer"] is nn.BatchNorm2d:  # the default
         del arguments["norm_layer"]
+    plain = {}
     for name, value in arguments.items():
-        if not _is_plain(value):
-            raise ValueError(f"a file cannot hold {name}={value!r}; names and numbers it can")
-    plain: dict[str, Any] = _plain(arguments)
+        try:
+            plain[name] = _plain(value)
+        except ValueError as error:
+            raise ValueError(f"a file cannot hold {name}={error}") from error
     return plain
 
 
 def load(path: str | os.PathLike[str]) -> Trained:
-    """Read a trained network from a file, on the CPU, without running anything that is in it.
+    """Read a trained network from a file to the CPU, without executing code from the file.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Returns:
         The network in evaluation mode and its description.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: damaged, not a file of this kind, or its tensors are not those of the
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is damaged, not of this kind, or its tensors do not fit the
             network that it describes.
         ImportError: the network's backbone needs timm, which is not installed.
     """
@@ -142,18 +136,13 @@ def load(path: str | os.PathLike[str]) -> Trained:
         ) from error
     if len(description.classes) != model.num_classes:
         raise CheckpointError(
-            f"{path} names {len(description.classes)} classes for a network of {model.num_classes}"
+            f"{path} is inconsistent: expected {model.num_classes} class names, "
+            f"got {len(description.classes)}"
         )
     weights = {
         name.removeprefix(_PREFIX): tensor
         for name, tensor in found["state_dict"].items()
         if name.startswith(_PREFIX)
     }
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise CheckpointError(
-            f"{path} does not hold the tensors of the network that it describes: {reason[:300]}"
-        ) from error
+    load_state_dict(model, weights, path)
     return Trained(model.eval(), description)

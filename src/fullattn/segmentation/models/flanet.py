@@ -2,12 +2,11 @@
 
 Song et al., Fully Attentional Network for Semantic Segmentation, AAAI 2022 (arXiv 2112.04108).
 
-What to know before using it:
-- Facts that the paper leaves open are as in the authors' code: every block of a dilated stage uses
-  that stage's dilation, the x2 upsampling is nearest-neighbour, and the logits are resized to the
-  image bilinearly with aligned corners.
-- Weights trained with that code saw batches whose images were mixed; `fullattn.checkpoints` takes
-  them, and single images then give the same logits.
+- Details that the paper does not state are as in the official implementation: every block of a
+  dilated stage uses that stage's dilation, the x2 upsampling is nearest-neighbour, and the logits
+  are resized to the image bilinearly with aligned corners.
+- The official implementation mixes the images of a batch. `fullattn.checkpoints` converts weights
+  trained with it; single images then give the same logits.
 """
 
 from __future__ import annotations
@@ -27,32 +26,31 @@ __all__ = ["FLANet"]
 
 
 class FLANet(nn.Module):
-    """The Fully Attentional Network, with any backbone of timm and any of the attentions.
+    """Fully Attentional Network with any backbone of timm and any attention of `attentions()`.
 
     Args:
         num_classes: K.
         backbone: name of a network in timm; the paper's is a ResNet-101 with deep stem. HRNet's
             four branches are resized to the finest and concatenated.
-        attention: as in `SegmentationHead`: "fully", "channel", "spatial", "dual",
-            "channel_spatial", "none", "convolution", or a callable of the channel count.
+        attention: as in `SegmentationHead`.
         attention_options: as in `SegmentationHead`.
-        channels: width of the attention and the convolutions around it.
-        out_channels: width of the last convolution before the classifier.
+        channels: channels of the attention and the convolutions around it.
+        out_channels: channels of the last convolution before the classifier.
         auxiliary: whether there are auxiliary heads on the two stages before the last.
-        auxiliary_channels: their width.
+        auxiliary_channels: their channels.
         dropout: probability that a channel is dropped before a classifier.
-        output_stride: image size over size of the last feature map. HRNet's is 4 whatever is given,
-            and 32 is the one that every other network has.
+        output_stride: image size over size of the last feature map: 8, 16, or 32, which every
+            network supports; ignored by HRNet, whose stride is 4.
         uniform_dilation: whether every block of a ResNet's dilated stage has that stage's dilation;
-            without it the first one has that of the stage before, as in timm.
-        pretrained: whether the backbone starts with timm's weights, which are downloaded.
+            otherwise the first one has that of the stage before, as in timm.
+        pretrained: whether timm downloads weights for the backbone.
         norm_layer: normalisation in the heads; the backbone has its own.
         backbone_options: further keywords for `timm.create_model`.
 
     Shape:
         x: (B, 3, H, W).
-        output: in evaluation mode logits, (B, K, H, W); in training mode a list of them, first
-            those of the head and then, with `auxiliary`, those of the earlier and the later stage.
+        output: in evaluation mode logits, (B, K, H, W); in training mode a list of logits: the
+            head's and, with `auxiliary`, those of the earlier and the later stage.
 
     Raises:
         ImportError: timm is not installed.
@@ -61,7 +59,8 @@ class FLANet(nn.Module):
         TypeError: an argument of the wrong type.
 
     Source:
-        Song et al., AAAI 2022 (arXiv 2112.04108), figure 2 and section 4.1, and the authors' code.
+        Song et al., AAAI 2022 (arXiv 2112.04108), figure 2 and section 4.1, and the official
+        implementation (maggiesong7/FullyAttentional).
 
     Example:
         >>> net = FLANet(19, "resnet18", channels=32, out_channels=32)  # doctest: +SKIP
@@ -91,15 +90,12 @@ class FLANet(nn.Module):
         _checks.positive(num_classes, "num_classes")
         _checks.positive(auxiliary_channels, "auxiliary_channels")
         _checks.option(output_stride, "output_stride", (8, 16, 32))
-        for name, value in (
-            ("auxiliary", auxiliary),
-            ("uniform_dilation", uniform_dilation),
-            ("pretrained", pretrained),
-        ):
-            _checks.option(value, name, (False, True))
+        _checks.option(auxiliary, "auxiliary", (False, True))
+        _checks.option(uniform_dilation, "uniform_dilation", (False, True))
+        _checks.option(pretrained, "pretrained", (False, True))
         if not isinstance(backbone, str):
             raise TypeError(f"backbone must be a name in timm, got {type(backbone).__name__}")
-        #: What another network like this one is built with.
+        #: Arguments that build the same architecture.
         self.arguments: dict[str, Any] = {
             "num_classes": num_classes,
             "backbone": backbone,
@@ -126,13 +122,7 @@ class FLANet(nn.Module):
         self._stages = backbones.Stages(self.backbone)
         earlier, later, last = self._stages.channels
         self.auxiliary = nn.ModuleList(
-            OutputHead(
-                width,
-                num_classes,
-                channels=auxiliary_channels,
-                dropout=dropout,
-                norm_layer=norm_layer,
-            )
+            OutputHead(width, num_classes, auxiliary_channels, dropout, norm_layer)
             for width in ((earlier, later) if auxiliary else ())
         )
         self.head = SegmentationHead(
@@ -147,13 +137,13 @@ class FLANet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Logits of images.
+        """Compute the logits of images.
 
         Args:
             x: normalised images, (B, 3, H, W).
 
         Returns:
-            (B, K, H, W) in evaluation mode; in training mode a list with them first.
+            (B, K, H, W) in evaluation mode; in training mode a list of such logits.
         """
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(x.shape)}")
@@ -162,8 +152,8 @@ class FLANet(nn.Module):
         logits = self._resized(self.head(last), size)
         if not self.training:
             return logits
-        auxiliary = [head(feature) for head, feature in zip(self.auxiliary, earlier, strict=False)]
-        return [logits, *(self._resized(y, size) for y in auxiliary)]
+        auxiliary = zip(self.auxiliary, earlier, strict=False)
+        return [logits, *(self._resized(head(feature), size) for head, feature in auxiliary)]
 
     @staticmethod
     def _resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:

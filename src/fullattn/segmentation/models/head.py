@@ -19,10 +19,10 @@ __all__ = ["OutputHead", "SegmentationHead", "convolution"]
 def convolution(
     in_channels: int, out_channels: int, norm_layer: Callable[..., nn.Module] | None
 ) -> nn.Sequential:
-    """A 3x3 convolution, normalisation and ReLU."""
+    """Build a 3x3 convolution with normalisation and ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=norm_layer is None)
     nn.init.kaiming_normal_(conv.weight, a=1)
-    steps: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
+    steps = OrderedDict[str, nn.Module](conv=conv)
     if norm_layer is not None:
         steps["norm"] = norm_layer(out_channels)
     steps["act"] = nn.ReLU()
@@ -32,26 +32,18 @@ def convolution(
 class OutputHead(nn.Module):
     """Nearest-neighbour x2 upsampling, 3x3 convolution, 2-D dropout and a 1x1 classifier.
 
-    Args:
-        in_channels: C of the feature map.
-        num_classes: K.
-        channels: width of the convolution.
-        dropout: probability that a channel is dropped.
-        norm_layer: class or callable of the channel count; None for none.
-
     Shape:
-        x: (B, C, H, W).
-        output: (B, K, 2H, 2W).
+        x: (B, in_channels, H, W).
+        output: (B, num_classes, 2H, 2W).
     """
 
     def __init__(
         self,
         in_channels: int,
         num_classes: int,
-        *,
         channels: int,
-        dropout: float = 0.1,
-        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        dropout: float,
+        norm_layer: Callable[..., nn.Module] | None,
     ) -> None:
         super().__init__()
         if not 0 <= _checks.number(dropout, "dropout") <= 1:
@@ -63,7 +55,7 @@ class OutputHead(nn.Module):
         nn.init.kaiming_normal_(self.classifier.weight, a=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a feature map."""
+        """Compute the logits of a feature map."""
         y: Tensor = self.classifier(self.dropout(self.reduce(self.upsample(x))))
         return y
 
@@ -75,22 +67,21 @@ class SegmentationHead(nn.Module):
     attended = 3x3 convolution, normalisation and ReLU of attention(reduced)
     logits = output( concatenation of x and attended )
 
-    where output upsamples x2 by nearest neighbours and has a 3x3 convolution with normalisation
-    and ReLU, dropout of channels and a 1x1 convolution to the classes. With one seed, heads that
-    differ in attention alone have the same initial parameters everywhere else.
+    where output is nearest-neighbour x2 upsampling, a 3x3 convolution with normalisation and ReLU,
+    2-D dropout and a 1x1 convolution to the classes. With the same seed, heads that differ only in
+    `attention` have the same initial parameters everywhere else.
 
     Args:
         in_channels: channels of x.
         num_classes: K.
         attention: name of a registered layer, such as "fully" (the paper's), "channel", "spatial";
-            "dual" (channel and spatial side by side, summed), "channel_spatial" (one after the
-            other), "none", "convolution" (a control with the parameters of "fully" and no
-            attention); or a callable that gives for the channel count a module from (B, C, H, W) to
-            the same. The convolution behind it is the projection of the paper's layer and is there
-            for all of them.
+            "dual" (sum of channel and spatial), "channel_spatial" (one after the other), "none",
+            "convolution" (a baseline with the parameters of "fully" and no attention); or a
+            callable that builds, from the channel count, a module from (B, C, H, W) to the same
+            shape. The convolution after it, the projection of the paper's layer, is always there.
         attention_options: keywords for a registered layer, such as {"scale": None}.
-        channels: width of the attention and the convolutions around it.
-        out_channels: width of the output's convolution.
+        channels: channels of the attention and the convolutions around it.
+        out_channels: channels of the output's convolution.
         dropout: probability that a channel is dropped before the classifier.
         norm_layer: class or callable of the channel count; None for none.
 
@@ -103,7 +94,8 @@ class SegmentationHead(nn.Module):
         TypeError: an argument of the wrong type, or an option that the layer does not have.
 
     Source:
-        Song et al., AAAI 2022 (arXiv 2112.04108), section 3, and the authors' code.
+        Song et al., AAAI 2022 (arXiv 2112.04108), section 3, and the official implementation
+        (maggiesong7/FullyAttentional).
 
     Example:
         >>> import torch
@@ -136,17 +128,13 @@ class SegmentationHead(nn.Module):
         )
         self.project = convolution(channels, channels, norm_layer)
         self.output = OutputHead(
-            in_channels + channels,
-            num_classes,
-            channels=out_channels,
-            dropout=dropout,
-            norm_layer=norm_layer,
+            in_channels + channels, num_classes, out_channels, dropout, norm_layer
         )
-        # Last, so that its random numbers leave those of the others alone.
+        # Last, so that the other modules draw the same random numbers.
         self.attention = attention_choices.build(attention, channels, attention_options or {})
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a feature map, at twice its size."""
+        """Compute the logits of a feature map, at twice its size."""
         attended = self.project(self.attention(self.reduce(x)))
         y: Tensor = self.output(torch.cat([x, attended], dim=1))
         return y

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fullattn._cli.arguments import Parser, count
-from fullattn._cli.errors import UsageError
+from fullattn._cli.errors import UsageError, sentences
 from fullattn._cli.output import output_folder
 
 if TYPE_CHECKING:
@@ -137,14 +137,12 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _config(args: argparse.Namespace) -> Config:
-    from fullattn.segmentation.training.config import ConfigError, read
+    from fullattn.segmentation.training.config import read
 
     settings = {name: value for name, value in vars(args).items() if "." in name}
     overrides = [f"{name}={value}" for name, value in settings.items() if value is not None]
-    try:
+    with sentences():
         return read(args.config, [*args.set, *overrides])
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
 
 
 def _report(result: Result, output: Path, console: Console) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 from fullattn.segmentation.data import (
     IGNORE_INDEX,
@@ -20,6 +20,7 @@ from fullattn.segmentation.data import (
     SegmentationDataset,
     collate,
 )
+from fullattn.segmentation.data.dataset import ErrorsAsValues
 from fullattn.segmentation.evaluation.scores import Scores, confusion_matrix
 from fullattn.segmentation.models import FLANet
 from fullattn.segmentation.models.files import Description, describe
@@ -38,22 +39,6 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     """Compute (1 - step / steps) ** power · min(1, (step + 1) / warmup_steps), step from 0."""
     decay: float = max(0.0, 1 - step / config.steps) ** config.power
     return decay * min(1.0, (step + 1) / max(1, config.warmup_steps))
-
-
-class _ErrorsAsValues(Dataset[Any]):
-    """Examples, or a DataError in place of one that cannot be read.
-
-    An error raised in a worker process would reach the main process with a traceback as message.
-    """
-
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-
-    def __getitem__(self, key: Any) -> Any:
-        try:
-            return self.examples[key]
-        except DataError as error:
-            return error
 
 
 def _collate(items: list[Any]) -> dict[str, Any]:
@@ -145,7 +130,7 @@ class Segmentation(LightningModule):
 
     def _loader(self, examples: Examples, **options: Any) -> DataLoader[Any]:
         return DataLoader(
-            _ErrorsAsValues(examples),
+            ErrorsAsValues(examples),
             collate_fn=_collate,
             num_workers=self.config.data.workers,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",

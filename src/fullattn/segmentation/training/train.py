@@ -127,7 +127,7 @@ def _build(config: Config, num_classes: int, *, initialise: bool) -> FLANet:
         ) from error
     if initialise and model.backbone_weights is not None:
         try:
-            load_weights(network, model.backbone_weights)
+            load_weights(network.backbone, model.backbone_weights)
         except FileNotFoundError as error:
             raise ConfigError(
                 f"model.backbone_weights: file {model.backbone_weights} does not exist"
