@@ -1,4 +1,4 @@
-"""Configurations are strict: what is not exactly right is an error that names key and file."""
+"""Configurations are strict: an unknown key or invalid value is an error that names it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_shipped_configurations_are_those_of_the_data_sets() -> None:
+def test_shipped_configurations_are_listed() -> None:
     assert names() == ["ade20k", "camvid", "camvid_small", "cityscapes", "voc"]
 
 
@@ -33,20 +33,20 @@ def test_shipped_configurations_can_be_read(name: str) -> None:
     assert config.data.scale[1] / config.data.scale[0] in (2, 4)
 
 
-def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+def test_text_is_read_back_as_the_same_configuration(tmp_path: Path) -> None:
     config = read("cityscapes", ["model.backbone_options={a: [1, x]}", "data.val=null"])
     assert read(written(tmp_path, config.text())) == config
 
 
-def test_missing_keys_have_their_defaults_and_numbers_their_types(tmp_path: Path) -> None:
+def test_missing_keys_have_defaults_and_integers_become_floats(tmp_path: Path) -> None:
     config = read(written(tmp_path, SMALL))
     assert config.data.crop == (64, 96)
-    assert config.training.learning_rate == 0.01  # text for YAML, a number for everyone else
+    assert config.training.learning_rate == 0.01  # PyYAML reads 1e-2 as text
     assert config.model.channels == 512
     assert isinstance(config, Config)
 
 
-def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
+def test_overrides_replace_values_of_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, SMALL)
     config = read(path, ["training.steps=3", "training.steps=4", "data.crop=[8,8]", "data.val="])
     assert config.training.steps == 4
@@ -128,14 +128,14 @@ def test_an_invalid_file_is_named(text: str, message: str, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"one of ade20k, camvid, .* got 'citiscapes'"):
         read("citiscapes")
     with pytest.raises(ConfigError, match=r"cannot read .*gone\.yaml: no such file"):
         read(tmp_path / "gone.yaml")
 
 
-def test_only_what_changes_the_result_counts_as_a_difference() -> None:
+def test_only_settings_that_change_the_result_are_differences() -> None:
     before = read("camvid_small")
     free = ["data.workers=7", "training.accumulate=2", "training.log_every=3", "data.val=null"]
     assert list(differences(before.plain(), read("camvid_small", free))) == []
