@@ -1,6 +1,6 @@
-"""Training runs of a second on tiny data, each in a process of its own that may be killed.
+"""Short training runs on tiny data, each in a new process that may be killed.
 
-The processes are forked from one that has imported Lightning and computed nothing.
+The processes are forked from a server that imported Lightning and computed nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from helpers import tiny_data
 
 STEPS = 12
-# 6 images in batches of 4: epochs end in the midst of steps.
+# 6 images in batches of 4: epochs end within steps.
 SETTINGS = (
     f"training.steps={STEPS}",
     "training.batch_size=4",
@@ -36,14 +36,16 @@ SETTINGS = (
 
 
 def processes() -> Any:
-    """The context whose processes are forked from one that has imported what takes seconds."""
+    """Return a multiprocessing context whose server has imported the slow modules."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fullattn.segmentation.training.run", "timm"])
+    context.set_forkserver_preload(["fullattn.segmentation.training.fit", "timm"])
     return context
 
 
 class Tiny(nn.Module):
-    """A network with everything that has a state or random numbers, and the tenth of a class."""
+    """A network with state (batch normalisation) and random numbers (dropout)."""
+
+    arguments: ClassVar = {"norm_layer": nn.BatchNorm2d}  # as of a FLANet
 
     def __init__(self, norm: str = "batch", dropout: float = 0.2) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class Tiny(nn.Module):
 
 
 class KilledWriter:
-    """`torch.save` that is killed half-way through its n-th call."""
+    """`torch.save` whose process is killed half-way through the n-th call."""
 
     def __init__(self, call: int) -> None:
         self.left = call
@@ -104,29 +106,31 @@ def train(
     train_split: str = "train",
     **options: Any,
 ) -> None:
-    """What a process does: one run, with what came of it in `output`.result or .error."""
+    """Train in this process, and write the result to `output`.result, or `output`.error."""
     warnings.simplefilter("error")
     os.environ.update(environment or {})
     torch.set_num_threads(1)
-    # For the loaders' workers, which would otherwise import everything anew.
+    # Workers of the data loaders would otherwise import everything again.
     multiprocessing.set_start_method("fork", force=True)
     from lightning.pytorch.utilities import rank_zero_only
 
     from fullattn.segmentation.data import open_dataset
-    from fullattn.segmentation.training import config, run
+    from fullattn.segmentation.training.checks import check_machines
+    from fullattn.segmentation.training.config import read
+    from fullattn.segmentation.training.fit import fit
 
-    # Lightning was imported before the environment said which process this is.
+    # Lightning read the rank when it was imported, before it was set.
     rank_zero_only.rank = int(os.environ.get("RANK", 0))
     torch.manual_seed(0)
     network = Tiny(**(model or {}))
     network.killed_in_call = killed_in_call
     if killed_in_save:
         torch.save = KilledWriter(killed_in_save)
-    read = config.read("camvid_small", [*SETTINGS, *settings])
+    config = read("camvid_small", [*SETTINGS, *settings])
     datasets = [open_dataset("camvid", root, split) for split in (train_split, "val")]
     rank = os.environ.get("RANK", "")
     try:
-        result = run.fit(network, read, datasets[0], datasets[1], output, **options)
+        result = fit(network, config, *datasets, output, check_machines(config), **options)
     except Exception as error:
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         output.with_name(f"{output.name}.error{rank}").write_text(text)
@@ -143,14 +147,14 @@ def train(
 
 
 def start(*arguments: Any, **options: Any) -> Any:
-    """Start a process that trains."""
+    """Start `train` in a new process."""
     process = processes().Process(target=train, args=arguments, kwargs=options)
     process.start()
     return process
 
 
 def finished(started: list[Any], seconds: float = 100) -> list[int]:
-    """The exit codes of processes, all of which are killed where one fails or takes too long."""
+    """Wait for processes, kill all if one fails or is too slow, and return their exit codes."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not any(process.exitcode for process in started):
         alive = [process.sentinel for process in started if process.is_alive()]
@@ -165,13 +169,13 @@ def finished(started: list[Any], seconds: float = 100) -> list[int]:
 
 
 def run(output: Path, root: Path, *settings: str, **options: Any) -> int:
-    """Train in a process of its own; its exit code, negative for the signal that killed it."""
+    """Run `train` in a new process, and return its exit code; negative for a signal."""
     (code,) = finished([start(output, root, settings, **options)])
     return code
 
 
 def run_two(output: Path, root: Path, *settings: str, port: int, **options: Any) -> list[int]:
-    """Train in two processes as torchrun starts them; their exit codes."""
+    """Run `train` in two processes as torchrun starts them, and return their exit codes."""
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -194,13 +198,13 @@ def run_two(output: Path, root: Path, *settings: str, port: int, **options: Any)
 
 
 def result(output: Path, rank: str = "") -> dict[str, Any]:
-    """What a run has left."""
+    """Load the result of a run."""
     found: dict[str, Any] = torch.load(output.with_name(f"{output.name}.result{rank}"))
     return found
 
 
 def tensors(found: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a checkpoint with its place in it."""
+    """Yield every leaf of a checkpoint with its path in it."""
     if isinstance(found, dict | list | tuple):
         entries = found.items() if isinstance(found, dict) else enumerate(found)
         for key, value in entries:

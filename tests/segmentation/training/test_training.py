@@ -1,4 +1,4 @@
-"""A run does what a plain loop of PyTorch does, and says clearly why it cannot go on."""
+"""A run equals a plain loop of PyTorch, and its errors name the cause."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MODEL = {"norm": "group", "dropout": 0.0}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six images to train on, one without any label."""
+    """Create a dataset with six training images, one of them without labels."""
     root = tiny_data.camvid(tmp_path_factory.mktemp("data"))
     void = sorted((root / "labels" / "train").iterdir())[2]
     Image.fromarray(np.full((48, 64), 255, np.uint8)).save(void)
@@ -35,7 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batches(root: Path, settings: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and masks of every step."""
+    """Yield the images and masks of every step."""
     config = read("camvid_small", [*SETTINGS, *settings])
     data, training = config.data, config.training
     augment = Augment(
@@ -48,7 +48,7 @@ def batches(root: Path, settings: tuple[str, ...]) -> Iterator[tuple[Tensor, Ten
 
 
 def pixel_loss(outputs: list[Tensor], target: Tensor, auxiliary_weight: float) -> Tensor:
-    """The sum over pixels, by the number of those with a label."""
+    """Compute the mean cross-entropy over labelled pixels, written as sums."""
     labelled = target != 255
     total = torch.zeros((), dtype=torch.float64)
     for logits, weight in zip(outputs, (1.0, auxiliary_weight), strict=True):
@@ -57,8 +57,8 @@ def pixel_loss(outputs: list[Tensor], target: Tensor, auxiliary_weight: float) -
     return total / max(1, int(labelled.sum()))
 
 
-def test_a_run_is_a_plain_loop_of_pytorch(root: Path, tmp_path: Path) -> None:
-    # Single images, so that a step without any label is among them.
+def test_a_run_equals_a_plain_loop_of_pytorch(root: Path, tmp_path: Path) -> None:
+    # Batches of one image, so that one step has no labels.
     settings = (
         "training.precision=64-true",
         "training.batch_size=1",
@@ -103,9 +103,9 @@ def test_a_run_is_a_plain_loop_of_pytorch(root: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(current, model.state_dict()[name], rtol=1e-9, atol=1e-12)
 
 
-def test_a_run_learns_and_its_score_is_that_of_its_weights(root: Path, tmp_path: Path) -> None:
+def test_a_run_learns_and_its_scores_belong_to_its_weights(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    # No multiple of the steps between evaluations, and the last step is evaluated all the same.
+    # Not a multiple of the steps between evaluations, but the last step is evaluated as well.
     settings = ("training.steps=62", "training.learning_rate=0.2")
     assert run(output, root, *settings, "data.photometric=false") == 0
     found = result(output)
@@ -132,12 +132,12 @@ def test_a_run_learns_and_its_score_is_that_of_its_weights(root: Path, tmp_path:
 
 
 def error(output: Path) -> str:
-    """The first line of what went wrong, without the type."""
+    """Return the first line of a run's error, without the type."""
     text = output.with_name(f"{output.name}.error").read_text()
     return text.partition(": ")[2].partition("\n")[0]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
     root: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
@@ -152,7 +152,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(
 
 @pytest.fixture
 def damaged(root: Path, tmp_path: Path) -> Path:
-    """The same files, of which an image to train on and one to evaluate end half-way."""
+    """Copy the dataset and truncate one training and one validation image."""
     copy = tmp_path / "damaged"
     shutil.copytree(root, copy)
     for split in ("train", "val"):
@@ -162,20 +162,19 @@ def damaged(root: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_ends_the_run_with_its_name(
+def test_an_unreadable_image_is_an_error_that_names_it(
     workers: int, damaged: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     assert run(output, damaged, f"data.workers={workers}") == 1
     message = error(output)
-    assert message.startswith("step ")
     assert str(damaged / "images" / "train") in message
     assert "truncated or damaged" in message
     assert "Traceback" not in message
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_left_out_counted_and_listed(
+def test_an_unreadable_image_is_skipped_and_listed(
     workers: int, damaged: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""`fullattn train` from its arguments to files, and what it says where it cannot do it."""
+"""`fullattn train`, from arguments to files and error messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from helpers.tiny_training import processes
 
 pytestmark = pytest.mark.slow
 
-# A FLANet of some seconds.
+# A FLANet that trains in seconds.
 SETTINGS = (
     "training.steps=2",
     "training.batch_size=2",
@@ -32,17 +32,21 @@ SETTINGS = (
 )
 
 
-def _command(said: Path, arguments: list[str]) -> None:
-    """What a process does: the command line, with its output in a file."""
+def _command(printed: Path, arguments: list[str]) -> None:
+    """Run the command in this process, with its output in a file."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    with said.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with (
+        printed.open("w") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
         from fullattn._cli.arguments import Parser
         from fullattn._cli.errors import UsageError
-        from fullattn.segmentation.training.command import add_train
+        from fullattn.segmentation.training.command import configure
 
         parser = Parser(prog="fullattn")
-        add_train(parser.add_subparsers())
+        configure(parser)
         try:
             args = parser.parse_args(arguments)
             args.run(args)
@@ -52,32 +56,32 @@ def _command(said: Path, arguments: list[str]) -> None:
 
 
 def command(folder: Path, *arguments: object) -> tuple[int, str]:
-    """Run `fullattn train` with these arguments; its exit status and all that it said."""
-    said = folder / "said"
-    process = processes().Process(target=_command, args=(said, ["train", *map(str, arguments)]))
+    """Run `fullattn train` in a new process, and return its exit status and output."""
+    printed = folder / "printed"
+    process = processes().Process(target=_command, args=(printed, [*map(str, arguments)]))
     process.start()
     process.join(120)
     assert process.exitcode is not None
-    return process.exitcode, said.read_text()
+    return process.exitcode, printed.read_text()
 
 
 def train(folder: Path, root: Path, *arguments: object) -> tuple[int, str]:
-    """Train in `folder`/out as in most tests here."""
+    """Run `fullattn train` with a small network and the output `folder`/out."""
     settings = [each for each in map(str, arguments) if "=" in each]
     flags = [each for each in map(str, arguments) if "=" not in each]
     common = ("camvid_small", "--data", root, "--output", folder / "out", *flags)
     return command(folder, *common, "--set", *SETTINGS, *settings)
 
 
-def refusal(folder: Path, root: Path, *arguments: object) -> str:
-    """The one sentence of a run that is refused."""
-    status, said = train(folder, root, *arguments)
-    assert status == 2, said
-    sentence = said.splitlines()[-1]
-    assert sentence.startswith("fullattn: ")
-    assert "Traceback" not in said
-    assert "step 1/" not in said
-    return sentence
+def error_of(folder: Path, root: Path, *arguments: object) -> str:
+    """Return the one-line error of a run that does not start."""
+    status, printed = train(folder, root, *arguments)
+    assert status == 2, printed
+    message = printed.splitlines()[-1]
+    assert message.startswith("fullattn: ")
+    assert "Traceback" not in printed
+    assert "step 1/" not in printed
+    return message
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +92,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    status, said = train(folder, root)
-    assert status == 0, said
+    status, printed = train(folder, root)
+    assert status == 0, printed
     return folder / "out"
 
 
 @pytest.fixture
 def copied(trained: Path, tmp_path: Path) -> Path:
-    """A folder with a finished run in out/."""
+    """Copy a finished run to out/ in a new folder."""
     shutil.copytree(trained, tmp_path / "out")
     return tmp_path
 
@@ -114,27 +118,27 @@ def test_a_trained_network_can_be_loaded_and_used(trained: Path) -> None:
     assert read(trained / "config.yaml").model.channels == 8
 
 
-def test_a_finished_run_is_refused_and_left_alone_unless_resumed(copied: Path, root: Path) -> None:
+def test_a_finished_run_is_unchanged_and_must_be_resumed(copied: Path, root: Path) -> None:
     before = (copied / "out" / "last.ckpt").read_bytes()
-    assert "holds files: continue its run with --resume" in refusal(copied, root)
-    status, said = train(copied, root, "--resume")
-    assert status == 0, said
-    assert "step 2:" in said
+    assert "holds files: continue its run with --resume" in error_of(copied, root)
+    status, printed = train(copied, root, "--resume")
+    assert status == 0, printed
+    assert "step 2:" in printed
     assert (copied / "out" / "last.ckpt").read_bytes() == before
 
 
-def test_a_run_without_a_checkpoint_begins_when_resumed(root: Path, tmp_path: Path) -> None:
-    status, said = train(tmp_path, root, "--resume", "training.steps=1", "data.val=null")
-    assert status == 0, said
-    assert "begins at the first step" in said
+def test_resuming_without_a_checkpoint_starts_at_the_first_step(root: Path, tmp_path: Path) -> None:
+    status, printed = train(tmp_path, root, "--resume", "training.steps=1", "data.val=null")
+    assert status == 0, printed
+    assert "starts at the first step" in printed
     assert (tmp_path / "out" / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--attention", "channel"], "a network with attention='fully', and this run's has"),
-        (["model.channels=16"], "a network with channels=8, and this run's has channels=16"),
+        (["--attention", "channel"], "model.attention fully, and this run has channel"),
+        (["model.channels=16"], "model.channels 8, and this run has 16"),
         (["training.learning_rate=0.5"], "training.learning_rate 0.02, and this run has 0.5"),
         (["--seed", "3"], "training.seed 0, and this run has 3"),
     ],
@@ -143,14 +147,14 @@ def test_another_run_cannot_be_resumed(
     arguments: list[str], reason: str, copied: Path, root: Path
 ) -> None:
     config = (copied / "out" / "config.yaml").read_bytes()
-    sentence = refusal(copied, root, *arguments, "--resume")
-    assert reason in sentence
-    assert str(copied / "out" / "last.ckpt") in sentence
+    message = error_of(copied, root, *arguments, "--resume")
+    assert reason in message
+    assert str(copied / "out" / "last.ckpt") in message
     assert (copied / "out" / "config.yaml").read_bytes() == config
 
 
 def folder_data(root: Path, size: tuple[int, int] = (48, 64)) -> Path:
-    """Images and masks of three classes."""
+    """Create images and masks of three classes."""
     random = np.random.default_rng(0)
     for split in ("train", "val"):
         for i in range(3):
@@ -160,17 +164,28 @@ def folder_data(root: Path, size: tuple[int, int] = (48, 64)) -> Path:
     return root
 
 
-def test_other_classes_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
+def test_other_data_cannot_be_resumed(copied: Path, tmp_path: Path) -> None:
     other = folder_data(tmp_path / "other")
-    sentence = refusal(copied, other, "data.name=folder", "--resume")
-    assert "it is of classes with 11 of them, and this run's has 3 of them" in sentence
+    message = error_of(copied, other, "data.name=folder", "--resume")
+    assert "data.name camvid, and this run has folder" in message
+
+
+def test_other_classes_of_a_folder_cannot_be_resumed(tmp_path: Path) -> None:
+    root = folder_data(tmp_path / "data")
+    settings = ("data.name=folder", "training.steps=1", "data.val=null")
+    status, printed = train(tmp_path, root, *settings)
+    assert status == 0, printed
+    (root / "classes.txt").write_text("zero\nother\ntwo\n")
+    message = error_of(tmp_path, root, *settings, "--resume")
+    assert "it was saved with class " in message
+    assert "and this run has zero" in message
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000])
 def test_a_damaged_checkpoint_cannot_be_resumed(size: int, copied: Path, root: Path) -> None:
     path = copied / "out" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:size])
-    assert str(path) in refusal(copied, root, "--resume")
+    assert str(path) in error_of(copied, root, "--resume")
 
 
 @pytest.mark.parametrize(
@@ -179,25 +194,27 @@ def test_a_damaged_checkpoint_cannot_be_resumed(size: int, copied: Path, root: P
         (["data.crop=[49,64]"], "is smaller than the crop of 49×64"),
         (["data.crop=[49,64]", "--no-check"], "is smaller than the crop of 49×64"),
         (["data.name=cityscapes"], "is not laid out as Cityscapes"),
-        (["data.train=all"], "camvid has no split 'all'"),
-        (["model.backbone=resnet"], "cannot be built: timm"),
-        (["model.attention_options={shape: 3}"], "cannot be built"),
-        (["model.backbone_weights=gone.npz"], "there is no file gone.npz"),
-        (["training.sync_batchnorm=true"], "synchronises batch normalisation on GPUs only"),
-        (["training.precision=16-mixed"], "16-mixed needs a GPU"),
+        (["data.train=all"], "CamVid has no split 'all'"),
+        (["model.backbone=resnet"], "cannot build the network of the configuration: timm"),
+        (["model.attention_options={shape: 3}"], "cannot build the network"),
+        (["model.backbone_weights=gone.npz"], "file gone.npz does not exist"),
+        (["training.sync_batchnorm=true"], "no GPU is available: expected training.sync_batch"),
+        (["training.precision=16-mixed"], "32-true or bf16-mixed, got False and 16-mixed"),
         (["--attention", "some"], "some"),
-        (["--accumulate", "3"], "2 images cannot be divided evenly over 1 processes with 3"),
-        (["--devices", "4"], "2 images cannot be divided evenly over 4 processes"),
-        (["--strategy", "fsdp", "training.average_decay=0.9"], "does not go with"),
+        (["--accumulate", "3"], "training.batch_size: expected a multiple of 3 "),
+        (["--accumulate", "0"], "training.accumulate should be greater than 0, got 0"),
+        (["--devices", "4"], "training.batch_size: expected a multiple of 4 "),
+        (["--strategy", "fsdp", "training.average_decay=0"], "got 0.0 and 32-true"),
+        (["--strategy", "fsdp", "training.precision=64-true"], "got None and 64-true"),
         (["training.step=3"], "did you mean 'steps'"),
     ],
     ids=str,
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="some of it can be done on a GPU")
-def test_what_cannot_be_done_is_said_before_anything_is_written(
+def test_invalid_settings_are_reported_before_anything_is_written(
     arguments: list[str], reason: str, root: Path, tmp_path: Path
 ) -> None:
-    assert reason in refusal(tmp_path, root, *arguments)
+    assert reason in error_of(tmp_path, root, *arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -208,36 +225,40 @@ def test_bad_files_are_named_before_the_first_step(root: Path, tmp_path: Path) -
     labels = np.asarray(Image.open(masks[0])).copy()
     labels[0, 0] = 99
     Image.fromarray(labels).save(masks[0])
-    assert f"{masks[0]} has labels that camvid does not have: 99" in refusal(tmp_path, copy)
+    assert (
+        f"{masks[0]} has invalid labels for camvid: expected 0 to 10 and 255, got 99"
+        in error_of(tmp_path, copy)
+    )
     photo = sorted((copy / "images" / "val").iterdir())[1]
     photo.write_bytes(photo.read_bytes()[:500])
     masks[2].unlink()
-    assert str(masks[2].with_suffix("").name) in refusal(tmp_path, copy)
-    status, said = train(tmp_path, copy, "--skip-bad")
-    assert status == 0, said
+    assert str(masks[2].with_suffix("").name) in error_of(tmp_path, copy)
+    status, printed = train(tmp_path, copy, "--skip-bad")
+    assert status == 0, printed
     listed = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     assert len(listed) == 3
-    assert "3 files were left out" in said
+    assert "3 files were skipped" in printed
     for name in (masks[0].name, photo.name):
         assert any(name in line for line in listed)
-    # None of it once more, and nothing of it left out silently.
+    # Without --skip-bad they are errors again.
     shutil.rmtree(tmp_path / "out")
-    assert str(photo) in refusal(tmp_path, copy, "data.train=test")
+    assert str(photo) in error_of(tmp_path, copy, "data.train=test")
 
 
-def test_images_smaller_than_the_crop_are_filled_up_on_request(root: Path, tmp_path: Path) -> None:
+def test_images_smaller_than_the_crop_are_padded_with_pad(root: Path, tmp_path: Path) -> None:
     wide = ("data.crop=[64,64]", "data.pad=true", "training.steps=1", "data.val=null")
-    status, said = train(tmp_path, root, *wide)
-    assert status == 0, said
+    status, printed = train(tmp_path, root, *wide)
+    assert status == 0, printed
 
 
-def test_the_command_line_is_there_before_anything_heavy_is_imported() -> None:
+def test_the_parser_needs_no_slow_imports() -> None:
     code = (
         "import sys\n"
         "from fullattn._cli.arguments import Parser\n"
-        "from fullattn.segmentation.training.command import add_train\n"
-        "add_train(Parser().add_subparsers())\n"
-        "print([m for m in ('lightning', 'torchvision', 'timm', 'yaml') if m in sys.modules])\n"
+        "from fullattn.segmentation.training.command import configure\n"
+        "configure(Parser())\n"
+        "heavy = {'lightning', 'pydantic', 'timm', 'yaml'}\n"
+        "print(heavy & set(sys.modules))\n"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    assert found.stdout.strip() == "set()"

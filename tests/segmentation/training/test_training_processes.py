@@ -1,4 +1,4 @@
-"""Two processes, or the parts of a step, give the weights of one process with the whole batch."""
+"""Two processes, or accumulation, yield the weights of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from helpers.tiny_training import STEPS, result, run, run_two
 
 pytestmark = pytest.mark.slow
 
-# float64 for a sharp comparison. Normalisation over groups, because batch normalisation sees only
-# its process's part of the batch, and no dropout, which draws other numbers in another process. No
-# clipping, which would hide a wrong factor on the gradient.
+# float64 for a strict comparison. Group normalisation, because batch normalisation depends on the
+# batch of a process; no dropout, whose random numbers depend on the rank; no clipping, which would
+# hide a wrong factor on the gradient.
 SETTINGS = (
     "training.precision=64-true",
     "training.clip_gradient_norm=null",
@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {"model": {"norm": "group", "dropout": 0.0}}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Five images, so that the two processes' shares of the evaluation are not alike.
+    # Five images, so that the two processes evaluate different numbers of images.
     return tiny_data.camvid(tmp_path_factory.mktemp("data"), images=5)
 
 
@@ -47,29 +47,29 @@ def free_port() -> int:
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-14) -> None:
-    """Sums in another order round differently: a few bits of float64, added up over the steps."""
+    """Compare weights up to rounding: the order of sums differs."""
     for name, weight in expected["weights"].items():
-        # Of a weight that is far from 0 a relative error would say little: all moved by about 0.1.
+        # Absolute, because training moved all weights by about 0.1, also those far from 0.
         error = (found["weights"][name] - weight).abs().max()
         assert error < tolerance, f"{name} differs by {error}"
 
 
-def test_two_processes_train_as_one_does(root: Path, one: Path, tmp_path: Path) -> None:
+def test_two_processes_equal_one(root: Path, one: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     settings = (*SETTINGS, "training.strategy=ddp")
     assert run_two(output, root, *settings, port=free_port(), **OPTIONS) == [0, 0]
     for rank in "01":
         assert_same(result(output, rank), result(one))
         assert torch.equal(result(output, rank)["confusion"], result(one)["confusion"])
-    # Dropout is not to drop the same in every process.
+    # Dropout differs between processes and steps.
     seeds = [seed for rank in "01" for seed in result(output, rank)["seeds"]]
     assert len(set(seeds)) == len(seeds) == 2 * STEPS
 
 
-def test_sharded_over_two_processes_is_trained_and_resumed_as_one_is(
+def test_sharding_over_two_processes_and_resuming_equals_one_process(
     root: Path, tmp_path: Path
 ) -> None:
-    # Lightning shards in float32 only, whose rounding a dozen steps make larger.
+    # Lightning shards in float32 only; rounding errors grow over the steps.
     one, output = tmp_path / "one", tmp_path / "run"
     assert run(one, root, "training.clip_gradient_norm=0.5", **OPTIONS) == 0
     settings = ("training.clip_gradient_norm=0.5", "training.strategy=fsdp")
@@ -82,9 +82,7 @@ def test_sharded_over_two_processes_is_trained_and_resumed_as_one_is(
     assert_same({"weights": found}, result(one), tolerance=1e-5)
 
 
-def test_accumulated_parts_train_as_the_whole_batch_does(
-    root: Path, one: Path, tmp_path: Path
-) -> None:
+def test_accumulation_equals_the_whole_batch(root: Path, one: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert run(output, root, *SETTINGS, "training.accumulate=4", **OPTIONS) == 0
     assert_same(result(output), result(one))
@@ -92,7 +90,9 @@ def test_accumulated_parts_train_as_the_whole_batch_does(
     assert len(set(seeds)) == len(seeds) == 4 * STEPS
 
 
-def test_workers_load_what_the_process_itself_does(root: Path, one: Path, tmp_path: Path) -> None:
+def test_workers_load_the_same_images_as_the_main_process(
+    root: Path, one: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     assert run(output, root, *SETTINGS, "data.workers=2", **OPTIONS) == 0
     for name, weight in result(one)["weights"].items():

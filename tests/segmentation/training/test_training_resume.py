@@ -1,4 +1,4 @@
-"""A run that is killed at any moment ends with the weights of one that is not, bit for bit."""
+"""A run that is killed and resumed ends with the weights of an unbroken run, bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.tiny_training import STEPS, run, tensors
 
 pytestmark = pytest.mark.slow
 
-# Everything that a resumed run might forget: momentum, averages, parts of steps, workers' order.
+# Settings with a state that a resumed run could lose: momentum, averages, accumulation, warm-up.
 SETTINGS = (
     "training.accumulate=2",
     "training.average_decay=0.9",
@@ -25,7 +25,7 @@ SETTINGS = (
 # Two forward passes a step, and six in an evaluation after steps 6 and 12.
 BEFORE_ANY_CHECKPOINT = 5
 AFTER_STEP_4 = 2 * 5 + 1
-IN_PART_2_OF_STEP_6 = 2 * 6
+WITHIN_STEP_6 = 2 * 6
 IN_VALIDATION = 2 * 6 + 3
 AFTER_STEP_10 = 2 * 10 + 6 + 1
 IN_LAST_VALIDATION = 2 * 12 + 6 + 2
@@ -49,10 +49,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """The whole of two runs' checkpoints, but for the paths of their folders and the loops' state.
-
-    Lightning counts in the loops how often they were entered.
-    """
+    """Compare two runs' checkpoints, except for paths and for the loops' counts of restarts."""
     for name in ("last.ckpt", "best.ckpt"):
         found = [checkpoint(folder / name) for folder in (one, other)]
         for each in found:
@@ -72,7 +69,7 @@ def assert_same(one: Path, other: Path) -> None:
         ({"killed_in_call": BEFORE_ANY_CHECKPOINT}, None),
         ({"killed_in_save": 1}, None),
         ({"killed_in_call": AFTER_STEP_4}, 4),
-        ({"killed_in_call": IN_PART_2_OF_STEP_6}, 4),
+        ({"killed_in_call": WITHIN_STEP_6}, 4),
         ({"killed_in_call": IN_VALIDATION}, 4),
         ({"killed_in_save": 2}, 4),  # best.ckpt, after step 6
         ({"killed_in_save": 3}, 4),  # last.ckpt, after step 8
@@ -100,7 +97,7 @@ def test_killed_and_resumed_equals_unbroken(
     for name, weight in before["weights"].items():
         assert torch.equal(weight, after["weights"][name]), name
     assert torch.equal(before["confusion"], after["confusion"])
-    # It went on from where it was, and did not begin again.
+    # The run continued from the checkpoint and did not start again.
     steps = STEPS - (left_at or 0)
     validations = 2 if steps > 6 else 1
     assert after["calls"] == 2 * steps + 6 * validations

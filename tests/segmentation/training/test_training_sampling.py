@@ -1,39 +1,42 @@
-"""Which images a step sees depends on seed and step alone, however the step is divided."""
+"""The images of a step depend on seed and step alone, however the step is divided."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DistributedSampler, TensorDataset
 
-from fullattn.segmentation.training.sampling import StepSampler, ValidationSampler, random_seed
+from fullattn.segmentation.seeding import random_seed
+from fullattn.segmentation.training.sampling import StepSampler, is_repeated
 
 Keys = list[tuple[int, int]]
 
 
 @st.composite
 def samplers(draw: st.DrawFn) -> dict[str, int]:
-    processes, parts = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    world_size, accumulation_steps = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     return {
         "images": draw(st.integers(1, 30)),
-        "batch_size": processes * parts * draw(st.integers(1, 4)),
+        "batch_size": world_size * accumulation_steps * draw(st.integers(1, 4)),
         "steps": draw(st.integers(1, 8)),
         "seed": draw(st.integers(0, 2**63 - 1)),
-        "processes": processes,
-        "parts": parts,
+        "world_size": world_size,
+        "accumulation_steps": accumulation_steps,
     }
 
 
-def whole(options: dict[str, int]) -> list[Keys]:
-    """The batches of one process that takes every step at once."""
-    return list(StepSampler(**{**options, "processes": 1, "parts": 1}))
+def undivided(options: dict[str, int]) -> list[Keys]:
+    """Return the batches of a single process without accumulation."""
+    return list(StepSampler(**{**options, "world_size": 1, "accumulation_steps": 1}))
 
 
 @given(options=samplers())
 def test_every_epoch_is_a_permutation(options: dict[str, int]) -> None:
-    keys = [key for batch in whole(options) for key in batch]
+    keys = [key for batch in undivided(options) for key in batch]
     images = options["images"]
     for epoch in range(len(keys) // images):
         seen = keys[epoch * images : (epoch + 1) * images]
@@ -41,23 +44,31 @@ def test_every_epoch_is_a_permutation(options: dict[str, int]) -> None:
 
 
 @given(options=samplers())
-def test_processes_and_parts_share_the_same_step(options: dict[str, int]) -> None:
-    shares = [list(StepSampler(**options, process=p)) for p in range(options["processes"])]
-    parts = options["parts"]
-    for step, expected in enumerate(whole(options)):
+def test_ranks_and_accumulation_steps_divide_the_same_step(options: dict[str, int]) -> None:
+    ranks = [list(StepSampler(**options, rank=rank)) for rank in range(options["world_size"])]
+    assert {len(batches) for batches in ranks} == {len(StepSampler(**options))}
+    accumulated = options["accumulation_steps"]
+    steps = undivided(options)
+    assert len(steps) == options["steps"]
+    for step, expected in enumerate(steps):
         found = [
             key
-            for part in range(step * parts, (step + 1) * parts)
-            for share in shares
-            for key in share[part]
+            for i in range(step * accumulated, (step + 1) * accumulated)
+            for batches in ranks
+            for key in batches[i]
         ]
         assert found == expected
 
 
-@given(options=samplers(), start=st.integers(0, 8))
-def test_a_resumed_run_sees_what_is_left(options: dict[str, int], start: int) -> None:
-    left = list(StepSampler(**options, start=start))
-    assert left == list(StepSampler(**options))[start * options["parts"] :]
+@given(options=samplers(), start=st.integers(0, 8), rank=st.integers(0, 3))
+def test_a_resumed_run_sees_the_remaining_batches(
+    options: dict[str, int], start: int, rank: int
+) -> None:
+    options["rank"] = rank % options["world_size"]
+    options["start"] = min(start, options["steps"])
+    remaining = list(StepSampler(**options))
+    skipped = options["start"] * options["accumulation_steps"]
+    assert remaining == list(StepSampler(**{**options, "start": 0}))[skipped:]
 
 
 def test_epochs_and_seeds_differ() -> None:
@@ -70,7 +81,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert order(0, 0) != list(range(50))
 
 
-def test_seeds_of_neighbours_have_nothing_in_common() -> None:
+def test_seeds_of_neighbouring_integers_are_unrelated() -> None:
     seeds = [random_seed(seed, step) for seed in range(20) for step in range(20)]
     assert len(set(seeds)) == 400
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -79,18 +90,24 @@ def test_seeds_of_neighbours_have_nothing_in_common() -> None:
     assert abs(ones[1] / ones.total() - 0.5) < 0.02
 
 
-def test_a_batch_that_cannot_be_divided_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"batch of 6 images .* 2 processes with 2 accumulated"):
-        StepSampler(9, 6, 1, processes=2, parts=2)
+def test_an_uneven_division_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"multiple of .* = 2 · 2, got 6"):
+        StepSampler(9, 6, 1, world_size=2, accumulation_steps=2)
     with pytest.raises(ValueError, match="at least one image"):
         StepSampler(0, 6, 1)
 
 
-@given(images=st.integers(1, 20), processes=st.integers(1, 6))
-def test_every_image_is_evaluated_once(images: int, processes: int) -> None:
-    samplers = [ValidationSampler(images, process, processes) for process in range(processes)]
+@given(images=st.integers(1, 20), world_size=st.integers(1, 6))
+def test_every_image_is_evaluated_once(images: int, world_size: int) -> None:
+    dataset = TensorDataset(torch.zeros(images))
+    samplers = [
+        DistributedSampler(dataset, world_size, rank, shuffle=False) for rank in range(world_size)
+    ]
     assert len({len(list(sampler)) for sampler in samplers}) == 1
     counted = [
-        index for sampler in samplers for i, index in enumerate(sampler) if sampler.counts(i)
+        index
+        for sampler in samplers
+        for i, index in enumerate(sampler)
+        if not is_repeated(sampler, i)
     ]
     assert sorted(counted) == list(range(images))

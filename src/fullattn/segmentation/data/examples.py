@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypedDict
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset
 
 from fullattn.segmentation.data.dataset import SegmentationDataset
 from fullattn.segmentation.data.files import DataError
+from fullattn.segmentation.seeding import random_seed
 
 __all__ = ["Batch", "Example", "Examples", "collate"]
 
@@ -78,7 +78,7 @@ class Examples(Dataset[Example]):
         read, image, mask, skipped = self._readable(index)
         with torch.random.fork_rng(devices=[]), _one_thread():
             # Not torch.manual_seed, which would seed the GPUs' generators too.
-            torch.default_generator.manual_seed(_mixed(self.seed, epoch, index))
+            torch.default_generator.manual_seed(random_seed(self.seed, epoch, index))
             image, mask = self.transform(image, mask)
         name = self.dataset.samples[read].name
         return {"image": image, "mask": mask, "name": name, "skipped": skipped}
@@ -132,9 +132,3 @@ def collate(examples: Sequence[Example]) -> Batch:
         "name": [example["name"] for example in examples],
         "skipped": [path for example in examples for path in example["skipped"]],
     }
-
-
-def _mixed(seed: int, epoch: int, index: int) -> int:
-    """32 bits, all that PyTorch's generator takes, in which neighbours have nothing in common."""
-    digest = hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest)

@@ -1,40 +1,27 @@
-"""`fullattn train`: its arguments, and errors as one sentence.
-
-Everything that takes long to import is imported when the command runs.
-"""
+"""The command `fullattn train`. Slow imports wait until it runs."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fullattn._cli.arguments import Parser, count, seed
-from fullattn._cli.errors import UsageError
+from fullattn._cli.arguments import Parser, count
+from fullattn._cli.errors import UsageError, sentences
 from fullattn._cli.output import output_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fullattn.segmentation.training.config import Config
-    from fullattn.segmentation.training.run import Result
+    from fullattn.segmentation.training.fit import Result
 
 __all__ = ["configure"]
 
-_NEEDED = {
-    "lightning": "lightning",
-    "torchmetrics": "torchmetrics",
-    "yaml": "pyyaml",
-    "tensorboard": "tensorboard",
-    "torchvision": "torchvision",
-    "timm": "timm",
-    "PIL": "pillow",
-    "rich": "rich",
-}
+_NEEDED = ("lightning", "timm", "tensorboard", "pydantic", "yaml", "PIL", "rich")
 
 _EXAMPLES = """\
 examples:
@@ -46,17 +33,17 @@ examples:
 
 A configuration is one of those that come with fullattn (ade20k, camvid, camvid_small, cityscapes,
 voc) or a YAML file of the same form. The output folder gets last.ckpt, best.ckpt, config.yaml, and
-logs/ for TensorBoard. A run that was killed at any moment goes on with --resume.
+logs/ for TensorBoard. A run that was killed at any moment can be continued with --resume.
 """
 
 
 def configure(parser: Parser) -> None:
     """Add the arguments of `fullattn train`."""
-    parser.description = "Train FLANet, or the same network with another attention, on a data set."
+    parser.description = "Train FLANet, or the same network with another attention, on a dataset."
     parser.epilog = _EXAMPLES
     parser.add_argument("config", metavar="CONFIG", help="name of a configuration, or a YAML file")
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="ROOT", help="folder of the data set"
+        "--data", type=Path, required=True, metavar="ROOT", help="folder of the dataset"
     )
     parser.add_argument(
         "--output",
@@ -71,74 +58,62 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help="leave out files that cannot be read, and list them in skipped.txt",
+        help="skip unreadable files, and list them in skipped.txt",
     )
     parser.add_argument(
-        "--no-check", action="store_true", help="do not read every file before the first step"
+        "--no-check", action="store_true", help="do not read all files before the first step"
     )
-    what = parser.add_argument_group("instead of what the configuration says")
-    what.add_argument(
+    override = parser.add_argument_group("settings that replace those of the configuration")
+    override.add_argument(
         "--set",
         nargs="+",
         action="extend",
         default=[],
         metavar="SECTION.KEY=VALUE",
-        help="any key of it, the value in YAML: training.steps=100 data.val=null",
+        help="any setting, the value in YAML: training.steps=100 data.val=null",
     )
-    what.add_argument("--attention", metavar="NAME", help="model.attention")
-    what.add_argument("--seed", type=seed, help="training.seed")
-    what.add_argument(
-        "--accumulate",
-        type=count,
-        metavar="PARTS",
-        help="training.accumulate: take a step's images in so many parts, for less memory",
-    )
-    what.add_argument("--precision", metavar="NAME", help="training.precision")
-    what.add_argument("--strategy", metavar="NAME", help="training.strategy: auto, ddp or fsdp")
-    where = parser.add_argument_group("on which machines")
-    where.add_argument(
+    for key, meaning in (
+        ("model.attention", "the attention layer"),
+        ("training.seed", "of weights, order of images, augmentation and dropout"),
+        ("training.accumulate", "forward and backward passes in a step, for less memory"),
+        ("training.precision", "32-true, 64-true, 16-mixed or bf16-mixed"),
+        ("training.strategy", "auto, ddp or fsdp"),
+    ):
+        option = "--" + key.partition(".")[2]
+        override.add_argument(option, dest=key, metavar="VALUE", help=f"{key}: {meaning}")
+    machines = parser.add_argument_group("machines")
+    machines.add_argument(
         "--devices",
         type=count,
-        help="GPUs or CPU processes of each machine (all GPUs, or one CPU process)",
+        help="GPUs or CPU processes on each machine (all GPUs, or one CPU process)",
     )
-    where.add_argument("--nodes", type=count, help="machines (1)")
+    machines.add_argument("--nodes", type=count, help="number of machines (1)")
     parser.set_defaults(run=_train)
 
 
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """What the library finds wrong with what the user gave it, as the user's one sentence."""
+def _train(args: argparse.Namespace) -> None:
+    missing = [name for name in _NEEDED if not importlib.util.find_spec(name)]
+    if missing:
+        raise UsageError(f"training needs {', '.join(missing)}: pip install 'fullattn[train]'")
+    config = _config(args)  # before the slow imports
+    from lightning.pytorch.utilities import rank_zero_only
+    from rich.console import Console
+
     from fullattn.checkpoints import CheckpointError
     from fullattn.segmentation.data import DataError
     from fullattn.segmentation.training.config import ConfigError
     from fullattn.segmentation.training.module import NonFiniteError
+    from fullattn.segmentation.training.train import train
 
-    try:
-        yield
-    except (CheckpointError, ConfigError, DataError, NonFiniteError) as error:
-        raise UsageError(str(error)) from error
-
-
-def _train(args: argparse.Namespace) -> None:
-    missing = [name for module, name in _NEEDED.items() if not importlib.util.find_spec(module)]
-    if missing:
-        raise UsageError(f"training needs {', '.join(missing)}: pip install 'fullattn[train]'")
-    config = _config(args)
-    with _sentences():
-        from lightning.pytorch.utilities import rank_zero_only
-        from rich.console import Console
-
-        from fullattn.segmentation.training.train import train
-
-    # One process of several checks the files, writes and speaks.
-    first = getattr(rank_zero_only, "rank", 0) == 0
-    console = Console(soft_wrap=True) if first else None
-    if first and not args.resume and args.output.is_dir() and any(args.output.iterdir()):
+    for name in ("lightning.pytorch", "lightning.fabric"):  # no advertisements
+        logging.getLogger(name).setLevel(logging.WARNING)
+    console = rank_zero_only(Console)(soft_wrap=True)  # None in other processes
+    if console and not args.resume and args.output.is_dir() and any(args.output.iterdir()):
         raise UsageError(
             f"expected an empty or new output folder, and {str(args.output)!r} holds files: "
             "continue its run with --resume, or name another with --output"
         )
-    with output_folder(args.output), _sentences():
+    with output_folder(args.output):
         try:
             result = train(
                 config,
@@ -151,42 +126,32 @@ def _train(args: argparse.Namespace) -> None:
                 nodes=args.nodes,
                 console=console,
             )
+        except (CheckpointError, ConfigError, DataError, NonFiniteError) as error:
+            raise UsageError(str(error)) from error
         except KeyboardInterrupt:
-            where = f"{args.output / 'last.ckpt'} can be continued with --resume"
-            print(f"fullattn: interrupted; {where}", file=sys.stderr)  # noqa: T201
+            hint = f"continue from {args.output / 'last.ckpt'} with --resume"
+            print(f"fullattn: interrupted; {hint}", file=sys.stderr)  # noqa: T201
             raise SystemExit(130) from None
     if console is not None:
         _report(result, args.output, console)
 
 
 def _config(args: argparse.Namespace) -> Config:
-    from fullattn.segmentation.training.config import ConfigError, read
+    from fullattn.segmentation.training.config import read
 
-    own = {
-        "model.attention": args.attention,
-        "training.seed": args.seed,
-        "training.accumulate": args.accumulate,
-        "training.precision": args.precision,
-        "training.strategy": args.strategy,
-    }
-    overrides = [f"{key}={value}" for key, value in own.items() if value is not None]
-    try:
+    settings = {name: value for name, value in vars(args).items() if "." in name}
+    overrides = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    with sentences():
         return read(args.config, [*args.set, *overrides])
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
 
 
 def _report(result: Result, output: Path, console: Console) -> None:
     scores = "" if result.scores is None else f", val mIoU {result.scores.mean_iou:.4f}"
-    console.print(f"step {result.step}: {result.checkpoint}{scores}", highlight=False)
+    lines = [f"step {result.step}: {result.checkpoint}{scores}"]
     if result.best is not None:
         path, mean = result.best
-        console.print(f"best: {path}, val mIoU {mean:.4f}", highlight=False)
+        lines.append(f"best: {path}, val mIoU {mean:.4f}")
     if result.skipped:
-        console.print(
-            f"{len(result.skipped)} files were left out; they are listed in "
-            f"{output / 'skipped.txt'}:",
-            highlight=False,
-        )
-        for file in result.skipped[:10]:
-            console.print(f"  {file}", markup=False, highlight=False)
+        listed = f"listed in {output / 'skipped.txt'}:"
+        lines += [f"{len(result.skipped)} files were skipped, {listed}", *result.skipped[:10]]
+    console.print("\n".join(lines), markup=False, highlight=False)

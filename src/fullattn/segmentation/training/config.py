@@ -1,23 +1,36 @@
-"""What a training run is made of, read from YAML and checked before anything else is done.
+"""Settings of a training run, read from YAML and checked before anything else is done.
 
-A configuration has three sections, and every key of the three dataclasses below is one of a file's
-keys. A key without a default must be there; a key that is not known, a value of another type or out
-of range is an error that names the key and the file.
+A configuration has three sections: model, data and training. The keys of a section are the fields
+of its model below, and a field without a default is required. Types are strict: the text "3" is not
+the integer 3, but an integer is accepted as a float.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
-import math
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal
+
+from fullattn._text import did_you_mean
+
+try:
+    import yaml
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        NonNegativeInt,
+        PositiveInt,
+        ValidationError,
+    )
+except ImportError as error:
+    raise ImportError(
+        f"configurations need PyYAML and pydantic: pip install 'fullattn[train]' ({error})"
+    ) from error
 
 __all__ = [
     "Config",
@@ -30,154 +43,144 @@ __all__ = [
     "read",
 ]
 
-PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
-STRATEGIES = ("auto", "ddp", "fsdp")
-
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key and the file."""
+    """An invalid configuration; the message names the file or the option, and the key."""
 
 
-def _key(allowed: Callable[[Any], bool], expected: str, **options: Any) -> Any:
-    """A field whose values must be allowed; `expected` says in words which are."""
-    return field(metadata={"allowed": allowed, "expected": expected}, **options)
+def _number(value: Any) -> Any:
+    """Convert text such as 1e-4, which YAML 1.1 does not read as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
-def _count(**options: Any) -> Any:
-    return _key(lambda value: value >= 1, "a whole number of at least 1", **options)
+def _ascending(values: tuple[float, float]) -> tuple[float, float]:
+    if values[0] > values[1]:
+        raise ValueError("should be in ascending order")
+    return values
 
 
-def _from_zero(**options: Any) -> Any:
-    return _key(lambda value: value >= 0, "a number of at least 0", **options)
+_Number = Annotated[float, BeforeValidator(_number)]
+_Positive = Annotated[_Number, Field(gt=0)]
+_NonNegative = Annotated[_Number, Field(ge=0)]
+_Fraction = Annotated[_Number, Field(ge=0, lt=1)]
+_FROM_LIST = Field(strict=False)  # a tuple; its items stay strict
 
 
-def _above_zero(**options: Any) -> Any:
-    return _key(lambda value: value > 0, "a number above 0", **options)
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _fraction(**options: Any) -> Any:
-    return _key(lambda value: 0 <= value < 1, "a number from 0 to below 1", **options)
-
-
-def _one_of(allowed: Sequence[Any], **options: Any) -> Any:
-    return _key(lambda value: value in allowed, f"one of {', '.join(map(str, allowed))}", **options)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network: the arguments of `fullattn.segmentation.models.FLANet` that a file can name.
+class ModelConfig(_Strict):
+    """The network: arguments of `fullattn.segmentation.models.FLANet`.
 
     Attributes:
-        backbone_weights: file of weights that the backbone starts from, a .pt or .safetensors; null
+        pretrained: whether the backbone starts from timm's weights.
+        backbone_weights: file of weights that the backbone starts from, .pt or .safetensors; null
             for none. Read by `models.backbone.load_weights`.
     """
 
     backbone: str
     attention: str = "fully"
-    attention_options: dict[str, Any] = field(default_factory=dict)
-    backbone_options: dict[str, Any] = field(default_factory=dict)
-    channels: int = _count(default=512)
-    out_channels: int = _count(default=512)
+    attention_options: dict[str, Any] = Field(default_factory=dict)
+    backbone_options: dict[str, Any] = Field(default_factory=dict)
+    channels: PositiveInt = 512
+    out_channels: PositiveInt = 512
     auxiliary: bool = True
-    auxiliary_channels: int = _count(default=64)
-    dropout: float = _fraction(default=0.1)
-    output_stride: int = _one_of((8, 16, 32), default=8)
+    auxiliary_channels: PositiveInt = 64
+    dropout: _Fraction = 0.1
+    output_stride: Literal[8, 16, 32] = 8
     uniform_dilation: bool = True
     pretrained: bool = False
     backbone_weights: str | None = None
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """The data and how they are augmented.
+class DataConfig(_Strict):
+    """The dataset and its augmentation.
 
     Attributes:
-        name: of the data set: cityscapes, ade20k, voc, camvid or folder.
-        train: split to train on, such as train or train+val.
-        val: split that is evaluated during training; null for none.
+        name: cityscapes, ade20k, voc, camvid or folder.
         crop: height and width in pixels.
-        pad: whether an image may be smaller than the crop; it is then filled up with ignored
-            pixels. Without it such an image is an error before the first step.
+        train: split to train on, such as train or train+val.
+        val: split to evaluate during training; null for none.
+        pad: whether images smaller than the crop are padded with ignored pixels. Without it such an
+            image is an error before the first step.
         scale: smallest and largest factor of the random resizing.
         flip: probability of a horizontal flip.
         photometric: whether brightness, contrast, saturation and hue are varied.
-        mean: of images in 0 to 1, for each colour.
-        std: their standard deviation.
-        workers: processes that load images, for each training process.
+        mean: mean of each colour, of images in 0 to 1.
+        std: standard deviation of each colour.
+        workers: number of processes that load images, for each training process.
     """
 
     name: str
-    crop: tuple[int, int] = _key(lambda value: min(value) >= 1, "two whole numbers of at least 1")
+    crop: Annotated[tuple[PositiveInt, PositiveInt], _FROM_LIST]
     train: str = "train"
     val: str | None = "val"
     pad: bool = False
-    scale: tuple[float, float] = _key(
-        lambda value: 0 < value[0] <= value[1], "two numbers above 0 in order", default=(0.5, 2.0)
-    )
-    flip: float = _key(lambda value: 0 <= value <= 1, "a number from 0 to 1", default=0.5)
+    scale: Annotated[tuple[_Positive, _Positive], _FROM_LIST, AfterValidator(_ascending)] = (0.5, 2)
+    flip: Annotated[_Number, Field(ge=0, le=1)] = 0.5
     photometric: bool = True
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = _key(
-        lambda value: min(value) > 0, "three numbers above 0", default=(0.229, 0.224, 0.225)
-    )
-    workers: int = _from_zero(default=2)
+    mean: Annotated[tuple[_Number, _Number, _Number], _FROM_LIST] = (0.485, 0.456, 0.406)
+    std: Annotated[tuple[_Positive, _Positive, _Positive], _FROM_LIST] = (0.229, 0.224, 0.225)
+    workers: NonNegativeInt = 2
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(_Strict):
     """The optimisation. A step is one step of the optimizer.
 
     Attributes:
-        steps: of the optimizer in the whole run.
-        batch_size: images in a step, over all processes and accumulated parts together.
-        accumulate: parts that each process takes its share of a step in, one after the other; the
-            result is that of the whole share at once, but for batch normalisation's statistics.
-        learning_rate: at the beginning, or after the warm-up where there is one.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        decay_norm_and_bias: whether it also holds for parameters of at most one axis: biases,
-            gamma, the weights of normalisations.
+        steps: number of steps of the whole run.
+        batch_size: images in a step, over all processes and accumulation steps.
+        learning_rate: at the beginning, or after the warm-up.
+        accumulate: number of forward and backward passes in which each process computes a step. The
+            result equals that of a single pass, except for the statistics of batch normalisation.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD.
+        decay_norm_and_bias: whether weight decay applies to parameters of at most one axis: biases,
+            gamma and the weights of normalisations.
         head_learning_rate: factor on the learning rate of everything but the backbone.
-        power: of the schedule, learning_rate · (1 - step / steps) ** power.
-        warmup_steps: over which the rate first rises in equal steps; 0 for none.
+        power: power of the schedule, learning_rate · (1 - step / steps) ** power.
+        warmup_steps: steps of the linear warm-up of the learning rate; 0 for none.
         auxiliary_weight: factor on the loss of each auxiliary head.
         clip_gradient_norm: largest norm of the gradient; null for no clipping.
-        average_decay: decay of an exponential moving average of the weights, which is then what is
+        average_decay: decay of an exponential moving average of the weights, which is then
             evaluated and saved; null for none.
-        sync_batchnorm: whether batch normalisation takes its statistics over all processes. Not on
-            CPUs.
-        precision: 32-true, 64-true, 16-mixed or bf16-mixed.
-        strategy: auto, ddp, or fsdp, which shards the parameters.
-        seed: of the first weights, the order of the images, augmentation and dropout.
+        sync_batchnorm: whether batch normalisation takes its statistics over all processes. GPUs
+            only.
+        precision: Lightning's precision.
+        strategy: Lightning's strategy; fsdp shards the parameters.
+        seed: seed of the initial weights, the order of the images, augmentation and dropout.
         checkpoint_every: steps between two checkpoints.
         validate_every: steps between two evaluations; null for one at the end.
         log_every: steps between two entries of the logs.
     """
 
-    steps: int = _count()
-    batch_size: int = _count()
-    learning_rate: float = _above_zero()
-    accumulate: int = _count(default=1)
-    momentum: float = _fraction(default=0.9)
-    weight_decay: float = _from_zero(default=5e-4)
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: _Positive
+    accumulate: PositiveInt = 1
+    momentum: _Fraction = 0.9
+    weight_decay: _NonNegative = 5e-4
     decay_norm_and_bias: bool = True
-    head_learning_rate: float = _above_zero(default=1.0)
-    power: float = _from_zero(default=0.9)
-    warmup_steps: int = _from_zero(default=0)
-    auxiliary_weight: float = _from_zero(default=0.4)
-    clip_gradient_norm: float | None = _above_zero(default=None)
-    average_decay: float | None = _fraction(default=None)
+    head_learning_rate: _Positive = 1.0
+    power: _NonNegative = 0.9
+    warmup_steps: NonNegativeInt = 0
+    auxiliary_weight: _NonNegative = 0.4
+    clip_gradient_norm: _Positive | None = None
+    average_decay: _Fraction | None = None
     sync_batchnorm: bool = False
-    precision: str = _one_of(PRECISIONS, default="32-true")
-    strategy: str = _one_of(STRATEGIES, default="auto")
-    seed: int = _from_zero(default=0)
-    checkpoint_every: int = _count(default=500)
-    validate_every: int | None = _count(default=None)
-    log_every: int = _count(default=50)
+    precision: Literal["32-true", "64-true", "16-mixed", "bf16-mixed"] = "32-true"
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    checkpoint_every: PositiveInt = 500
+    validate_every: PositiveInt | None = None
+    log_every: PositiveInt = 50
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(_Strict):
     """A training run.
 
     Attributes:
@@ -191,25 +194,17 @@ class Config:
     training: TrainingConfig
 
     def plain(self) -> dict[str, dict[str, Any]]:
-        """The same as nested dicts of plain values, as in the file."""
-        return {
-            section: {
-                key: list(value) if isinstance(value, tuple) else value
-                for key, value in entries.items()
-            }
-            for section, entries in dataclasses.asdict(self).items()
-        }
+        """Convert to nested dicts of plain values, as in the file."""
+        return self.model_dump(mode="json")
 
     def text(self) -> str:
-        """The same as YAML, which `read` reads again."""
-        import yaml
-
+        """Convert to YAML, which `read` accepts."""
         text: str = yaml.safe_dump(self.plain(), sort_keys=False)
         return text
 
 
-# What may differ between a checkpoint and the run that continues it.
-_FREE = {
+# Keys that may differ between a checkpoint and the run that continues it.
+_RESUMABLE_CHANGES = {
     "data.workers",
     "data.val",
     "model.backbone_weights",
@@ -222,89 +217,61 @@ _FREE = {
     "training.sync_batchnorm",
     "training.validate_every",
 }
+_SHIPPED = resources.files("fullattn.segmentation.training") / "configs"
 
 
 def names() -> list[str]:
-    """The names of the configurations that come with the package."""
-    folder = resources.files("fullattn.segmentation.training") / "configs"
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in folder.iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    """List the configurations that come with the package."""
+    files = (entry.name for entry in _SHIPPED.iterdir())
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
 def read(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a configuration.
 
     Args:
-        source: name of a shipped one, or path of a YAML file.
-        overrides: "section.key=value" each, the value in YAML; they replace what the file says.
+        source: name of a configuration that comes with the package, or path of a YAML file.
+        overrides: "section.key=value" each, the value in YAML; they replace values of the file.
 
     Returns:
         The configuration.
 
     Raises:
-        ConfigError: there is no such configuration, or something in it or in an override does not
-            fit; the message names the key and the file.
-        ImportError: PyYAML is not installed.
+        ConfigError: the configuration does not exist, or a key or value in it or in an override is
+            invalid; the message names the key and the file.
 
     Example:
         >>> read("camvid_small", ["training.steps=100"]).training.steps
         100
     """
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError("configurations are YAML: pip install 'fullattn[train]'") from error
-
-    where = str(source)
-    try:
-        found = yaml.load(_text(source), _strict_loader())
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{where} is not YAML: {reason}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{where}: expected sections {_sections()}, got {found!r}")
+    settings = _parse(_text(source), str(source))
+    if not isinstance(settings, dict):
+        sections = ", ".join(Config.model_fields)
+        raise ConfigError(f"{source}: expected sections {sections}, got {settings!r}")
     origins: dict[str, str] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
         section, dot, key = name.partition(".")
         if not (equals and dot):
             raise ConfigError(f"expected --set section.key=value, got {override!r}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is not YAML") from error
-        if not isinstance(found.setdefault(section, {}), dict):
-            raise ConfigError(f"{where}: expected keys below {section!r}, got {found[section]!r}")
-        found[section][key] = value
         origins[name] = f"--set {override}"
-    return _config(found, where, origins)
-
-
-@functools.cache
-def _strict_loader() -> Any:
-    """YAML's safe loader, for which a key that is there twice is an error."""
-    import yaml
-
-    class Strict(yaml.SafeLoader):  # type: ignore[misc]
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            mapping = super().construct_mapping(node, deep)
-            if len(mapping) < len(node.value):
-                keys = [key.value for key, _ in node.value]
-                twice = next(key for key in keys if keys.count(key) > 1)
-                raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is there twice")
-            return mapping
-
-    return Strict
+        if section not in settings:
+            origins[section], settings[section] = origins[name], {}
+        if isinstance(settings[section], dict):  # otherwise the validation below fails
+            settings[section][key] = _parse(text, origins[name])
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        # Report unknown keys first: a misspelt key is also a missing one.
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        keys = [str(key) for key in first["loc"]]
+        origin = origins.get(".".join(keys[:2]), source)
+        raise ConfigError(f"{origin}: {_problem(keys, first)}") from error
 
 
 def _text(source: str | Path) -> str:
-    if isinstance(source, str) and source in names():
-        return (
-            resources.files("fullattn.segmentation.training") / "configs" / f"{source}.yaml"
-        ).read_text(encoding="utf-8")
+    if source in names():
+        return (_SHIPPED / f"{source}.yaml").read_text(encoding="utf-8")
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(
@@ -317,114 +284,50 @@ def _text(source: str | Path) -> str:
         raise ConfigError(f"cannot read {path}: {reason.lower()}") from error
 
 
-def _sections() -> str:
-    return ", ".join(entry.name for entry in dataclasses.fields(Config))
+class _UniqueKeyLoader(yaml.SafeLoader):  # type: ignore[misc]
+    """A YAML loader that rejects duplicate keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        mapping = super().construct_mapping(node, deep)
+        keys = [key.value for key, _ in node.value]
+        if duplicate := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {duplicate!r}")
+        return mapping
 
 
-def _config(found: Mapping[str, Any], where: str, origins: Mapping[str, str]) -> Config:
-    classes = typing.get_type_hints(Config)
-    for name in found:
-        if name not in classes:
-            raise ConfigError(f"{where}: unknown section {name!r}{_near(name, classes)}")
-    sections = {}
-    for name, kind in classes.items():
-        entries = found.get(name, {})
-        if not isinstance(entries, dict):
-            raise ConfigError(f"{where}: expected keys below {name!r}, got {entries!r}")
-        sections[name] = _section(kind, name, entries, where, origins)
-    return Config(**sections)
+def _parse(text: str, origin: str) -> Any:
+    try:
+        return yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: invalid YAML: {' '.join(str(error).split())}") from error
 
 
-Section = TypeVar("Section", ModelConfig, DataConfig, TrainingConfig)
+def _problem(keys: Sequence[str], error: Mapping[str, Any]) -> str:
+    """Describe one of pydantic's errors."""
+    name = ".".join(keys)
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    if error["type"] == "extra_forbidden":
+        model = Config.model_fields[keys[0]].annotation if len(keys) > 1 else Config
+        known = list(model.model_fields)  # type: ignore[union-attr]
+        hint = did_you_mean(keys[-1], known) or f"; expected one of {', '.join(known)}"
+        return f"unknown key {name!r}{hint}"
+    expected = re.sub("^(Input|Tuple|Value error,) ", "", error["msg"])
+    return f"{name} {expected}, got {error['input']!r}"
 
 
-def _section(
-    kind: type[Section],
-    section: str,
-    entries: Mapping[str, Any],
-    where: str,
-    origins: Mapping[str, str],
-) -> Section:
-    hints = typing.get_type_hints(kind)
-    known = {entry.name: entry for entry in dataclasses.fields(kind)}
-    values: dict[str, Any] = {}
-    for key, value in entries.items():
-        full = f"{section}.{key}"
-        origin = origins.get(full, where)
-        if key not in known:
-            raise ConfigError(f"{origin}: unknown key {full!r}{_near(str(key), known)}")
-        values[key] = _value(value, hints[key], known[key], f"{origin}: {full}")
-    for key, entry in known.items():
-        if key not in values and entry.default is MISSING and entry.default_factory is MISSING:
-            raise ConfigError(f"{where}: {section}.{key} is missing")
-    return kind(**values)
-
-
-def _near(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-
-
-def _value(value: Any, hint: Any, entry: Field[Any], name: str) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    (kind,) = (each for each in kinds if each is not type(None))
-    converted = _converted(value, kind)
-    allowed = entry.metadata.get("allowed")
-    expected = entry.metadata.get("expected") or _words(kind)
-    if converted is None or (allowed and not allowed(converted)):
-        null = " or null" if type(None) in kinds else ""
-        raise ConfigError(f"{name} must be {expected}{null}, got {value!r}")
-    return converted
-
-
-def _words(kind: Any) -> str:
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        return f"a list of {len(inner)} values, each {_words(inner[0])}"
-    if typing.get_origin(kind) is dict:
-        return "keys and values"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return words[kind]
-
-
-def _converted(value: Any, kind: Any) -> Any:
-    """The value as that type, or None where it is not one of it. Nothing is guessed."""
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        if not isinstance(value, list | tuple) or len(value) != len(inner):
-            return None
-        items = tuple(_converted(item, each) for item, each in zip(value, inner, strict=True))
-        return None if None in items else items
-    if typing.get_origin(kind) is dict:
-        return value if isinstance(value, dict) and all(isinstance(k, str) for k in value) else None
-    if kind is float:
-        # YAML reads 1e-4 as text, which everyone means as a number.
-        if isinstance(value, str):
-            try:
-                value = float(value)
-            except ValueError:
-                return None
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(value) if number and math.isfinite(value) else None
-    if kind is int and isinstance(value, bool):
-        return None
-    return value if isinstance(value, kind) else None
-
-
-def differences(before: Mapping[str, Any], now: Config) -> Iterator[tuple[str, Any, Any]]:
-    """What differs between a plain configuration and this one in a way that changes the result.
+def differences(before: Mapping[str, Any], config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Find the settings that changed in a way that changes the result of the training.
 
     Args:
-        before: as `Config.plain` gives it.
-        now: the configuration.
+        before: an earlier configuration, from `Config.plain`.
+        config: the present configuration.
 
     Yields:
-        The key with its section, its value before and its value now.
+        The key with its section, its earlier and its present value.
     """
-    for section, entries in now.plain().items():
+    for section, entries in config.plain().items():
         old = before.get(section, {})
         for key, value in entries.items():
-            if f"{section}.{key}" not in _FREE and old.get(key) != value:
+            if f"{section}.{key}" not in _RESUMABLE_CHANGES and old.get(key) != value:
                 yield f"{section}.{key}", old.get(key), value

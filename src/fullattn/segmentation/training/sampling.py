@@ -1,59 +1,44 @@
-"""Which images a step sees, and which random numbers: functions of (seed, step, process) alone.
+"""Samplers of training and evaluation.
 
-Nothing here has a state that a checkpoint would have to hold, so a run continued from any step sees
-what an unbroken one does.
+They have no state that a checkpoint would have to hold, so a run that is resumed at any step sees
+the images that an uninterrupted one sees.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
-__all__ = ["StepSampler", "ValidationSampler", "random_seed"]
+from fullattn.segmentation.seeding import random_seed
 
-
-def random_seed(*numbers: int) -> int:
-    """A seed that differs for every sequence of whole numbers.
-
-    Args:
-        numbers: whole numbers that need no more than 64 bits.
-
-    Returns:
-        A number from 0 to 2⁶³ - 1, the same on every machine.
-
-    Example:
-        >>> random_seed(0, 1) == random_seed(0, 1), random_seed(0, 1) == random_seed(1, 0)
-        (True, False)
-    """
-    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+__all__ = ["StepSampler", "is_repeated"]
 
 
 @dataclass(frozen=True)
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """The batches of one process, from a step on to the last one, as keys (epoch, index).
+    """The batches of one process, as keys (epoch, index), from a step on to the last one.
 
-    All epochs form one sequence, each a permutation from (seed, epoch). A step takes the next
-    `batch_size` keys of it, whatever the number of processes and parts: part p of process r has the
-    keys from (p · processes + r) · (batch_size / processes / parts) on.
+    The epochs form one sequence, each a permutation that depends on (seed, epoch). A step takes the
+    next `batch_size` keys for any number of processes and accumulation steps: one batch for each
+    rank in order, then the same for the next accumulation step.
 
     Args:
-        images: in an epoch.
-        batch_size: images in a step, over all processes and parts.
-        steps: in the whole run.
-        start: steps that are already done.
-        seed: of the permutations.
-        process: number of this one.
-        processes: how many there are.
-        parts: batches that this process takes its share of a step in.
+        images: images in an epoch.
+        batch_size: images in a step, over all processes and accumulation steps.
+        steps: steps of the whole run.
+        start: number of steps already done.
+        seed: seed of the permutations.
+        rank: rank of this process.
+        world_size: number of processes.
+        accumulation_steps: batches that each process takes in a step.
 
     Raises:
-        ValueError: the batch cannot be divided evenly, or there are no images.
+        ValueError: the batch size is not a multiple of the number of batches, or `images` is 0.
 
     Example:
         >>> [len(batch) for batch in StepSampler(10, batch_size=8, steps=3)]
@@ -69,78 +54,39 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     steps: int
     start: int = 0
     seed: int = 0
-    process: int = 0
-    processes: int = 1
-    parts: int = 1
+    rank: int = 0
+    world_size: int = 1
+    accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
         if self.images < 1:
             raise ValueError("expected at least one image to train on, got none")
-        if self.batch_size % (self.processes * self.parts):
+        if self.batch_size % (self.world_size * self.accumulation_steps):
             raise ValueError(
-                f"a batch of {self.batch_size} images cannot be divided evenly over "
-                f"{self.processes} processes with {self.parts} accumulated parts each"
+                "expected a multiple of world_size · accumulation_steps = "
+                f"{self.world_size} · {self.accumulation_steps}, got {self.batch_size}"
             )
 
-    @property
-    def share(self) -> int:
-        """Images in one batch of one process."""
-        return self.batch_size // self.processes // self.parts
-
     def __len__(self) -> int:
-        # Of the whole run, as Lightning counts it: a resumed run starts in the midst of it.
-        return self.steps * self.parts
+        # Batches of the whole run, from which Lightning counts down also in a resumed one.
+        return self.steps * self.accumulation_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, torch.empty(0)
-        for step in range(self.start, self.steps):
-            for part in range(self.parts):
-                first = step * self.batch_size
-                first += (part * self.processes + self.process) * self.share
-                batch = []
-                for position in range(first, first + self.share):
-                    if position // self.images != epoch:
-                        epoch = position // self.images
-                        order = self._order(epoch)
-                    batch.append((epoch, int(order[position % self.images])))
-                yield batch
+        in_step = self.world_size * self.accumulation_steps
+        batches: Any = BatchSampler(self._keys(), self.batch_size // in_step, drop_last=True)
+        end = (self.steps - self.start) * in_step
+        return itertools.islice(batches, self.rank, end, self.world_size)
 
-    def _order(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(random_seed(self.seed, epoch))
-        return torch.randperm(self.images, generator=generator)
+    def _keys(self) -> Iterator[Any]:
+        """Yield the keys of all images from `start` on, without end."""
+        first, skipped = divmod(self.start * self.batch_size, self.images)
+        for epoch in itertools.count(first):
+            generator = torch.Generator().manual_seed(random_seed(self.seed, epoch))
+            order = torch.randperm(self.images, generator=generator).tolist()
+            for index in order[skipped if epoch == first else 0 :]:
+                yield epoch, index
 
 
-@dataclass(frozen=True)
-class ValidationSampler(Sampler[int]):
-    """Every `processes`-th image from the process's own number on.
-
-    All processes get the same number of images, since those of a sharded network compute together.
-    Where the images run out the last one comes again, and `counts` says that it is not to be
-    counted.
-
-    Args:
-        images: how many there are.
-        process: number of this one.
-        processes: how many there are.
-
-    Example:
-        >>> list(ValidationSampler(5, process=1, processes=2))
-        [1, 3, 4]
-        >>> [ValidationSampler(5, process=1, processes=2).counts(i) for i in range(3)]
-        [True, True, False]
-    """
-
-    images: int
-    process: int = 0
-    processes: int = 1
-
-    def __len__(self) -> int:
-        return -(-self.images // self.processes)
-
-    def __iter__(self) -> Iterator[int]:
-        for i in range(len(self)):
-            yield min(i * self.processes + self.process, self.images - 1)
-
-    def counts(self, i: int) -> bool:
-        """Whether the i-th image of this process is one that no other process has had."""
-        return i * self.processes + self.process < self.images
+def is_repeated(sampler: DistributedSampler[Any], i: int) -> bool:
+    """Return whether the i-th index is one that PyTorch's sampler repeats to fill all ranks."""
+    return i * sampler.num_replicas + sampler.rank >= len(sampler.dataset)  # type: ignore[arg-type]
