@@ -324,7 +324,7 @@ def settings(jobs: int) -> None:
 
 @torch.inference_mode()
 def cost(repeats: int) -> None:
-    """Parameters, FLOPs and time of backbone and head for one 480x360 image, taken in turns."""
+    """Parameters, FLOPs and time of backbone and head for one 480x360 image, interleaved."""
     recipe = Recipe()
     images = torch.randint(0, 256, (1, 3, 360, 480), dtype=torch.uint8)
     frozen = Backbone(None)

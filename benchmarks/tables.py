@@ -148,7 +148,7 @@ def flanet_step_table() -> str:
         shape = "×".join(map(str, data["shape"]))
         about.append(
             f"images {shape}, {data['device']}, {data['threads']} threads, torch {data['torch']}, "
-            f"{len(pairs)} pairs of steps in turns"
+            f"{len(pairs)} interleaved pairs of steps"
         )
     headings = [
         "backbone",

@@ -1,4 +1,4 @@
-"""The sections of our docstrings in words that the generator of the reference knows.
+"""The sections of our docstrings in words that mkdocstrings has a section for.
 
 It reads Google style, to which we add Shape and Source, and says Examples where we say Example.
 """

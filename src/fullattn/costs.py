@@ -26,7 +26,7 @@ float32 they are within a tenth of the allocations that PyTorch reports. Not cou
 and convolutions in half precision take for themselves, the tokens that `sdpa` packs in
 half precision for processors with matrix units (AMX), memory that the allocator does not give back,
 and PyTorch's own records: a process grows by somewhat more. For other devices the formulas
-are the same, but their libraries' room is not known and not counted.
+are the same, but the workspace of their libraries is not known and not counted.
 
 Example:
     >>> import torch, fullattn

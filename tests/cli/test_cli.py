@@ -25,7 +25,7 @@ Image = pytest.importorskip("PIL.Image")
 TINY = ["bench", "--layers", "channel", "--backends", "reference", "--shapes", "4x5x6"]
 QUICK = [*TINY, "--no-memory", "--repeats", "2", "--threads", "1"]
 
-CONTENDER = """
+MODULES = """
 from torch import nn
 
 class Block(nn.Module):
@@ -244,8 +244,8 @@ def test_sweeps_have_a_picture_of_their_own(axis: str) -> None:
 
 
 def test_implementations_from_a_file_and_from_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("mine.py").write_text(CONTENDER)
-    Path("yours.py").write_text(CONTENDER)
+    Path("mine.py").write_text(MODULES)
+    Path("yours.py").write_text(MODULES)
     monkeypatch.setattr(sys, "path", [*sys.path])
     data = _bench(
         "--module", "mine.py:Block", "--module", "yours:Block", "--baseline", "mine:Block"

@@ -99,7 +99,7 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     )
 
 
-# PyTorch's FLOP counter knows the CUDA kernels of SDPA; the CPU kernel it counts as 0.
+# PyTorch's FLOP counter has formulas for the CUDA kernels of SDPA; it counts the CPU kernel as 0.
 for _name, _formula in (
     ("_scaled_dot_product_flash_attention_for_cpu", flops.attend),
     ("_scaled_dot_product_flash_attention_for_cpu_backward", flops.attend_backward),
