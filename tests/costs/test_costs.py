@@ -164,7 +164,7 @@ def test_memory_is_what_pytorch_allocates(backend: str) -> None:
 @on_every_backend
 @pytest.mark.usefixtures("recorded_memory")
 def test_memory_in_half_precision_is_what_pytorch_allocates(backend: str) -> None:
-    # Convolutions in half precision take workspace in oneDNN that depends on the processor, and SDPA
+    # Convolutions in half precision take workspace in oneDNN that depends on the processor; SDPA
     # packs queries, keys and values where it has matrix units.
     names = forms(backend, torch.bfloat16, WITHOUT_CONVOLUTION)
     packs = backend == "sdpa" and torch.cpu._is_amx_tile_supported()
