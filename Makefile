@@ -50,9 +50,10 @@ browser: $(READY)  ## the site in Chromium, at the width of a desk and of a phon
 tables: $(READY)  ## the tables of README and documentation, out of benchmarks/results
 	$(BIN)/python benchmarks/tables.py
 
-lint: $(READY)  ## formatting, lint and strict types
+lint: $(READY)  ## formatting, lint, spelling and strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell -D- -D spelling.txt src tests benchmarks docs README.md CHANGELOG.md
 	$(BIN)/mypy
 
 format: $(READY)

@@ -120,7 +120,7 @@ def features(data: Path, weights: Path) -> None:
 
 
 def cached(split: str) -> dict[str, Any]:
-    """The features of a split, left on disk until they are used."""
+    """Map the features of a split, left on disk until they are used."""
     path = CACHE / f"{split}.pt"
     if not path.exists():
         raise SystemExit(f"no {path}: run `python benchmarks/camvid.py features DATA WEIGHTS`")
@@ -164,7 +164,7 @@ def class_weights(splits: list[dict[str, Any]], classes: int, power: float) -> T
 def train(
     attention: str, options: dict[str, Any], recipe: Recipe, seed: int, names: tuple[str, ...]
 ) -> tuple[nn.Module, float]:
-    """A trained head, and its loss over the last 20 steps."""
+    """Train a head; return it and its loss over the last 20 steps."""
     splits = [cached(name) for name in names]
     classes = len(splits[0]["classes"])
     torch.manual_seed(seed)
@@ -259,7 +259,7 @@ def run(task: dict[str, Any]) -> None:
 
 
 def scores(result: dict[str, Any], part: str = "all") -> Scores:
-    """The scores of a run, over all images or over a sequence."""
+    """Score a run over all images or over a sequence."""
     matrix = torch.tensor(result["confusion"][part])
     return Scores(matrix, result["classes"], result["groups"])
 
@@ -324,7 +324,7 @@ def settings(jobs: int) -> None:
 
 @torch.inference_mode()
 def cost(repeats: int) -> None:
-    """Parameters, FLOPs and time of backbone and head for one 480x360 image, taken in turns."""
+    """Parameters, FLOPs and time of backbone and head for one 480x360 image, interleaved."""
     recipe = Recipe()
     images = torch.randint(0, 256, (1, 3, 360, 480), dtype=torch.uint8)
     frozen = Backbone(None)

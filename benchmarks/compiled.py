@@ -38,7 +38,7 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def summary(times: list[float]) -> str:
-    """The median of some milliseconds and their spread."""
+    """Return the median of milliseconds and their spread."""
     ordered = sorted(times)
     inner = ordered[1:-1] or ordered
     return f"{statistics.median(ordered):8.1f} ({inner[0]:.0f} to {inner[-1]:.0f})"

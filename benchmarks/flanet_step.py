@@ -35,12 +35,12 @@ RESULTS = Path(__file__).parent / "results" / "cpu"
 
 
 def ours(**options: Any) -> nn.Module:
-    """The network with `FullyAttentional`."""
+    """Build the network with `FullyAttentional`."""
     return FLANet(19, attention="fully", attention_options={"gamma_init": 0.7}, **options)
 
 
 def official(**options: Any) -> nn.Module:
-    """The same network with the official implementation in the layer's place."""
+    """Build the same network with the official implementation in the layer's place."""
 
     def attention(channels: int) -> nn.Module:
         layer = OfficialFLANetBlock(channels)

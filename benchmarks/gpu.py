@@ -152,7 +152,7 @@ class Timer:
         self.rounds = 11 if self.cuda else 2
 
     def gpu_ms(self, call: Callable[[], object]) -> float:
-        """The GPU's time for one call, the host being ahead."""
+        """Measure the GPU's time for one call, the host being ahead."""
         if not self.cuda:
             start = time.perf_counter()
             call()
@@ -167,7 +167,7 @@ class Timer:
         return float(start_event.elapsed_time(end_event))
 
     def host_ms(self, prepare: Callable[[], object], call: Callable[[], object]) -> float:
-        """The host's time for one call, with nothing that waits for the GPU."""
+        """Measure the host's time for one call, with nothing that waits for the GPU."""
         times = []
         for _ in range(9 if self.cuda else 1):
             prepare()
@@ -179,7 +179,7 @@ class Timer:
         return statistics.median(times)
 
     def graph_ms(self, call: Callable[[], object]) -> float | None:
-        """The time of one call under a CUDA graph; None where it cannot be captured."""
+        """Measure one call under a CUDA graph; None where it cannot be captured."""
         if not self.cuda:
             return None
         graph = torch.cuda.CUDAGraph()
@@ -199,7 +199,7 @@ class Ceilings:
 
 
 def ceilings(timer: Timer, device: torch.device) -> Ceilings:
-    """A large bfloat16 matrix product in FLOP/s, and a large copy in bytes/s, read and written."""
+    """Measure a large bfloat16 product in FLOP/s and a large copy in bytes/s, read and written."""
     side, elements = (8192, 2**30) if timer.cuda else (64, 2**12)
     left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     source = torch.randn(elements, device=device).bfloat16()

@@ -113,7 +113,7 @@ class Problem:
 
 
 def error(problem: Problem, exact: list[Tensor], kernel: str, entry: Configuration) -> float:
-    """The largest relative error of the results with a kernel in one configuration."""
+    """Return the largest relative error of the results with a kernel in one configuration."""
 
     def run(each: launch.Launch) -> None:
         if each.kernel == kernel:
@@ -138,7 +138,7 @@ def error(problem: Problem, exact: list[Tensor], kernel: str, entry: Configurati
 
 
 def exactly(problem: Problem) -> list[Tensor]:
-    """The result and every gradient in float64."""
+    """Compute the result and every gradient in float64."""
     inputs = [each.double().requires_grad_() for each in problem.inputs]
     x, column_key, row_key, gamma = inputs
     scale = 0.5 / max(x.shape[2:]) ** 0.5
@@ -206,7 +206,7 @@ def sweep(
     until: float,
     chosen: Callable[[str, int], list[Configuration]],
 ) -> Iterator[list[Row]]:
-    """The rows of each shape."""
+    """Group the rows by shape."""
     context = multiprocessing.get_context("spawn")
     pool = (
         None if device == "cpu" else ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 3), context)

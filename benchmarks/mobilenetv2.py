@@ -32,7 +32,7 @@ _STAGES = (1, 2, 3, 4, 3, 3, 1)
 
 
 def _layers() -> Iterator[tuple[str, str, str]]:
-    """The file's name of each layer, and timm's of its convolution and its normalisation."""
+    """Yield the file's name of each layer, and timm's of its convolution and normalisation."""
     yield "stem", "conv_stem", "bn1"
     number = 0
     for stage, blocks in enumerate(_STAGES):

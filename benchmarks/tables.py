@@ -91,13 +91,13 @@ def cpu_tables() -> str:
 
 
 def _loses(layer: str) -> str:
-    """What the maps of a layer, or of the official implementation, sum away."""
+    """Say what the maps of a layer, or of the official implementation, sum away."""
     cuts = LAYERS.get(layer, LAYERS["fully"]).operation.cuts
     return ", ".join(_LOSES[cut.features] for cut in cuts)
 
 
 def home_table() -> str:
-    """The three layers at the paper's size: what they keep and what it costs."""
+    """Compare the three layers at the paper's size: what they keep and what it costs."""
     report = _cpu()
     shape = next(shape for shape in report.shapes if str(shape) == "512x97x97")
     rows = {
@@ -130,7 +130,7 @@ def home_table() -> str:
 
 
 def flanet_step_table() -> str:
-    """A training step of FLANet with our layer and with the official implementation."""
+    """Compare a training step of FLANet with our layer and with the official implementation."""
     cells, about = [], []
     for path in sorted((RESULTS / "cpu").glob("flanet_step_*.json")):
         data = json.loads(path.read_text())
@@ -148,7 +148,7 @@ def flanet_step_table() -> str:
         shape = "×".join(map(str, data["shape"]))
         about.append(
             f"images {shape}, {data['device']}, {data['threads']} threads, torch {data['torch']}, "
-            f"{len(pairs)} pairs of steps in turns"
+            f"{len(pairs)} interleaved pairs of steps"
         )
     headings = [
         "backbone",
@@ -171,17 +171,17 @@ def _gpu_runs() -> list[dict[str, Any]]:
 
 
 def gpu_tables() -> str:
-    """What benchmarks/gpu.py measured on each GPU."""
+    """Tabulate what benchmarks/gpu.py measured on each GPU."""
     return "\n\n".join(map(gpu_table, _gpu_runs()))
 
 
 def home_gpu_tables() -> str:
-    """The same at the first shape, in short: each implementation in its better memory format."""
+    """Tabulate the first shape alone: each implementation in its better memory format."""
     return "\n\n".join(map(home_gpu_table, _gpu_runs()))
 
 
 def home_gpu_table(data: dict[str, Any]) -> str:
-    """The implementations of our layer's function at the first shape of a run.
+    """Select the implementations of our layer's function at the first shape of a run.
 
     Args:
         data: of its gpu.json.
@@ -217,7 +217,7 @@ def home_gpu_table(data: dict[str, Any]) -> str:
 
 
 def gpu_table(data: dict[str, Any]) -> str:
-    """What one run of benchmarks/gpu.py measured.
+    """Tabulate one run of benchmarks/gpu.py.
 
     Args:
         data: of its gpu.json.
@@ -280,7 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def fill(text: str) -> str:
-    """A page with each generated part made anew.
+    """Return a page with each generated part made anew.
 
     Args:
         text: of the page.
@@ -292,7 +292,7 @@ def fill(text: str) -> str:
 
 
 def pages() -> list[Path]:
-    """The files that have generated parts, or may have."""
+    """List the files that may have generated parts."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -1,4 +1,4 @@
-"""The sections of our docstrings in words that the generator of the reference knows.
+"""The sections of our docstrings in words that mkdocstrings has a section for.
 
 It reads Google style, to which we add Shape and Source, and says Examples where we say Example.
 """
@@ -23,7 +23,7 @@ class Docstrings(griffe.Extension):
 
 
 def reworded(docstring: str) -> str:
-    r"""A docstring with Example as Examples, and each line of Shape as a point.
+    r"""Rename Example to Examples, and make each line of Shape a point.
 
     Example:
         >>> print(reworded("Add.\n\nShape:\n    x: (B).\n    y: as x,\n        or so.\n"))

@@ -32,7 +32,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def data() -> dict[str, Any]:
-    """The formulas of all registered layers in their default options, as plain data."""
+    """Write the formulas of all registered layers, with default options, as plain data."""
     sizes: list[Any] = []
 
     def place(size: Any) -> int:
@@ -98,5 +98,5 @@ def _form(layer: AttentionLayer, device: str, place: Any) -> dict[str, Any]:
 
 
 def script() -> str:
-    """The data as a script that defines `fullattnCostData`."""
+    """Write the data as a script that defines `fullattnCostData`."""
     return f"const fullattnCostData = {json.dumps(data(), separators=(',', ':'))};\n"

@@ -54,7 +54,7 @@ def _grid(x: float, y: float, rows: int, columns: int, cell: float = _CELL) -> I
 def _features(
     x: float, y: float, marked: Callable[[int, int, int], bool], kind: str
 ) -> Iterator[str]:
-    """A feature map: a sheet for each channel, the last behind; marked(channel, row, column)."""
+    """Draw a feature map: a sheet a channel, the last behind; marked(channel, row, column)."""
     for channel in reversed(range(_CHANNELS)):
         left, top = x + channel * _STEP, y + (_CHANNELS - 1 - channel) * _STEP
         yield from _grid(left, top, _ROWS, _COLUMNS)
@@ -66,7 +66,7 @@ def _features(
 
 
 def _map(x: float, y: float, tokens: int, cell: float, kind: str, seed: int) -> Iterator[str]:
-    """A similarity map: cells of many strengths, the same in every drawing."""
+    """Draw a similarity map: cells of many strengths, the same in every drawing."""
     yield _rectangle(x, y, tokens * cell, tokens * cell, "sheet")
     for i in range(tokens):
         for j in range(tokens):
@@ -113,7 +113,7 @@ _LAYERS: dict[str, tuple[str, str, str, Callable[[int, int, int], bool]]] = {
 
 
 def _layer(kind: str) -> str:
-    """A layer: what it compares, marked in a feature map, and the map or maps that come of it."""
+    """Draw a layer: what it compares, marked in a feature map, and the resulting maps."""
     name, maps, loss, marked = _LAYERS[kind]
     parts = [_text(150, 22, name, "ink big")]
     parts += _features(14, 62, marked, kind)
@@ -134,7 +134,7 @@ def _column(_: int, __: int, column: int) -> bool:
 
 
 def _vectors(x: float, kind: str) -> Iterator[str]:
-    """A vector of length H for each channel, side by side."""
+    """Draw a vector of length H for each channel, side by side."""
     for i in range(_CHANNELS):
         yield from _grid(x + i * _CELL, 70, _ROWS, 1)
         strength = 0.85 if kind == "fully" else 0.35 + 0.15 * i
@@ -192,14 +192,14 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 
 def style() -> str:
-    """The figures' colours for the site, whose switch sets the scheme."""
+    """Return the figures' colours for the site, whose switch sets the scheme."""
     rules = [line for line in _COLOURS.strip().splitlines() if not line.startswith("svg ")]
     light = "\n".join(rules)
     return f".panels svg {{\n{light}\n}}\n[data-md-color-scheme=slate] .panels svg {{{_DARK}}}\n"
 
 
 def standalone() -> str:
-    """The three layers side by side as one SVG file, light or dark as its reader is."""
+    """Draw the three layers side by side as one SVG, light or dark by the reader's scheme."""
     drawings = [
         _layer(kind).replace("<svg ", f'<svg x="{300 * i}" width="300" height="234" ', 1)
         for i, kind in enumerate(_LAYERS)

@@ -64,7 +64,7 @@ def _plots() -> dict[str, bytes]:
 
 
 def _maps() -> dict[str, bytes]:
-    """What `fullattn maps` writes for the photograph."""
+    """Draw what `fullattn maps` writes for the photograph."""
     from fullattn.layers import LAYERS
     from fullattn.segmentation.evaluation import maps
 
@@ -76,7 +76,7 @@ def _maps() -> dict[str, bytes]:
 
 
 def _experiment() -> dict[str, bytes]:
-    """What is written beside the results of CamVid, as a page."""
+    """Make a page of the text beside the results of CamVid."""
     text = (tables.RESULTS / "camvid" / "README.md").read_text()
     for old, new in (
         ("](camvid.png)", "](generated/camvid.png)"),
@@ -87,7 +87,7 @@ def _experiment() -> dict[str, bytes]:
 
 
 def _notebook() -> dict[str, bytes]:
-    """The notebook, as it was run, as a page."""
+    """Make a page of the notebook as it was run."""
     path = ROOT / "docs" / "tour.ipynb"
     text, resources = MarkdownExporter().from_notebook_node(nbformat.read(path, as_version=4))
     pictures = {f"generated/{name}": data for name, data in resources["outputs"].items()}

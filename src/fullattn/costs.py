@@ -26,7 +26,7 @@ float32 they are within a tenth of the allocations that PyTorch reports. Not cou
 and convolutions in half precision take for themselves, the tokens that `sdpa` packs in
 half precision for processors with matrix units (AMX), memory that the allocator does not give back,
 and PyTorch's own records: a process grows by somewhat more. For other devices the formulas
-are the same, but their libraries' room is not known and not counted.
+are the same, but the workspace of their libraries is not known and not counted.
 
 Example:
     >>> import torch, fullattn
@@ -109,7 +109,7 @@ def cost(
     backend: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Cost:
-    """What a layer costs on a feature map, by the formulas of this package.
+    """Compute what a layer costs on a feature map, by formula.
 
     Args:
         layer: a registered layer, on any device; its options are read from it.
@@ -169,7 +169,7 @@ def _checked(layer: AttentionLayer, shape: Sequence[int]) -> tuple[int, int, int
 def inputs_of(
     layer: AttentionLayer, shape: Shape, dtype: torch.dtype, device: str
 ) -> AttentionInputs:
-    """What a layer asks of a backend.
+    """Describe what a layer passes to its backend.
 
     Args:
         layer: the layer, on any device.
@@ -199,7 +199,7 @@ def _total(sizes: Iterable[Size]) -> Size:
 
 
 def figures(layer: AttentionLayer, shape: Shape, setting: Setting, backend: Backend) -> Figures:
-    """What a layer costs on a backend.
+    """Compute what a layer costs on a backend.
 
     Args:
         layer: the layer, on any device.

@@ -166,7 +166,7 @@ def axial_means(x: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor, 
 def fully_attentional_call(
     x: Tensor, column_key: Tensor, row_key: Tensor, *, scale: float | None = 1.0
 ) -> AttentionCall:
-    """The call of `fully_attentional`, with 1/√H and 1/√W in the keys where scale is None."""
+    """Describe the call of `fully_attentional`; scale None puts 1/√H and 1/√W into the keys."""
     if scale is None:
         column_key = column_key * x.shape[2] ** -0.5
         row_key = row_key * x.shape[3] ** -0.5
@@ -225,7 +225,7 @@ def fully_attentional(
 def channel_call(
     x: Tensor, *, scale: float | None = 1.0, least_similar: bool = False
 ) -> AttentionCall:
-    """The call of `channel_non_local`."""
+    """Describe the call of `channel_non_local`."""
     tensors: tuple[Tensor, ...] = (x,)
     if scale is None:
         features = x.shape[2] * x.shape[3]
@@ -286,7 +286,7 @@ def spatial_call(
     score: ScoreFunction = ScoreFunction.SOFTMAX,
     scale: float | None = 1.0,
 ) -> AttentionCall:
-    """The call of `spatial_non_local`."""
+    """Describe the call of `spatial_non_local`."""
     scale = query.shape[1] ** -0.5 if scale is None else scale
     return AttentionCall(POSITION_ATTENTION, (query, key, value), scale, score)
 

@@ -1,19 +1,25 @@
 """Every element of an uninitialised tensor is written before it is read, on every backend.
 
 In deterministic mode PyTorch fills what `torch.empty` and its relatives return with NaN. An element
-that stays unwritten then shows in the result or in a gradient. The C kernel allocates nothing.
+that stays unwritten then shows in the result or in a gradient.
+The C kernel allocates its own workspace, which glibc fills with large numbers on request.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 import torch.utils.deterministic
 from torch import Tensor
 
+from fullattn.attention import native
 from helpers.cases import Run, assert_near, runs
 
 # (B, C, H, W): 1, primes, H ≠ W, no multiples of 8, more than one block of queries and keys.
@@ -78,3 +84,30 @@ def test_an_element_that_stays_unwritten_is_noticed(allocate: Callable[[Tensor],
         assert_near(y, x, torch.float32)
     y[-1, -1, -1] = x[-1, -1, -1]
     assert_near(y, x, torch.float32)
+
+
+PROGRAM = """
+import torch
+from fullattn.attention import native
+from helpers.cases import FULLY_ATTENTIONAL, Run
+from test_poisoned_memory import SHAPES, check
+
+filled = torch.empty(1000).view(torch.uint8)  # from the same posix_memalign as the workspace
+assert (filled == 0xFE).all(), "unfilled"
+run = Run(FULLY_ATTENTIONAL, native.BACKEND, torch.float32, "cpu")
+for shape in SHAPES:
+    check(run, shape, torch.contiguous_format)
+"""
+
+
+@pytest.mark.skipif(native._unavailable() is not None, reason="needs the native kernel")
+def test_the_workspace_of_the_c_kernel_is_written_before_it_is_read() -> None:
+    environment = os.environ | {
+        "MALLOC_PERTURB_": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "unfilled" in done.stderr:
+        pytest.skip("this C library does not fill what it allocates")
+    assert done.returncode == 0, done.stderr

@@ -132,7 +132,7 @@ def check_memory(
 def recorded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Leave out what PyTorch's record does not have, or has for each thread.
 
-    The C kernel takes its room from malloc; PyTorch's convolutions take more with more threads.
+    The C kernel's workspace comes from malloc; PyTorch's convolutions take more with more threads.
     """
     monkeypatch.setattr(native, "kernel_workspace", lambda shape, threads: (0, 0))
     threads = torch.get_num_threads()
@@ -164,8 +164,8 @@ def test_memory_is_what_pytorch_allocates(backend: str) -> None:
 @on_every_backend
 @pytest.mark.usefixtures("recorded_memory")
 def test_memory_in_half_precision_is_what_pytorch_allocates(backend: str) -> None:
-    # Convolutions in half precision take room in oneDNN that depends on the processor; and where it
-    # has matrix units, SDPA packs queries, keys and values for them.
+    # Convolutions in half precision take workspace in oneDNN that depends on the processor, and SDPA
+    # packs queries, keys and values where it has matrix units.
     names = forms(backend, torch.bfloat16, WITHOUT_CONVOLUTION)
     packs = backend == "sdpa" and torch.cpu._is_amx_tile_supported()
 

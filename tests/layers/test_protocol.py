@@ -95,7 +95,7 @@ def test_it_behaves_as_the_layers_of_the_package_do(rows: Any, x: Tensor) -> Non
     assert last.is_contiguous(memory_format=torch.channels_last)
 
 
-# Everything that knows layers by their protocol
+# Everything that uses layers by their protocol
 
 
 def test_its_costs_are_those_that_are_counted(rows: Any) -> None:

@@ -67,7 +67,7 @@ Adds: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 def count(text: str) -> int:
-    """A whole number of at least 1."""
+    """Parse a whole number of at least 1."""
     value = int(text) if text.isascii() and text.isdigit() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
@@ -75,14 +75,14 @@ def count(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """A whole number that a generator of random numbers takes."""
+    """Parse a seed of a random number generator."""
     if not (text.isascii() and text.isdigit() and int(text) < 2**63):
         raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """A finite time above 0."""
+    """Parse a finite time above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -93,12 +93,12 @@ def seconds(text: str) -> float:
 
 
 def words(values: Sequence[str]) -> list[str]:
-    """Values given one by one or with commas between them."""
+    """Split values that are given one by one or with commas between them."""
     return [word for value in values for word in value.split(",") if word]
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value a Python literal or, where it is none, text."""
+    """Parse NAME=VALUE, the value as a Python literal or else as text."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise argparse.ArgumentTypeError(f"expected NAME=VALUE, got {text!r}")
@@ -109,7 +109,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def number(text: str) -> float:
-    """A finite number."""
+    """Parse a finite number."""
     try:
         value = float(text)
     except ValueError:
@@ -120,7 +120,7 @@ def number(text: str) -> float:
 
 
 def index(text: str) -> int:
-    """A whole number from 0."""
+    """Parse a whole number from 0."""
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
     return int(text)
@@ -134,12 +134,12 @@ def _pair(text: str, separator: str, form: str) -> tuple[int, int]:
 
 
 def size(text: str) -> tuple[int, int]:
-    """HxW."""
+    """Parse HxW."""
     return _pair(text, "x", "HxW such as 512x1024")
 
 
 def point(text: str) -> tuple[int, int]:
-    """X,Y."""
+    """Parse X,Y."""
     return _pair(text, ",", "X,Y such as 320,240")
 
 
@@ -211,7 +211,7 @@ def need_extra(what: str) -> None:
 
 
 def modes_named(chosen: str | None) -> tuple[Mode, ...]:
-    """The mode of that name, or for any other name both."""
+    """Return the mode of that name, or both for None and "both"."""
     return tuple(mode for mode in MODES if mode == chosen) or MODES
 
 

@@ -13,7 +13,7 @@ class UsageError(Exception):
 
 
 def describe(error: BaseException) -> str:
-    """An exception as one line: its type and the first line of its message."""
+    """Write an exception as one line: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

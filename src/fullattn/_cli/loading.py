@@ -22,7 +22,7 @@ __all__ = ["layer_named", "layer_sources", "load_class"]
 
 
 def layer_named(text: str) -> str:
-    """The name of a registered layer.
+    """Return the name of a registered layer, importing and registering it if necessary.
 
     Args:
         text: its name, or where to find a layer that is registered when it is imported:

@@ -50,7 +50,7 @@ def output_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_together(folder: Path) -> Iterator[Path]:
-    """A folder to write files into, which are moved into `folder` when all of them are there.
+    """Yield a temporary folder; its files are moved into `folder` when the block ends.
 
     Args:
         folder: which is made where it is missing.

@@ -84,7 +84,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def sweep_shapes(largest: Shape, axis: SweepAxis) -> list[Shape]:
-    """The shapes of a sweep that ends at `largest`.
+    """List the shapes of a sweep that ends at `largest`.
 
     Args:
         largest: the last shape.

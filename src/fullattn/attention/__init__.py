@@ -136,7 +136,7 @@ def _is_same(x: Tensor, query: Tensor) -> bool:
 
 
 def maps(call: AttentionCall) -> Any:
-    """The similarity maps of a call, by its definition.
+    """Compute the similarity maps of a call by its definition.
 
     Args:
         call: the operation and its tensors.

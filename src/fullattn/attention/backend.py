@@ -32,7 +32,7 @@ FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float6
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of scores and softmax: float32 at least, because float16 overflows at 65504."""
+    """Return the dtype of scores and softmax: at least float32, since float16 ends at 65504."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -426,7 +426,7 @@ class Backend:
 
 
 def asked(inputs: AttentionInputs) -> str:
-    """The operation, or the score function where that is not the softmax, for messages."""
+    """Name the operation, or the score function if that is not the softmax, for messages."""
     if not inputs.operation or inputs.score is not ScoreFunction.SOFTMAX:
         return inputs.score.value
     return inputs.operation

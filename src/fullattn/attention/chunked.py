@@ -46,7 +46,7 @@ def _suits_blas(x: Tensor) -> bool:
 
 
 def _load(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The slices x (n, tokens, features) if BLAS can read them, otherwise a contiguous copy."""
+    """Return slices (n, tokens, features) if BLAS can read them, otherwise a contiguous copy."""
     return x if x.dtype == dtype and _suits_blas(x) else x.to(dtype).contiguous()
 
 
@@ -96,7 +96,7 @@ class _Plan:
 
 
 def _of_group(x: Tensor, image: int, group: slice, dtype: torch.dtype) -> Tensor:
-    """The slices of one group (n, tokens, features), or the shared one with n = 1."""
+    """Return the slices of one group (n, tokens, features), or the shared slice with n = 1."""
     if x.shape[1] == 1:
         return _load(x[image], dtype)
     return _load(x[image, group], dtype)
@@ -118,7 +118,7 @@ def _is_same(query: Tensor, value: Tensor) -> bool:
 
 
 def _like_query(query: Tensor, features: int) -> Tensor:
-    """An empty (B, S, N, features) in the query's memory layout where the two have one shape."""
+    """Allocate (B, S, N, features) in the query's memory layout if the two have one shape."""
     if features == query.shape[-1]:
         return torch.empty_like(query)
     return query.new_empty(*query.shape[:-1], features)
@@ -158,7 +158,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
 def backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value of `forward`, on any device."""
+    """Compute the gradients of query, key and value of `forward`, on any device."""
     dtype = work_dtype(query.dtype)
     grad_query = torch.empty_like(query)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)

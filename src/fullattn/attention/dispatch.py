@@ -77,7 +77,7 @@ def backend_names() -> tuple[str, ...]:
 
 
 def by_name(name: str) -> Backend:
-    """The backend of a name."""
+    """Return the backend of a name."""
     return _BY_NAME[name]
 
 
@@ -131,7 +131,7 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 def fused(inputs: AttentionInputs) -> tuple[Backend, ...]:
-    """The backends that fuse, the best first, among them some that cannot run these inputs."""
+    """List the fused backends, the best first, including those that cannot run these inputs."""
     return FUSED_SLICES if inputs.sliced else FUSED_SLICE
 
 
@@ -156,7 +156,7 @@ def forced(requested: str | None) -> Backend | None:
 
 
 def choose(inputs: AttentionInputs, requested: str | None = None) -> Backend:
-    """The backend that runs inputs.
+    """Choose the backend that runs inputs.
 
     Args:
         inputs: what is asked.

@@ -103,7 +103,7 @@ _waiting: list[tuple[Any, Callable[..., int]]] = []
 
 
 def register(operator: Any, formula: Callable[..., int]) -> None:
-    """Teach PyTorch's FLOP counter an operator, unless PyTorch knows it already.
+    """Register a FLOP formula for an operator with PyTorch's counter, unless it has one.
 
     Importing the counter imports Triton where that is installed, which takes longer than all of
     `import fullattn`; so the formula waits until the program itself imports the counter.

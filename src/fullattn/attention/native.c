@@ -185,7 +185,7 @@ static void product_across(Product p, ptrdiff_t rows, int add) {
 
 /* ---------------------------------------------------------------- moving slices */
 
-/* The first n numbers at p and zeros. */
+/* The first n elements at p and zeros. */
 INLINE vec load_part(const float *p, ptrdiff_t n) {
     float part[VECTOR] = {0};
     float *to = part;
@@ -211,7 +211,7 @@ INLINE void store_part(float *p, vec v, ptrdiff_t n) {
     if (n & 1) *p = *from;
 }
 
-/* Clang knows the second name alone, older GCC the first. */
+/* Clang accepts the second name alone, older GCC the first. */
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -256,11 +256,11 @@ INLINE void transpose(const float *from, ptrdiff_t from_row, ptrdiff_t rows, ptr
 }
 
 /* How the slices of one branch lie in a feature map, and how one is kept: as [d][c], rows of `row`
- * numbers, zeros after the last token. */
+ * elements, zeros after the last token. */
 typedef struct {
     ptrdiff_t tokens, features, slices;                 /* C, D, S */
     ptrdiff_t token_step, feature_step, slice_step;     /* strides of the map within an image */
-    ptrdiff_t row, slot;                                /* numbers of a row, and of a slice */
+    ptrdiff_t row, slot;                                /* elements of a row, and of a slice */
 } Branch;
 
 static Branch branch_of(ptrdiff_t tokens, ptrdiff_t features, ptrdiff_t slices,
@@ -359,19 +359,19 @@ static void forward_slice(const Branch *g, const float *x, const float *key, flo
     }
 }
 
-/* Room for one block of the map and of its gradient, both ways round. */
+/* Workspace for one block of the map and of its gradient, both ways round. */
 typedef struct {
     float *weights, *grads;             /* [j][LANES] */
     float *weight_rows, *grad_rows;     /* [QUERIES][row] */
 } Maps;
 
-static ptrdiff_t numbers_in_maps(const Branch *g) { return 2 * g->row * (LANES + QUERIES); }
+static ptrdiff_t elements_in_maps(const Branch *g) { return 2 * g->row * (LANES + QUERIES); }
 
-static Maps maps_in(const Branch *g, float *room) {
+static Maps maps_in(const Branch *g, float *workspace) {
     /* Zeros after the last token stay: they are read as lanes and as padding. */
-    memset(room, 0, sizeof(float) * (size_t)numbers_in_maps(g));
-    return (Maps){room, room + g->row * LANES, room + 2 * g->row * LANES,
-                  room + 2 * g->row * LANES + g->row * QUERIES};
+    memset(workspace, 0, sizeof(float) * (size_t)elements_in_maps(g));
+    return (Maps){workspace, workspace + g->row * LANES, workspace + 2 * g->row * LANES,
+                  workspace + 2 * g->row * LANES + g->row * QUERIES};
 }
 
 /* rows[lane][j] = block[j][lane] */
@@ -503,7 +503,7 @@ static int backward_branch(ptrdiff_t images, const Map *x, const float *keys, co
     ptrdiff_t me = omp_get_thread_num();
     Share share = share_of(g, images, me, omp_get_num_threads());
     ptrdiff_t slots = share.group * g->slot;
-    float *xs = floats(3 * slots + numbers_in_maps(g)), *grads = xs + slots;
+    float *xs = floats(3 * slots + elements_in_maps(g)), *grads = xs + slots;
     if (!xs) return 1;
     float *outs = grads + slots;
     Maps maps = maps_in(g, outs + slots);
@@ -546,7 +546,7 @@ static void reduce_keys(const Branch *g, ptrdiff_t images, const float *shares, 
 
 /* ---------------------------------------------------------------- what Python calls */
 
-/* Both branches of a map of sizes B, C, H, W with the strides of those axes, in numbers. */
+/* Both branches of a map of sizes B, C, H, W with the strides of those axes, in elements. */
 typedef struct {
     Map columns, rows;
 } Both;

@@ -41,7 +41,7 @@ class _BuildError(Exception):
 
 
 def _processor() -> str:
-    """What the compiler's "native" means here, so that a shared cache serves many machines."""
+    """Describe this processor, so that one cache can serve several machines."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -100,7 +100,7 @@ def _build(target: str = "native") -> Path:
 
 @cache
 def _kernel() -> ctypes.CDLL | str:
-    """The compiled kernel, or why there is none."""
+    """Load the compiled kernel, or return the reason why there is none."""
     if os.environ.get("FULLATTN_NATIVE") == "0":
         return "switched off by FULLATTN_NATIVE=0"
     try:
@@ -208,7 +208,7 @@ def _workspace(shape: tuple[Size, ...], setting: Setting) -> Workspace:
 
 
 def kernel_workspace(shape: tuple[Size, ...], threads: Size) -> tuple[Size, Size]:
-    """What `native.c` allocates for itself.
+    """Compute the workspace that `native.c` allocates.
 
     The keys; in each thread 16 columns at a time with their result and a block of the map; backward
     also the columns' gradient, three more blocks, and a share of the keys' gradients for each image

@@ -32,12 +32,12 @@ __all__ = ["BACKEND", "attend", "attended", "maps", "scaled", "similarity", "wei
 
 
 def scaled(key: Tensor, scale: float) -> Tensor:
-    """A key whose scores are multiplied by a number, of either sign."""
+    """Multiply a key, and thereby its scores, by a number of either sign."""
     return key if scale == 1.0 else key * scale
 
 
 def weights(scores: Tensor, score: ScoreFunction = ScoreFunction.SOFTMAX) -> Tensor:
-    """What a query gives to each of its keys.
+    """Turn scores into weights.
 
     Args:
         scores: (..., M), for each of M keys query · key; for the concatenation form the sum of a
@@ -61,7 +61,7 @@ def similarity(
     scale: float = 1.0,
     score: ScoreFunction = ScoreFunction.SOFTMAX,
 ) -> Tensor:
-    """The similarity maps of slices of tokens.
+    """Compute the similarity maps of slices of tokens.
 
     Args:
         query: (B, S, N, D).
@@ -102,7 +102,7 @@ def attend(
 
 
 def attended(call: AttentionCall) -> Tensor:
-    """An operation's result, by its definition.
+    """Compute an operation's result by its definition.
 
     Args:
         call: the operation and its tensors.
@@ -115,7 +115,7 @@ def attended(call: AttentionCall) -> Tensor:
 
 
 def maps(call: AttentionCall) -> Tensor | tuple[Tensor, ...]:
-    """An operation's similarity maps, by its definition.
+    """Compute an operation's similarity maps by its definition.
 
     Args:
         call: the operation and its tensors.

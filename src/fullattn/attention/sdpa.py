@@ -33,7 +33,7 @@ _CUDA_GRID = 65_535
 
 
 def padded_features(device: str, features: int, value_features: int) -> tuple[int, int]:
-    """The lengths to which queries and keys, and values, are padded for the fused kernels."""
+    """Return the lengths to which queries and keys, and values, are padded for fused kernels."""
     if device == "cuda":
         return -(-features // 8) * 8, -(-value_features // 8) * 8
     # A contiguous axis of length 1 may have any stride, and the fused kernel asks for 1.
@@ -99,7 +99,7 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     )
 
 
-# PyTorch's FLOP counter knows the CUDA kernels of SDPA; the CPU kernel it counts as 0.
+# PyTorch's FLOP counter has formulas for the CUDA kernels of SDPA; it counts the CPU kernel as 0.
 for _name, _formula in (
     ("_scaled_dot_product_flash_attention_for_cpu", flops.attend),
     ("_scaled_dot_product_flash_attention_for_cpu_backward", flops.attend_backward),

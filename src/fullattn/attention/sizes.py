@@ -89,12 +89,12 @@ def _folded(operation: str, sizes: tuple[Size, ...]) -> Size:
 
 
 def maximum(*sizes: Size) -> Size:
-    """The largest of sizes."""
+    """Return the largest of sizes."""
     return _folded("max", sizes) if Expression in map(type, sizes) else max(sizes)  # type: ignore[type-var]
 
 
 def minimum(*sizes: Size) -> Size:
-    """The smallest of sizes."""
+    """Return the smallest of sizes."""
     return _folded("min", sizes) if Expression in map(type, sizes) else min(sizes)  # type: ignore[type-var]
 
 

@@ -54,7 +54,7 @@ class Failure:
 
     @classmethod
     def too_slow(cls, seconds: float | None, limit: float) -> Failure:
-        """One call takes longer than the limit: by forecast, or None where it was tried."""
+        """Report a call above the limit; `seconds` is its forecast, None if it was tried."""
         took = (
             f"one call did not end within {limit:g} s"
             if seconds is None
@@ -64,7 +64,7 @@ class Failure:
 
     @classmethod
     def no_time_left(cls, budget: float) -> Failure:
-        """The run has used up its time before this row."""
+        """Report that the run has used up its time before this row."""
         return cls(
             "no time left", f"not begun within its share of the run's {budget:g} s (--budget)"
         )

@@ -280,7 +280,7 @@ class _Run:
     def _first_calls(
         self, each: Implementation, shape: Shape, mode: Mode, workload: Workload, needed: bool
     ) -> tuple[float, int | None]:
-        """Formula, peak memory and warm-up; return seconds of a call and the peak."""
+        """Compute the formula, measure the peak, warm up; return seconds of a call and the peak."""
         if (shape, each) not in self.formulas:
             formula = each.formula(workload.module, shape, self.conditions)
             self.formulas[shape, each] = formula

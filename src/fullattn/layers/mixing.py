@@ -64,7 +64,7 @@ MIXED_IMAGES = Operation(
 def mixed_call(
     x: Tensor, column_key: Tensor, row_key: Tensor, *, scale: float | None = 1.0
 ) -> AttentionCall:
-    """The call that the official implementation makes.
+    """Describe the call that the official implementation makes.
 
     Args:
         x: feature map, (B, C, H, W).
@@ -84,6 +84,6 @@ def mixed_call(
 
 
 def _tiled(key: Tensor, slices: int) -> Tensor:
-    """A key for every slice, (B, S, C, D): tiled slice by slice, read image by image."""
+    """Make a key for every slice, (B, S, C, D): tiled slice by slice, read image by image."""
     tiled = repeat(key, "b c d -> (slices b) c d", slices=slices)
     return rearrange(tiled, "(b slices) c d -> b slices c d", slices=slices)

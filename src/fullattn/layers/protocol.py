@@ -217,11 +217,11 @@ class AttentionLayer(nn.Module):
                 reset()
 
     def option(self, name: str) -> Any:
-        """The value of an option for `extra_repr`, None where it equals what None stands for."""
+        """Return the value of an option for `extra_repr`; None if it equals what None means."""
         return getattr(self, name)
 
     def extra_repr(self) -> str:
-        """The options that differ from the paper's."""
+        """List the options that differ from the paper's."""
         shown = [f"{self.channels}"]
         # A subclass may take its options in another way; the layer itself is the last of its kind.
         own = [each for each in type(self).__mro__ if issubclass(each, AttentionLayer)]

@@ -1,7 +1,7 @@
 """The spatial non-local layer: one map of positions.
 
 Wang et al., Non-local Neural Networks, CVPR 2018 (arXiv 1711.07971). What it loses is *which
-channel*: the map is a sum over all channels. The map has (H·W)² numbers, so the Gaussian and
+channel*: the map is a sum over all channels. The map has (H·W)² elements, so the Gaussian and
 dot-product forms run without building it; the concatenation form has to.
 
 The position attention of Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019
@@ -206,7 +206,7 @@ class SpatialNonLocal(AttentionLayer):
 
     @staticmethod
     def _scores(score: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """The two numbers, (B, 1, H, W) and (B, 1, H', W'), whose sum is score([query, key]).
+        """Compute the two parts, (B, 1, H, W) and (B, 1, H', W'), of score([query, key]).
 
         The module is called once, on [query, 0] of all queries, [0, key] of all keys and [0, 0],
         whose result would otherwise count twice where a module that took its place has a bias.
@@ -229,7 +229,7 @@ class SpatialNonLocal(AttentionLayer):
 
     @classmethod
     def untrained(cls, channels: int, scale: float) -> SpatialNonLocal:
-        """The Gaussian form, whose queries and keys are x itself."""
+        """Build the Gaussian mode, whose queries and keys are x itself."""
         return cls(channels, mode="gaussian", scale=scale)
 
     def option(self, name: str) -> Any:
@@ -272,7 +272,7 @@ class SpatialNonLocal(AttentionLayer):
         making: Size = 0
         if step > 1:
             indices = batch * memory * 8
-            # Pooling keeps its input and where the largest numbers were.
+            # Pooling keeps its input and where the maxima were.
             kept = keys + features * indices + value * (full + indices)
             keys, values = features * pooled, value * pooled
             making = queries + keys + values + value * (full + indices)

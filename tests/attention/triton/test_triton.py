@@ -268,7 +268,7 @@ def test_long_slices(width: int, dtype: torch.dtype) -> None:
 def every_configuration() -> list[Any]:
     """Each configuration with its kernel and the longest slices that it serves.
 
-    The interpreter knows no warps, stages and registers; on a GPU they are compiled for the card.
+    The interpreter has no warps, stages and registers; on a GPU they are compiled for the card.
     """
     generation = tuning._generation(torch.device(DEVICE)) if not INTERPRETED else None
     longest: dict[tuple[Any, ...], tuple[Any, ...]] = {}

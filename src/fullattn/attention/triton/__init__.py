@@ -268,7 +268,7 @@ def axial_channel_attention(
 
 
 def axial_means(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The means of x over W and over H, in one launch.
+    """Compute the means of x over W and over H in one launch.
 
     Args:
         x: feature map, (B, C, H, W).

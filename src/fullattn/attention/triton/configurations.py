@@ -34,7 +34,7 @@ MOST_FEATURES = CLASSES[-1]
 
 
 def features_class(features: int) -> int:
-    """The class of a number of features: the smallest of `CLASSES` that is not below it.
+    """Return the class of a number of features: the smallest of `CLASSES` not below it.
 
     Example:
         >>> features_class(97), features_class(129)
@@ -44,7 +44,7 @@ def features_class(features: int) -> int:
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below a number.
+    """Return the smallest power of two that is not below a number.
 
     Example:
         >>> power_of_two(512), power_of_two(513)
@@ -74,7 +74,7 @@ class Configuration:
     registers: int | None = None
 
     def constants(self, tokens: int, features: int) -> dict[str, int | bool]:
-        """The kernel's compile-time constants that this decides."""
+        """Return the kernel's compile-time constants."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -106,7 +106,7 @@ def _table() -> dict[str, Any]:
 def candidates(
     kernel: str, *, features: int, channels: int, element_size: int, precision: str, generation: str
 ) -> tuple[Configuration, ...]:
-    """The configurations for a launch, the best first.
+    """List the configurations for a launch, the best first.
 
     Args:
         kernel: name of the kernel.

@@ -107,7 +107,7 @@ def _is_readable(x: Tensor) -> bool:
 
 
 def _buffer(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A map of x's shape that the kernels read."""
+    """Allocate a map of x's shape in the kernels' layout."""
     batch, channels, height, width = x.shape
     padded = _padded(channels, dtype.itemsize)
     buffer = x.new_empty(batch, height, width, padded, dtype=dtype)
@@ -185,7 +185,7 @@ def workspace(shape: Sequence[Size], size: Size) -> tuple[Size, Size, Size]:
 def empty_result(
     x: Tensor, gamma: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `forward` returns, not yet computed.
+    """Allocate what `forward` returns.
 
     Args:
         x: as given to `forward`.
@@ -215,7 +215,7 @@ def _attention(
     each: int,
     **constants: bool,
 ) -> Launch:
-    """A launch of one of the three kernels of attention, with `each` programs a block of tokens."""
+    """Describe a launch of an attention kernel with `each` programs for a block of tokens."""
     _, count, _, tokens = slices["x"].shape
     return Launch(
         kernel,
@@ -227,7 +227,7 @@ def _attention(
 
 
 def _readable_key(key: Tensor, dtype: torch.dtype, run: Run) -> Tensor:
-    """A key (B, C, D) as the one slice (B, 1, D, C) of a map that the kernels read."""
+    """View a key (B, C, D) as the one slice (B, 1, D, C) of a map in the kernels' layout."""
     return _readable(key.unsqueeze(-1), dtype, run).permute(0, 3, 2, 1)
 
 
@@ -303,7 +303,7 @@ def backward(
     precision: str,
     run: Run,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of what `forward` computes.
+    """Compute the gradients of `forward`.
 
     Args:
         grad: gradient of the result, (B, C, H, W).

@@ -40,7 +40,7 @@ def _generation(device: torch.device) -> str:
 
 
 def allowed(each: Launch) -> tuple[Configuration, ...]:
-    """The configurations for a launch, the best first."""
+    """List the configurations for a launch, the best first."""
     x = each.slices["x"]
     return candidates(
         each.kernel,
@@ -97,7 +97,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _kind(value: Any) -> Any:
-    """What of an argument Triton compiles a kernel for."""
+    """Return the properties of an argument that Triton specialises a kernel for."""
     if isinstance(value, Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, int):
