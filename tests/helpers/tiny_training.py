@@ -38,7 +38,7 @@ SETTINGS = (
 def processes() -> Any:
     """Return a multiprocessing context whose server has imported the slow modules."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fullattn.segmentation.training.fit", "timm"])
+    context.set_forkserver_preload(["fullattn.segmentation.training.train", "timm"])
     return context
 
 
@@ -115,9 +115,9 @@ def train(
     from lightning.pytorch.utilities import rank_zero_only
 
     from fullattn.segmentation.data import open_dataset
-    from fullattn.segmentation.training.checks import check_machines
     from fullattn.segmentation.training.config import read
     from fullattn.segmentation.training.fit import fit
+    from fullattn.segmentation.training.train import check_machines
 
     # Lightning read the rank when it was imported, before it was set.
     rank_zero_only.rank = int(os.environ.get("RANK", 0))

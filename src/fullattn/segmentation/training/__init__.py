@@ -1,1 +1,1 @@
-"""Training on Lightning: a configuration, a data set, and steps that can be resumed bit for bit."""
+"""Training of segmentation networks with Lightning."""

@@ -72,7 +72,7 @@ def fit(
 ) -> Result:
     """Train a network with its first weights, which a resumed run replaces.
 
-    `machines` is the result of `checks.check_machines`, and `skipped` lists files that are known to
+    `machines` is the result of `train.check_machines`, and `skipped` lists files that are known to
     be unreadable. The other arguments, the files and the errors are those of `train.train`.
     """
     training = config.training
