@@ -34,7 +34,10 @@ COMMANDS = {
         "fullattn.segmentation.evaluation.command:configure_predict",
         "segment photographs, and show what the layer attends to",
     ),
-    "maps": ("fullattn.plot.command:configure", "see what the layers attend to in a photograph"),
+    "maps": (
+        "fullattn.segmentation.evaluation.command:configure_maps",
+        "see what the layers attend to in a photograph",
+    ),
     "info": ("fullattn._cli.info:configure", "say which backend runs, and why the others do not"),
 }
 
