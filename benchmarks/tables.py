@@ -21,8 +21,8 @@ from runpy import run_path
 from typing import Any
 
 from fullattn._cli.conditions import Mode
+from fullattn._text import digits, si
 from fullattn.bench.results import Results, Row, read_results
-from fullattn.bench.table import digits, si
 from fullattn.layers import LAYERS
 
 __all__ = ["ROOT", "TABLES", "fill", "pages"]

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from fullattn._cli.conditions import Conditions, Mode
 from fullattn._cli.errors import UsageError
+from fullattn._text import digits
 from fullattn.bench.results import Measurement, Results, Row
-from fullattn.bench.table import digits
 
 __all__ = ["Difference", "check_comparable", "differences", "lost", "print_differences"]
 

@@ -9,36 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fullattn._cli.conditions import MODES, Mode
+from fullattn._text import NOTHING, digits, si
 from fullattn.bench.implementations import Formula
 from fullattn.bench.results import Measurement, Results, Row
 
-__all__ = ["digits", "mebibytes", "print_results", "ratio", "si", "time"]
+__all__ = ["mebibytes", "print_results", "ratio", "time"]
 
-NOTHING = "–"
 _MIB = 2**20
 _CALL: dict[Mode, str] = {"inference": "forward", "training": "forward\n+ backward"}
-
-
-def si(number: float | None) -> str:
-    """Format a number in three digits with K, M, G or T; a dash for None.
-
-    Example:
-        >>> si(525_313), si(19.6e9), si(0), si(None)
-        ('525K', '19.6G', '0', '–')
-    """
-    if number is None:
-        return NOTHING
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if number >= factor:
-            return f"{digits(number / factor)}{letter}"
-    return f"{number:g}"
-
-
-def digits(number: float) -> str:
-    """Format a number in three digits, or all of those before its point."""
-    return (
-        f"{number:.0f}" if number >= 100 else f"{number:.1f}" if number >= 10 else f"{number:.2f}"
-    )
 
 
 def _name(row: Row) -> str:

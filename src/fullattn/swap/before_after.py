@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fullattn._cli.conditions import Mode, environment
 from fullattn._cli.errors import UsageError
+from fullattn._text import si
 from fullattn.bench.measure import Failure, Plan, clock_for, interleave, warm_up
 from fullattn.bench.memory import CpuMemory, cuda_peak
 from fullattn.bench.results import Measurement
-from fullattn.bench.table import mebibytes, ratio, si, time
+from fullattn.bench.table import mebibytes, ratio, time
 from fullattn.swap import Report, count_flops
 from fullattn.swap.network import Network, NetworkWorkload
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from fullattn._text import si
 from fullattn.swap.shapes import count_flops
 from fullattn.swap.targets import Site
 
@@ -171,13 +172,4 @@ def _sum(counts: Iterable[int | None]) -> int | None:
 
 
 def _pair(before: int | None, after: int | None) -> str:
-    return f"{_short(before)} → {_short(after)}"
-
-
-def _short(count: int | None) -> str:
-    if count is None:
-        return "–"
-    for exponent, letter in ((12, "T"), (9, "G"), (6, "M"), (3, "K")):
-        if count >= 10**exponent:
-            return f"{count / 10**exponent:#.3g}".rstrip(".") + letter
-    return str(count)
+    return f"{si(before)} → {si(after)}"
