@@ -151,7 +151,7 @@ def axial_means(x: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor, 
 
     Args:
         x: feature map, (B, C, H, W).
-        backend: name of the attention backend that is asked for; None for the automatic choice.
+        backend: name of the attention backend; None for the automatic choice.
 
     Returns:
         x, of which the gradient of both means is added in one pass to what comes back through it;

@@ -401,7 +401,7 @@ class Backend:
         """Say why this backend cannot run inputs.
 
         Args:
-            inputs: what is asked.
+            inputs: of the call.
 
         Returns:
             One sentence for each limit that the inputs exceed; empty when it can run.

@@ -141,7 +141,7 @@ def worth_building(inputs: AttentionInputs) -> bool:
 
 
 def forced(requested: str | None) -> Backend | None:
-    """Return the backend that is asked for by name: by the context, the caller or the environment.
+    """Return the backend chosen by name: by the context, the caller or the environment.
 
     Args:
         requested: the layer's own `backend=`.
@@ -159,7 +159,7 @@ def choose(inputs: AttentionInputs, requested: str | None = None) -> Backend:
     """Choose the backend that runs inputs.
 
     Args:
-        inputs: what is asked.
+        inputs: of the call.
         requested: the layer's own `backend=`; None for the automatic choice.
 
     Returns:
@@ -201,7 +201,7 @@ def explain(inputs: AttentionInputs, requested: str | None = None) -> list[tuple
     """Say of every backend whether it runs inputs, and why or why not.
 
     Args:
-        inputs: what is asked.
+        inputs: of the call.
         requested: the layer's own `backend=`.
 
     Returns:

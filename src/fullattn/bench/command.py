@@ -64,7 +64,7 @@ def configure(parser: Parser) -> None:
         nargs="+",
         default=["default"],
         metavar="BACKEND",
-        help="names of backends; auto: the one that runs when none is asked for; all: every one "
+        help="names of backends; auto: the automatic choice; all: every one "
         "that can run; default: the automatic one, and the map built and fused. With auto, channel "
         "and spatial are still run both built and fused",
     )

@@ -5,10 +5,10 @@ implementation, flattens the features into one batch of columns and one of rows,
 tiles every context once for each slice, and builds every similarity map. `fullattn bench` takes it
 as the baseline, because it is what most people run, often copied into a repository of their own.
 
-One thing is corrected. The official code flattens the features as (b w) but tiles the context as
-(w b). At batch size 1 that is right; for larger batches it compares images with each other's
-contexts. Here every slice meets the context of its own image, so that both sides of the comparison
-compute the same function. The amount of work is the same either way.
+One thing is corrected. The official implementation flattens the features as (b w) but tiles the
+context as (w b): right at batch size 1, but at larger ones it compares images with each other's
+contexts. Here every slice is compared with the context of its own image, so that both sides of the
+comparison compute the same function. The amount of work is the same either way.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class OfficialFLANetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x (B, C, H, W)."""
-        # As in the official code every intermediate has a name, so that the scores and maps of both
-        # branches stay in memory until the function returns.
+        # As in the official implementation every intermediate has a name, so that the scores and
+        # maps of both branches stay in memory until the function returns.
         batch, _, height, width = x.shape
         columns = rearrange(x, "b c h w -> (b w) c h").contiguous()
         rows = rearrange(x, "b c h w -> (b h) c w").contiguous()
