@@ -394,13 +394,16 @@ def test_a_callable_attention_cannot_be_described(tmp_path: Path) -> None:
         files.describe(small(attention=partial(FullyAttentional, project=False)))
 
 
-def test_weights_of_another_backbone_raise(tmp_path: Path) -> None:
-    other = tmp_path / "resnet26.pt"
+def test_weights_of_another_backbone_raise_and_change_nothing(tmp_path: Path) -> None:
+    other, backbone = tmp_path / "resnet26.pt", small().backbone
+    before = copy.deepcopy(backbone.state_dict())
     torch.save(small(backbone="resnet26").backbone.state_dict(), other)
     with pytest.raises(
         CheckpointError, match=r"cannot load .*resnet26\.pt into \w+: .*size mismatch"
     ):
-        load_weights(small().backbone, other)
+        load_weights(backbone, other)
+    for name, x in before.items():
+        assert torch.equal(backbone.state_dict()[name], x), name
 
 
 def test_backbone_weights_are_found_in_a_whole_network_and_below_its_classifier(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -146,9 +147,12 @@ def load_weights(backbone: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_state_dict(
     module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
-    """Load weights into a module and raise PyTorch's list of mismatches as a CheckpointError."""
+    """Load weights that fit, or raise PyTorch's list of mismatches and leave the module unchanged."""
+    shapes = {name: x.shape for name, x in module.state_dict().items()}
+    fits = shapes == {name: x.shape for name, x in weights.items()}
     try:
-        module.load_state_dict(weights)
+        # PyTorch copies the tensors that fit before it raises.
+        (module if fits else copy.deepcopy(module)).load_state_dict(weights)
     except RuntimeError as error:
         mismatches = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         raise checkpoints.CheckpointError(
