@@ -147,7 +147,7 @@ def load_weights(backbone: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_state_dict(
     module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
-    """Load weights that fit, or raise PyTorch's list of mismatches and leave the module unchanged."""
+    """Load weights, or raise PyTorch's list of mismatches and leave the module unchanged."""
     shapes = {name: x.shape for name, x in module.state_dict().items()}
     fits = shapes == {name: x.shape for name, x in weights.items()}
     try:
