@@ -26,15 +26,9 @@ Shape = Sequence[Any]
 
 
 def attend(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> Any:
-    """Scores and attended values: 2 · B·S·N·M · (D + E).
+    """Count scores and attended values: 2 · B·S·N·M · (D + E).
 
-    Args:
-        query: (B, S, N, D).
-        key: (B, S or 1, M, D).
-        value: (B, S or 1, M, E).
-
-    Returns:
-        FLOPs of the forward pass.
+    The shapes are (B, S, N, D), (B, S or 1, M, D) and (B, S or 1, M, E).
 
     Example:
         >>> attend((1, 97, 512, 97), (1, 1, 512, 97), (1, 97, 512, 97))  # columns of 512x97x97
@@ -45,16 +39,9 @@ def attend(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> Any:
 
 
 def attend_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> Any:
-    """Scores again, then the gradients of weights, query, key and value: 2 · B·S·N·M · (3D + 2E).
+    """Count the backward pass of a backend that does not keep its map: 2 · B·S·N·M · (3D + 2E).
 
-    Args:
-        grad: (B, S, N, E).
-        query: (B, S, N, D).
-        key: (B, S or 1, M, D).
-        value: (B, S or 1, M, E).
-
-    Returns:
-        FLOPs of the backward pass of a backend that does not keep its map.
+    These are the scores again, and the gradients of weights, query, key and value.
 
     Example:
         >>> columns, shared = (1, 97, 512, 97), (1, 1, 512, 97)
@@ -66,13 +53,7 @@ def attend_backward(grad: Shape, query: Shape, key: Shape, value: Shape, *_: Any
 
 
 def axial_channel_attention(x: Shape, *_: Any, **__: Any) -> Any:
-    """Two products in each of two branches: 8 · B·C·C·H·W.
-
-    Args:
-        x: (B, C, H, W).
-
-    Returns:
-        FLOPs of the forward pass over all columns and all rows.
+    """Count two products in each of two branches: 8 · B·C·C·H·W.
 
     Example:
         >>> axial_channel_attention((1, 512, 97, 97))
@@ -82,14 +63,7 @@ def axial_channel_attention(x: Shape, *_: Any, **__: Any) -> Any:
 
 
 def axial_channel_attention_backward(grad: Shape, x: Shape, *_: Any, **__: Any) -> Any:
-    """Five products in each of two branches, the scores among them: 20 · B·C·C·H·W.
-
-    Args:
-        grad: (B, C, H, W).
-        x: (B, C, H, W).
-
-    Returns:
-        FLOPs of the backward pass over all columns and all rows.
+    """Count five products in each of two branches, the scores among them: 20 · B·C·C·H·W.
 
     Example:
         >>> axial_channel_attention_backward((1, 512, 97, 97), (1, 512, 97, 97))
@@ -107,10 +81,6 @@ def register(operator: Any, formula: Callable[..., int]) -> None:
 
     Importing the counter imports Triton where that is installed, which takes longer than all of
     `import fullattn`; so the formula waits until the program itself imports the counter.
-
-    Args:
-        operator: an operator of all overloads, such as `torch.ops.fullattn.attend_chunked`.
-        formula: FLOPs from the shapes of the operator's arguments.
     """
     _waiting.append((operator, formula))
     if _COUNTER in sys.modules:

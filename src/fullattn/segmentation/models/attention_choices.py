@@ -6,7 +6,6 @@ the attention start from the same function.
 
 from __future__ import annotations
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -14,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fullattn._text import did_you_mean
 from fullattn.layers import LAYERS, ChannelNonLocal, SpatialNonLocal
 
 __all__ = ["Attention", "Convolution", "Dual", "attentions", "build"]
@@ -132,11 +132,10 @@ def build(attention: Attention, channels: int, options: Mapping[str, Any]) -> nn
         return layer(channels, **{**layer.head_options, **options})
     if isinstance(attention, str):
         if attention not in _OTHERS:
-            near = difflib.get_close_matches(attention, attentions(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             allowed = ", ".join(map(repr, attentions()))
             raise ValueError(
-                f"expected attention of {allowed} or a callable, got {attention!r}{hint}"
+                f"expected attention of {allowed} or a callable, got {attention!r}"
+                + did_you_mean(attention, attentions())
             )
         factory = _OTHERS[attention]
     elif isinstance(attention, nn.Module) or not callable(attention):
