@@ -1,11 +1,10 @@
-"""What a layer costs, by formula: FLOPs, parameters, similarity maps and peak working memory.
+"""Compute the costs of a layer by formula: FLOPs, parameters, similarity maps and peak memory.
 
-Nothing runs: a layer on the meta device will do, and so will a feature map that fits no memory.
+Nothing is run: the layer may be on the meta device, and the feature map may exceed the memory.
 
-FLOPs are 2 for each multiplication with an addition, and products and convolutions alone are
-counted, as `torch.utils.flop_counter.FlopCounterMode` does; the two agree, except that the counter
-leaves out a product over an axis of length 1, which einsum computes element by element. For x of
-(B, C, H, W):
+FLOPs are 2 per multiply-add of matrix products and convolutions, as in
+`torch.utils.flop_counter.FlopCounterMode`. The two agree, except that the counter omits a product
+over an axis of length 1, which einsum computes element by element. For x of (B, C, H, W):
 
     FullyAttentional   8·B·C²·HW          attention: two products in each of two branches
                        2·B·C²·(H + W)     the two Linears
@@ -14,19 +13,18 @@ leaves out a product over an axis of length 1, which einsum computes element by 
     SpatialNonLocal    2·B·HW·H'W'·(D+E)  D channels of a query, E of a value, after subsampling
                        2·B·C·N·HW         each of its 1x1 convolutions, from or to N channels
 
-Backward, with a gradient for x, costs twice the forward where the map is kept, and half the
-attention's forward more where a fused backend computes the scores again. `triton` computes more
-than those again; as PyTorch does for its own fused kernels, that is not counted.
+Backward, with a gradient for x, costs twice the forward if the map is saved, and half the
+attention's forward more if a fused backend recomputes the scores. `triton` recomputes more than
+the scores, which is not counted, as PyTorch does not for its own fused kernels.
 
-Memory is that of all tensors alive at the worst moment, over x, the parameters and the gradient
-that arrives at the output: the result, copies, maps, buffers, and in training what backward needs,
-the gradient of x and those of the parameters. They assume a contiguous x, a normalisation that
-keeps its input and an activation that keeps its result, as BatchNorm2d and ReLU do. On a CPU with
-float32 they are within a tenth of the allocations that PyTorch reports. Not counted are what BLAS
-and convolutions in half precision take for themselves, the tokens that `sdpa` packs in
-half precision for processors with matrix units (AMX), memory that the allocator does not give back,
-and PyTorch's own records: a process grows by somewhat more. For other devices the formulas
-are the same, but the workspace of their libraries is not known and not counted.
+Memory is the peak of all tensors besides x, the parameters and the gradient of the output: the
+result, copies, maps, buffers, and in training the tensors saved for backward and the gradients of x
+and the parameters. The formulas assume a contiguous x, a normalisation that saves its input and an
+activation that saves its result, as BatchNorm2d and ReLU do. On a CPU in float32 they are within
+10 % of the allocations that PyTorch reports. Not counted are workspaces of BLAS, of convolutions in
+half precision and of `sdpa` in half precision on processors with matrix units (AMX), memory that
+the allocator does not return, and PyTorch's own data structures. For other devices the formulas are
+the same; the workspaces of their libraries are not counted.
 
 Example:
     >>> import torch, fullattn
@@ -43,7 +41,7 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TypeAlias
@@ -65,7 +63,7 @@ Shape: TypeAlias = tuple[Size, Size, Size, Size]
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call of a layer costs.
+    """Costs of one call of a layer.
 
     Attributes:
         backend: name of the backend that the figures are for.
@@ -73,8 +71,8 @@ class Cost:
         flops: of a forward pass; 2 for each multiplication with an addition.
         backward_flops: of the backward pass, with a gradient for x, the forward not included.
         map_numel: elements in all similarity maps of the batch, built or not.
-        map_bytes: what those maps take where they are built.
-        inference_bytes: peak working memory of a forward pass without gradients, over x and the
+        map_bytes: bytes of those maps if they are built.
+        inference_bytes: peak memory of a forward pass without gradients, besides x and the
             parameters.
         training_bytes: the same of a forward and backward pass, with a gradient for x.
     """
@@ -109,23 +107,23 @@ def cost(
     backend: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Cost:
-    """Compute what a layer costs on a feature map, by formula.
+    """Compute the costs of a layer on a feature map by formula.
 
     Args:
         layer: a registered layer, on any device; its options are read from it.
         shape: of the feature map, (B, C, H, W).
         dtype: of the feature map and the layer.
-        backend: name of the backend; None for the one that would run.
-        device: where the layer would run.
+        backend: name of the backend; None for the automatic choice.
+        device: device that the layer runs on.
 
     Returns:
-        The cost.
+        The costs.
 
     Raises:
-        BackendError: the backend asked for cannot run this.
+        BackendError: the named backend cannot run this.
         TypeError: not a registered layer, or not a real floating-point dtype.
-        ValueError: a shape that the layer does not take, an unknown backend, or a layer with
-            `mix_images`, for which there is no formula.
+        ValueError: an unsupported shape, an unknown backend, or a layer with `mix_images`, for
+            which there is no formula.
 
     Example:
         >>> from fullattn import ChannelNonLocal
@@ -169,17 +167,13 @@ def _checked(layer: AttentionLayer, shape: Sequence[int]) -> tuple[int, int, int
 def inputs_of(
     layer: AttentionLayer, shape: Shape, dtype: torch.dtype, device: str
 ) -> AttentionInputs:
-    """Describe what a layer passes to its backend.
+    """Return `AttentionInputs.of` of a layer's call, without the call.
 
     Args:
         layer: the layer, on any device.
-        shape: of the feature map, (B, C, H, W).
+        shape: of the feature map, (B, C, H, W); integers or symbols.
         dtype: of the feature map.
         device: device type.
-
-    Returns:
-        As `AttentionInputs.of` of the layer's call; its sizes are symbols where those of the shape
-        are.
     """
     branches = layer.work((1, *shape[1:]), dtype.itemsize).branches
     sizes = [(*each.query[1:3], each.key[2], each.query[3]) for each in branches]
@@ -187,24 +181,14 @@ def inputs_of(
     return AttentionInputs.of_sizes(operation.name, score, device, dtype, operation.sliced, *sizes)
 
 
-def _total(sizes: Iterable[Size]) -> Size:
-    total: Size = 0
-    for size in sizes:
-        total = total + size
-    return total
-
-
 def figures(layer: AttentionLayer, shape: Shape, setting: Setting, backend: Backend) -> Figures:
-    """Compute what a layer costs on a backend.
+    """Compute the costs of a layer on a backend.
 
     Args:
         layer: the layer, on any device.
-        shape: of the feature map, (B, C, H, W).
+        shape: of the feature map, (B, C, H, W); integers or symbols.
         setting: dtype, device and threads.
-        backend: that can run it.
-
-    Returns:
-        The figures; symbols where the sizes are.
+        backend: a backend that can run the layer.
     """
     work = layer.work(shape, setting.size)
     softmax = work.branches[0].score is ScoreFunction.SOFTMAX
@@ -215,14 +199,14 @@ def figures(layer: AttentionLayer, shape: Shape, setting: Setting, backend: Back
         runs = [backend.workspace(branch, setting) for branch in work.branches]
     else:
         raise ValueError(f"backend {backend.name!r} declares no workspace")
-    own = work.flops + _total(
+    own = work.flops + sum(
         part.flops for part in (work.output, work.projection) if part is not None
     )
-    map_numel = _total(branch.map_numel for branch in work.branches)
+    map_numel = sum(branch.map_numel for branch in work.branches)
     x = prod(shape) * setting.size
     return Figures(
-        flops=own + _total(run.flops for run in runs),
-        backward_flops=2 * own + _total(run.backward_flops for run in runs),
+        flops=own + sum(run.flops for run in runs),
+        backward_flops=2 * own + sum(run.backward_flops for run in runs),
         map_numel=map_numel,
         map_bytes=map_numel * setting.work_size,
         inference_bytes=maximum(*_inference(work, x, runs)),
@@ -233,7 +217,7 @@ def figures(layer: AttentionLayer, shape: Shape, setting: Setting, backend: Back
 
 
 def _inference(work: Work, x: Size, runs: list[Workspace]) -> Iterator[Size]:
-    """Bytes alive at each step of a forward pass without gradients; x of one feature map."""
+    """Yield the bytes in use at each step of a forward pass without gradients; x of one map."""
     yield work.making
     done: Size = 0
     for run in runs:
@@ -244,44 +228,46 @@ def _inference(work: Work, x: Size, runs: list[Workspace]) -> Iterator[Size]:
     if work.output is not None:
         yield done + 2 * x
     elif len(work.branches) == 1 and not work.branches[0].contiguous:
-        yield done + x  # in another layout the attended values cannot become the result
+        yield done + x  # in another layout the attended values are not overwritten
     if work.projection is not None:
         yield 2 * x + work.projection.workspace
-        # Input and result of a later step, while the caller holds the projection's input.
+        # The projection's input, and the input and result of one of its later modules.
         yield minimum(3, 2 + work.projection.later) * x
 
 
 def _training(work: Work, x: Size, runs: list[Workspace], adds_residual: bool) -> Iterator[Size]:
-    """Bytes alive at each step of a forward and backward pass; x of one feature map."""
-    always = work.kept  # what the making of the inputs keeps
+    """Yield the bytes in use at each step of a training pass; x of one map."""
+    always = work.kept
     inputs = work.inputs
     kept = always + inputs
     for run in runs:
         yield kept + run.forward
         kept = kept + run.kept
-    # An attention that keeps copies of its own leaves its inputs free.
+    # A backend that saves copies does not hold its inputs.
     inputs = inputs * runs[0].keeps_inputs
-    kept = always + inputs + _total(run.kept for run in runs)
-    outputs = _total(run.output for run in runs if not run.keeps_output)
+    kept = always + inputs + sum(run.kept for run in runs)
+    outputs = sum(run.output for run in runs if not run.keeps_output)
     if len(runs) > 1:
         yield kept + outputs + x  # their sum
-    # What is attended lives until gamma has been applied; among the kept it is counted already.
+    # The attended values are held until gamma is applied; a saved output is counted already.
     single = runs[0].output if len(runs) == 1 else x
     counted = len(runs) == 1 and runs[0].keeps_output
     attended = 0 if adds_residual or counted else single
     result = x
-    weights: Size = 0  # gradients of the parameters behind the attention
+    weights: Size = 0  # gradients of the parameters after the attention
     if work.output is not None:
         normalised = x if work.output.normalised else 0
         weights = work.output.weights
         yield kept + attended + 2 * x + normalised  # output, normalised, sum with x
         yield kept + attended + x + 2 * normalised  # normalisation, backward
         yield kept + attended + result + normalised + work.output_inputs + weights
-    grad_sum: Size = 0  # the gradient of the sum with x; without a projection the one that arrives
+    grad_sum: Size = (
+        0  # the gradient of the sum with x; without a projection it is that of the output
+    )
     if work.projection is not None:
         part = work.projection
         weights, grad_sum = part.weights, x
-        held = kept + attended + x  # the projection keeps its input
+        held = kept + attended + x  # the projection saves its input
         yield held + maximum((1 + part.later) * x, x + part.workspace)
         convolved = x if part.normalised else 0
         yield held + result + convolved + part.later * x
@@ -292,8 +278,8 @@ def _training(work: Work, x: Size, runs: list[Workspace], adds_residual: bool) -
     if work.output is None and not adds_residual:
         yield kept + attended + held + 2 * x  # gradients of the attended values and of gamma
     for run in reversed(runs):
-        # The gradient of the attended values stays until all branches have had it; where a backend
-        # adds the residual it is the one that arrives.
+        # The gradient of the attended values is held until all branches have used it; if a backend
+        # adds the residual, it is the gradient of the output.
         last = run is runs[0]
         if last and not adds_residual:
             alone = len(runs) == 1 and work.output is None
@@ -302,20 +288,13 @@ def _training(work: Work, x: Size, runs: list[Workspace], adds_residual: bool) -
             peak = run.backward_shared + (0 if adds_residual else x)
         yield kept - run.saved + held + peak
         kept = kept - run.kept
-        if work.projection is None:  # or it is added to the gradient of the sum, in place
+        if work.projection is None:  # otherwise added to the gradient of the sum, in place
             held = held + work.branch_gradient
     yield always + held + work.gradients
 
 
 def counted_flops(run: Callable[[], object]) -> int:
-    """Count the FLOPs of a call with PyTorch's FlopCounterMode.
-
-    Args:
-        run: the call, on tensors with or without data.
-
-    Returns:
-        2 × multiply-accumulate of all products and convolutions that the counter has a formula for.
-    """
+    """Count the FLOPs of a call, on real or meta tensors, with PyTorch's FlopCounterMode."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes time
 
     with FlopCounterMode(display=False) as counter:

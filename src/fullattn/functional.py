@@ -1,13 +1,13 @@
-"""The definitions of the layers, and the same as fast functions of tensors and keys.
+"""The definitions of the layers, and functions that compute the same on a fused backend.
 
-The definitions follow the papers, in einsum on b (image), c, i and j (channels), h (row) and
-w (column). The backend `reference` runs them, and the tests compare them with a float64 oracle.
-They compute in the dtype that they are given; the backend takes half precision to float32 first.
-The functions after them compute the same on the backend that `fullattn.attention` chooses. All take
-feature maps and keys, never weights: the modules in `fullattn.layers` make the keys with their own
-Linears and convolutions, and add shape checks and the unbatched form.
+The definitions come first. They follow the papers, in einsum over b (image), i and j (channels),
+h (row), w (column), p and q (positions); `scale` is a factor on the scores before the softmax,
+which the papers do not use (1.0). The backend `reference` runs them, in float32 for half precision,
+and the tests compare them with a float64 oracle.
 
-`scale` is a factor on the scores before the softmax; the papers use none (1.0).
+The functions after them run on the backend that `fullattn.attention` chooses. All take feature maps
+and keys, but no weights: the modules in `fullattn.layers` compute the keys with their Linears and
+convolutions, check shapes, and accept unbatched inputs.
 """
 
 from __future__ import annotations
@@ -43,41 +43,42 @@ __all__ = [
     "spatial_non_local",
 ]
 
-# Fully attentional: a C×C map for every column and every row (Song et al., AAAI 2022, section 3).
+# Fully attentional: a C×C map per column and per row (Song et al., AAAI 2022, section 3). The keys
+# are Linear(mean of x over W) for the columns and Linear(mean of x over H) for the rows.
 
 
 def column_similarity(x: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
-    """S[b, w, i, j]: what channel i of column w gives to channel j; the key is (B, C, H)."""
+    """Compute S[b, w, i, j], the weight of channel j for channel i in column w; key (B, C, H)."""
     return softmax(einsum("bihw, bjh -> bwij", x, scaled(key, scale)), dim=-1)
 
 
 def row_similarity(x: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
-    """S[b, h, i, j]: what channel i of row h gives to channel j; the key is (B, C, W)."""
+    """Compute S[b, h, i, j], the weight of channel j for channel i in row h; key (B, C, W)."""
     return softmax(einsum("bihw, bjw -> bhij", x, scaled(key, scale)), dim=-1)
 
 
 def columns_and_rows(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float = 1.0) -> Tensor:
-    """Add columns and rows, (B, C, H, W); the layer is project( gamma · that + x )."""
+    """Compute columns + rows; the layer is project( gamma · (columns + rows) + x )."""
     columns = einsum("bwij, bjhw -> bihw", column_similarity(x, column_key, scale), x)
     rows = einsum("bhij, bjhw -> bihw", row_similarity(x, row_key, scale), x)
     return columns + rows
 
 
-# Channel non-local: one C×C map for the image (Fu et al., CVPR 2019, section 3.3).
+# Channel non-local: one C×C map per image (Fu et al., CVPR 2019, section 3.3).
 
 
 def channel_similarity(x: Tensor, key: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """S[b, i, j]: what channel i gives to channel j; the key is x itself."""
+    """Compute S[b, i, j], the weight of channel j for channel i; without a key it is x itself."""
     key = scaled(x if key is None else key, scale)
     return softmax(einsum("bihw, bjhw -> bij", x, key), dim=-1)
 
 
 def channel_attention(x: Tensor, key: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """attended[b, i, h, w]; the layer is gamma · that + x."""
+    """Compute attended[b, i, h, w]; the layer is gamma · attended + x."""
     return einsum("bij, bjhw -> bihw", channel_similarity(x, key, scale), x)
 
 
-# Spatial non-local: one HW×HW map for the image (Wang et al., CVPR 2018, section 3).
+# Spatial non-local: one HW×HW map per image (Wang et al., CVPR 2018, section 3).
 
 
 def position_similarity(
@@ -86,9 +87,9 @@ def position_similarity(
     scale: float = 1.0,
     score: ScoreFunction = ScoreFunction.SOFTMAX,
 ) -> Tensor:
-    """S[b, p, q]: what position p gives to position q; query (B, D, H, W), key (B, D, H', W')."""
+    """Compute S[b, p, q], the weight of position q for p, from (B, D, H, W) and (B, D, H', W')."""
     query, key = query.flatten(2), key.flatten(2)
-    if score is ScoreFunction.CONCATENATION:  # a number for each query, and one for each key
+    if score is ScoreFunction.CONCATENATION:  # D is 1: a scalar for each query and for each key
         return weights(query.transpose(1, 2) + key, score)
     return weights(einsum("bdp, bdq -> bpq", query, scaled(key, scale)), score)
 
@@ -100,17 +101,17 @@ def position_attention(
     scale: float = 1.0,
     score: ScoreFunction = ScoreFunction.SOFTMAX,
 ) -> Tensor:
-    """attended[b, e, h, w] for values (B, E, H', W'); the layer is x + output( that )."""
+    """Compute attended[b, e, h, w] for values (B, E, H', W'); the layer is x + output(attended)."""
     similarity = position_similarity(query, key, scale, score)
     attended = einsum("bpq, beq -> bpe", similarity, value.flatten(2)).transpose(1, 2)
     return attended.reshape(*attended.shape[:2], *query.shape[2:])
 
 
-# For the backends: the definitions, and the same as branches of queries, keys and values.
+# Operations: for the backends, the definitions and the queries, keys and values of each branch.
 
 
 class FullyAttentionalSimilarity(NamedTuple):
-    """The maps of the fully attentional layer.
+    """Similarity maps of the fully attentional layer.
 
     Attributes:
         columns: (B, W, C, C), one map per column.
@@ -147,15 +148,15 @@ POSITION_ATTENTION = Operation(
 
 
 def axial_means(x: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Average a feature map over W and over H: the contexts of which the layer makes its keys.
+    """Average a feature map over W and over H; the layer computes its keys from the means.
 
     Args:
         x: feature map, (B, C, H, W).
         backend: name of the attention backend; None for the automatic choice.
 
     Returns:
-        x, of which the gradient of both means is added in one pass to what comes back through it;
-        the mean column, (B, H, C); and the mean row, (B, W, C).
+        x, the mean column (B, H, C), and the mean row (B, W, C). Using the returned x lets backward
+        add its gradient and those of the means in one pass.
     """
     named = dispatch.forced(backend)
     means = triton.axial_means(x) if named is None or named is triton.BACKEND else None
@@ -166,7 +167,7 @@ def axial_means(x: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor, 
 def fully_attentional_call(
     x: Tensor, column_key: Tensor, row_key: Tensor, *, scale: float | None = 1.0
 ) -> AttentionCall:
-    """Describe the call of `fully_attentional`; scale None puts 1/√H and 1/√W into the keys."""
+    """Return the call of `fully_attentional`; scale None multiplies the keys by 1/√H and 1/√W."""
     if scale is None:
         column_key = column_key * x.shape[2] ** -0.5
         row_key = row_key * x.shape[3] ** -0.5
@@ -183,7 +184,7 @@ def fully_attentional(
     scale: float | None = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Channel attention with a map of its own for every column and every row.
+    """Compute channel attention with one map per column and one per row.
 
     For the columns
 
@@ -191,7 +192,7 @@ def fully_attentional(
         columns[b, i, h, w] = Σ_j similarity[b, w, i, j] · x[b, j, h, w]
 
     and the same for rows with H and W exchanged. The result is gamma · (columns + rows) + x, or
-    columns + rows alone where gamma is None.
+    columns + rows if gamma is None.
 
     Args:
         x: feature map, (B, C, H, W).
@@ -205,7 +206,7 @@ def fully_attentional(
         (B, C, H, W).
 
     Raises:
-        BackendError: the backend asked for cannot run this.
+        BackendError: the named backend cannot run this.
 
     Source:
         Song et al., Fully Attentional Network for Semantic Segmentation, AAAI 2022
@@ -218,6 +219,12 @@ def fully_attentional(
         torch.Size([2, 3, 4, 5])
     """
     call = fully_attentional_call(x, column_key, row_key, scale=scale)
+    return _run(call, x, gamma, backend)
+
+
+def _run(
+    call: AttentionCall, x: Tensor | None, gamma: Tensor | None, backend: str | None
+) -> Tensor:
     y, added = attention.run(call, x, gamma, backend=backend)
     return y if added else attention.scaled_residual(x, gamma, y)
 
@@ -225,15 +232,15 @@ def fully_attentional(
 def channel_call(
     x: Tensor, *, scale: float | None = 1.0, least_similar: bool = False
 ) -> AttentionCall:
-    """Describe the call of `channel_non_local`."""
+    """Return the call of `channel_non_local`."""
     tensors: tuple[Tensor, ...] = (x,)
     if scale is None:
         features = x.shape[2] * x.shape[3]
-        # A tensor takes a factor that depends on a symbolic size; an operator's float may not.
+        # A symbolic size may multiply a tensor, but not be the float argument of an operator.
         symbolic = is_symbolic(features)
         scale = 1.0 if symbolic else features**-0.5
         tensors = (x, x * features**-0.5) if symbolic else tensors
-    # softmax(max(S) - S) is softmax(-S): a softmax does not see a number added to its whole row.
+    # softmax(max(S) - S) is softmax(-S), because a softmax ignores a constant added to its row.
     return AttentionCall(CHANNEL_ATTENTION, tensors, -scale if least_similar else scale)
 
 
@@ -245,7 +252,7 @@ def channel_non_local(
     least_similar: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Channel attention with one map for the whole image: space is summed away.
+    """Compute channel attention with one map per image.
 
         similarity[b, i, j] = softmax_j( scale · Σ_p x[b, i, p] · x[b, j, p] )     p over H·W
         attended[b, i, p] = Σ_j similarity[b, i, j] · x[b, j, p]
@@ -253,16 +260,16 @@ def channel_non_local(
     Args:
         x: feature map, (B, C, H, W).
         gamma: learnable factor of the attention, one number; the result is gamma · attended + x,
-            or attended alone where gamma is None.
+            or attended if gamma is None.
         scale: factor on the scores; None for 1/√(H·W).
-        least_similar: take max(S) - S in place of the scores S, as DANet's published code does.
+        least_similar: use max(S) - S in place of the scores S, as DANet's published code does.
         backend: name of the backend; None for the automatic choice.
 
     Returns:
         (B, C, H, W).
 
     Raises:
-        BackendError: the backend asked for cannot run this.
+        BackendError: the named backend cannot run this.
 
     Source:
         Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019 (arXiv 1809.02983),
@@ -274,8 +281,7 @@ def channel_non_local(
         torch.Size([2, 3, 4, 5])
     """
     call = channel_call(x, scale=scale, least_similar=least_similar)
-    y, added = attention.run(call, x, gamma, backend=backend)
-    return y if added else attention.scaled_residual(x, gamma, y)
+    return _run(call, x, gamma, backend)
 
 
 def spatial_call(
@@ -286,7 +292,7 @@ def spatial_call(
     score: ScoreFunction = ScoreFunction.SOFTMAX,
     scale: float | None = 1.0,
 ) -> AttentionCall:
-    """Describe the call of `spatial_non_local`."""
+    """Return the call of `spatial_non_local`."""
     scale = query.shape[1] ** -0.5 if scale is None else scale
     return AttentionCall(POSITION_ATTENTION, (query, key, value), scale, score)
 
@@ -302,21 +308,21 @@ def spatial_non_local(
     scale: float | None = 1.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Spatial non-local attention: every position of the query looks at every position of the key.
+    """Compute attention of every position of the query to every position of the key.
 
         attended[b, :, p] = Σ_q similarity[b, p, q] · value[b, :, q]
 
     with similarity = softmax_q(scale · query · key) for `ScoreFunction.SOFTMAX` (both Gaussian
     forms), scale · query · key / (number of q) for `DOT_PRODUCT`, and
-    ReLU(query + key) / (number of q) for `CONCATENATION`, whose weight vector has been applied to
-    the halves of its concatenation already, so that D is 1.
+    ReLU(query + key) / (number of q) for `CONCATENATION`, where query and key are the products with
+    the two halves of the paper's weight vector, so that D is 1.
 
     Args:
         query: (B, D, H, W).
         key: (B, D, H', W'), of any size.
         value: (B, E, H', W').
-        x: with gamma, what is added: gamma · attended + x as in DANet's position attention,
-            (B, E, H, W).
+        x: residual, (B, E, H, W); with gamma the result is gamma · attended + x, as in DANet's
+            position attention.
         gamma: learnable factor of the attention, one number; None for attended alone.
         score: how scores become weights.
         scale: factor on the scores; None for 1/√D. Not used by `CONCATENATION`.
@@ -326,7 +332,7 @@ def spatial_non_local(
         (B, E, H, W).
 
     Raises:
-        BackendError: the backend asked for cannot run this.
+        BackendError: the named backend cannot run this.
 
     Source:
         Wang et al., Non-local Neural Networks, CVPR 2018 (arXiv 1711.07971), section 3; with gamma
@@ -339,15 +345,14 @@ def spatial_non_local(
         torch.Size([2, 7, 4, 5])
     """
     call = spatial_call(query, key, value, score=score, scale=scale)
-    y, added = attention.run(call, x, gamma, backend=backend)
-    return ordered(y if added else attention.scaled_residual(x, gamma, y))
+    return ordered(_run(call, x, gamma, backend))
 
 
 def ordered(x: Tensor) -> Tensor:
-    """Return a feature map, contiguous where its H or W is symbolic.
+    """Return a feature map, contiguous if its H or W is symbolic.
 
-    Inductor cannot order the strides of a view whose symbolic H and W are one axis underneath,
-    which it does for the convolution that follows.
+    Before a convolution, Inductor orders strides, which fails for a view that splits one symbolic
+    axis into H and W.
     """
     symbolic = is_symbolic(x.shape[2]) or is_symbolic(x.shape[3])
     return x.contiguous() if symbolic else x

@@ -1,4 +1,4 @@
-"""The one place where the axes of a feature map are regrouped for attention.
+"""Regroup the axes of a feature map for attention, and back.
 
 A `Cut` turns a feature map of shape (B, C, H, W) into the layout (B, S, N, D) that
 `fullattn.attention` works on (S independent slices of N tokens with D features), and back. Both
@@ -24,7 +24,7 @@ class Cut:
     """A way to cut a feature map (B, C, H, W) into slices of tokens with features.
 
     Attributes:
-        name: for pictures and similarity maps, such as "columns".
+        name: for figures of similarity maps, such as "columns".
         slices: the axes, out of c, h and w, along which the slices are independent; "" for one
             slice.
         tokens: the axes whose elements are compared with each other.
@@ -49,7 +49,7 @@ torch.Size([2, 1, 20, 3]))
     tokens: str
     features: str
 
-    # Where the axes are, found once; torch.compile does not trace a property that caches.
+    # Computed once; torch.compile does not trace a cached property.
     _axes: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
     _single: tuple[int, ...] = field(init=False, repr=False, compare=False)
     _order: tuple[int, ...] = field(init=False, repr=False, compare=False)
@@ -68,11 +68,11 @@ torch.Size([2, 1, 20, 3]))
         ((at, merged),) = ((at, group) for at, group in enumerate(axes, start=1) if 1 in group)
         found = {
             "_axes": axes,
-            # The three axes, where each group has one.
+            # The three axes if each group has one, otherwise empty.
             "_single": order[1:] if all(map(len, axes)) else (),
             "_order": order,
             "_inverse_order": tuple(order.index(axis) for axis in range(4)),
-            # In which axis of (B, S, N, D) the channels are, and what is merged with them there.
+            # The axis of (B, S, N, D) with the channels, and the axes merged with them.
             "_channels": (at, tuple(axis for axis in merged if axis != 1)),
         }
         for name, value in found.items():
@@ -109,33 +109,25 @@ torch.Size([2, 1, 20, 3]))
             merged = math.prod(lengths[axis] for axis in others)
             lengths = (0, slices.shape[at] // merged, height, width)
         if not self.slices:
-            # In two steps: 1 and H side by side leave a guard 1 % H behind, which a strict export
-            # with symbolic sizes cannot prove where H is a quotient of the height of an image.
+            # In two steps: reshaping 1 next to H adds a guard 1 % H, which a strict export with
+            # symbolic sizes cannot prove if H is a quotient of an image's height.
             slices = slices.squeeze(1)
         axes = [lengths[axis] for axis in self._order[1:]]
         return slices.reshape(slices.shape[0], *axes).permute(self._inverse_order)
 
     def sizes(self, shape: Sequence[Any]) -> tuple[Any, Any, Any]:
-        """How many slices, tokens and features a feature map has.
+        """Compute the numbers of slices, tokens and features of a feature map.
 
         Args:
-            shape: (B, C, H, W), of integers or symbols for them.
+            shape: (B, C, H, W), of integers or symbols.
 
         Returns:
             S, N and D.
         """
-        if self._single:
-            slice_axis, token_axis, feature_axis = self._single
-            return shape[slice_axis], shape[token_axis], shape[feature_axis]
-        slices, tokens, features = self._axes
-        count = length = depth = 1
-        for axis in slices:
-            count = count * shape[axis]
-        for axis in tokens:
-            length = length * shape[axis]
-        for axis in features:
-            depth = depth * shape[axis]
-        return count, length, depth
+        slices, tokens, features = (
+            math.prod([shape[axis] for axis in group]) for group in self._axes
+        )
+        return slices, tokens, features
 
 
 COLUMNS = Cut("columns", slices="w", tokens="c", features="h")

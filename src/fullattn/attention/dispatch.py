@@ -75,7 +75,7 @@ def backend_names() -> tuple[str, ...]:
 
 def check_name(name: str | None, source: str = "backend") -> str | None:
     """Return `name` if it is None or names a backend; otherwise raise ValueError with `source`."""
-    if name is not None and name not in _BY_NAME:
+    if name is not None and name not in backend_names():
         raise ValueError(f"{source} must be one of {', '.join(_BY_NAME)}, got {name!r}")
     return name
 

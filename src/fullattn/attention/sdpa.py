@@ -24,6 +24,7 @@ from fullattn.attention.backend import (
     Setting,
     Workspace,
     statically_true,
+    work_dtype,
 )
 from fullattn.attention.sizes import Size, at_least, equal, less, maximum, minimum, where
 
@@ -51,7 +52,7 @@ def _pad_features(x: Tensor, features: int) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
     """Compute `fullattn.attention.attend` by `scaled_dot_product_attention`."""
-    if query.dtype in (torch.float16, torch.bfloat16) and _writes_onnx():
+    if work_dtype(query.dtype) != query.dtype and _writes_onnx():
         return attend(query.float(), key.float(), value.float(), scale).to(query.dtype)
     slices, value_features = query.shape[1], value.shape[-1]
     if scale < 0:  # a negative scale has been a source of bugs in the fused kernels

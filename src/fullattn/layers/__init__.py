@@ -1,4 +1,4 @@
-"""The layers that go into a network, and the registry of all that are known by a name."""
+"""The attention layers, and their registry."""
 
 from fullattn.layers.channel_non_local import ChannelNonLocal
 from fullattn.layers.fully_attentional import FullyAttentional

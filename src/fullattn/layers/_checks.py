@@ -1,4 +1,4 @@
-"""The shape, dtype and option checks that the layers share, and the errors that they raise."""
+"""Checks of shapes, dtypes and options, shared by the layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fullattn.attention import backend_names, is_autocast_enabled
+from fullattn.attention import is_autocast_enabled
 
 T = TypeVar("T")
 
@@ -38,15 +38,10 @@ def scale(value: object) -> float | None:
 
 
 def option(value: T, name: str, allowed: tuple[T, ...]) -> T:
-    """Return value if it is one of the allowed ones, or raise listing them."""
+    """Return value if it is allowed, or raise listing the allowed values."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
-
-
-def backend(value: str | None) -> str | None:
-    """Return a backend's name, or None for the automatic choice, or raise listing the names."""
-    return option(value, "backend", (None, *backend_names()))
 
 
 def module_factory(
@@ -59,19 +54,16 @@ def module_factory(
 
 
 def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Tensor, bool]:
-    """Check a layer's input and give it a batch axis.
+    """Check the input of a layer with a number of channels, and add a missing batch axis.
 
-    Args:
-        x: what the layer was called with.
-        channels: how many channels the layer has.
-        parameter: one of the layer's parameters, for device and dtype; None if it has none.
+    Device and dtype are those of `parameter`, one of the layer's own; None if it has none.
 
     Returns:
         x as (B, C, H, W), and whether the batch axis was added.
 
     Raises:
         TypeError: not a tensor, not real floating point, or a dtype other than the parameters'.
-        ValueError: a wrong rank, number of channels, size of 0 or device.
+        ValueError: a wrong rank, number of channels or device, or a size of 0.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor of shape (B, {channels}, H, W), got {type(x).__name__}")
@@ -95,7 +87,7 @@ def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Ten
             raise ValueError(
                 f"expected an input on the layer's device {parameter.device}, got {x.device}"
             )
-        # Weights of a quantised module may be integers, whatever it computes in.
+        # The weights of a quantised module may be integers, which say nothing of its inputs.
         comparable = parameter.dtype.is_floating_point
         if x.dtype != parameter.dtype and comparable and not is_autocast_enabled(x.device.type):
             raise TypeError(
@@ -105,17 +97,8 @@ def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Ten
     return (x.unsqueeze(0), True) if x.dim() == 3 else (x, False)
 
 
-def as_given(y: Tensor, x: Tensor, unbatched: bool) -> Tensor:
-    """Give a result the memory format and rank of the layer's input.
-
-    Args:
-        y: result, (B, C, H, W).
-        x: the layer's input with its batch axis, (B, C, H, W).
-        unbatched: whether to take the batch axis off again.
-
-    Returns:
-        y in channels_last where x is, contiguous where x is.
-    """
+def like_input(y: Tensor, x: Tensor, unbatched: bool) -> Tensor:
+    """Return y in the memory format of x, both (B, C, H, W), without B if x came without."""
     if x.is_contiguous():
         y = y.contiguous()
     elif x.is_contiguous(memory_format=torch.channels_last):

@@ -1,14 +1,12 @@
-"""The channel non-local layer: one map of channels for the whole image.
+"""Channel attention with one map of channels for the whole image.
 
-The channel attention of Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019
-(arXiv 1809.02983); Wang et al.'s non-local block in the channel axis. What it loses is *where*:
-the map is a sum over all positions.
+Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019 (arXiv 1809.02983). The scores
+are sums over all positions: the map keeps which channel, and no position.
 
-DANet's published code does not compute what its paper writes: it takes softmax(max(S) - S), which
-attends to the *least* similar channels. The default here is the paper's formula; the code's is
-`least_similar=True`. Without a scale the plain form comes close to the identity on features of
-ordinary size, because a channel's product with itself grows with H·W; `scale=None` (1/√(H·W))
-makes it softer.
+DANet's published code differs from its paper: it computes softmax(max(S) - S), which attends to the
+*least* similar channels. The default here is the paper's formula; `least_similar=True` is that of
+the code. Without a scale the map is close to the identity, because the product of a channel with
+itself grows with H·W; `scale=None` (1/√(H·W)) makes it softer.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from fullattn import functional
 from fullattn.attention import AttentionCall, BranchSizes
+from fullattn.attention.dispatch import check_name
 from fullattn.attention.sizes import Size
 from fullattn.layers import _checks
 from fullattn.layers.protocol import AttentionLayer, Work
@@ -42,7 +41,7 @@ class ChannelNonLocal(AttentionLayer):
         least_similar: take max(S) - S in place of the scores S, as DANet's published code does; it
             attends to the least similar channels. Off by default, because the paper's formula
             says otherwise.
-        gamma_init: initial value of gamma. At the paper's 0 the layer is the identity at first.
+        gamma_init: initial value of gamma. At the paper's 0 the layer starts as the identity.
         backend: name of the attention backend; None for the automatic choice.
         device: device of the parameters.
         dtype: dtype of the parameters.
@@ -52,9 +51,8 @@ class ChannelNonLocal(AttentionLayer):
         output: as x.
 
     Raises:
-        ValueError: an option or an input's shape or device does not fit; the message says what was
-            expected and what came.
-        TypeError: an option's type or an input's dtype does not fit.
+        ValueError: an invalid option, or an input of a wrong shape or device.
+        TypeError: an option of a wrong type, or an input of a wrong dtype.
 
     Source:
         Fu et al., CVPR 2019 (arXiv 1809.02983), section 3.3.
@@ -88,7 +86,7 @@ class ChannelNonLocal(AttentionLayer):
         self.scale = _checks.scale(scale)
         self.least_similar = _checks.option(least_similar, "least_similar", (False, True))
         self.gamma_init = _checks.number(gamma_init, "gamma_init")
-        self.backend = _checks.backend(backend)
+        self.backend = check_name(backend)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gamma = nn.Parameter(torch.empty(1, **like))
         self.reset_parameters()
@@ -102,7 +100,7 @@ class ChannelNonLocal(AttentionLayer):
         return functional.channel_call(x, scale=self.scale, least_similar=self.least_similar)
 
     def work(self, shape: tuple[Size, Size, Size, Size], size: Size) -> Work:
-        """Attention alone."""
+        """Return the sizes of the attention; there are no other modules."""
         batch, channels, height, width = shape
         scale = 0.5 if self.scale is None else self.scale
         branch = BranchSizes.of(CHANNELS, shape, scale=-scale if self.least_similar else scale)
@@ -112,6 +110,6 @@ class ChannelNonLocal(AttentionLayer):
             parameters=1,
             inputs=0,
             kept=0,
-            # Of query, key and value.
+            # The gradients of query, key and value.
             gradients=3 * batch * channels * height * width * size,
         )

@@ -1,15 +1,20 @@
-"""The fully attentional layer.
+"""The fully attentional layer: channel attention with one map per column and one per row.
 
 Song et al., Fully Attentional Network for Semantic Segmentation, AAAI 2022 (arXiv 2112.04108).
 
-What to know before using it:
-- The paper's layer has no 1/√d on the scores. `scale=None` turns one on.
-- gamma starts at 0, so attention adds nothing until training moves it. With `project=False` the
-  layer is then the identity; with the projection it is the projection alone.
+A C×C map for the whole image, as in DANet, keeps which channel and drops every position. Here each
+column has a C×C map of its own: it compares the column's channels, vectors of H elements, with
+those of the mean column of the image (after a Linear), so it keeps which channel and which column
+and sums over the rows. The maps of the rows do the same with H and W exchanged. Both results are
+added. The code is the method `attention` below and the first functions of `fullattn.functional`.
+
+Notes:
+- The paper does not scale the scores by 1/√d; `scale=None` does.
+- gamma starts at 0, so at first the layer is the identity with `project=False`, and the projection
+  alone with `project=True`.
 - The official implementation (https://github.com/maggiesong7/FullyAttentional) is right at batch
-  size 1; in larger batches it pairs each image with the context of another. This layer treats every
-  image alone. `mix_images=True` does as that code does, to evaluate weights that were trained with
-  it; see `fullattn.layers.mixing`.
+  size 1; at larger ones it mixes the images of a batch. This layer does not. `mix_images=True`
+  reproduces it, to evaluate weights that were trained with it; see `fullattn.layers.mixing`.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ from torch import Tensor, nn
 
 from fullattn import functional
 from fullattn.attention import AttentionCall, BranchSizes
+from fullattn.attention.dispatch import check_name
 from fullattn.attention.sizes import Size, equal
 from fullattn.layers import _checks, mixing
 from fullattn.layers.protocol import AttentionLayer, Convolutions, Work
@@ -33,7 +39,7 @@ __all__ = ["FullyAttentional"]
 
 
 class FullyAttentional(AttentionLayer):
-    """Attention between channels with a map of its own for every column and every row.
+    """Attention between channels with one C×C map per column and one per row.
 
     y = project( gamma · (columns + rows) + x ), where for the columns
 
@@ -42,7 +48,7 @@ class FullyAttentional(AttentionLayer):
         columns[b, i, h, w] = Σ_j similarity[b, w, i, j] · x[b, j, h, w]
 
     the rows are the same with H and W exchanged and a second Linear, and project is a 3x3
-    convolution, normalisation and activation. H and W are free and need not be equal.
+    convolution, normalisation and activation. H and W may have any size.
 
     Args:
         channels: C.
@@ -50,11 +56,11 @@ class FullyAttentional(AttentionLayer):
             uses none (1.0).
         gamma_init: initial value of gamma. At the paper's 0 attention adds nothing at first.
         project: whether to end with the 3x3 convolution, normalisation and activation. Without
-            it the layer is the identity at initialisation: the form for a pretrained net.
+            it the layer starts as the identity, as needed in a pretrained network.
         mix_images: compare column w of image b with the context of image (b·W + w) mod B, and row
-            h with that of (b·H + h) mod B, as the official implementation does; at B = 1 they are
+            h with that of (b·H + h) mod B, as the official implementation does; at B = 1 these are
             the image's own. Only for evaluating weights that were trained with that code at larger
-            batches; the first such layer warns.
+            batches; the first such layer in a process warns.
         norm_layer: class or callable of the channel count for the projection's normalisation;
             None for none (the convolution then has a bias).
         act_layer: class or callable for the projection's activation; None for none.
@@ -67,9 +73,8 @@ class FullyAttentional(AttentionLayer):
         output: as x.
 
     Raises:
-        ValueError: an option or an input's shape or device does not fit; the message says what was
-            expected and what came.
-        TypeError: an option's type or an input's dtype does not fit.
+        ValueError: an invalid option, or an input of a wrong shape or device.
+        TypeError: an option of a wrong type, or an input of a wrong dtype.
 
     Source:
         Song et al., AAAI 2022 (arXiv 2112.04108), section 3.
@@ -107,7 +112,7 @@ class FullyAttentional(AttentionLayer):
         self.scale = _checks.scale(scale)
         self.gamma_init = _checks.number(gamma_init, "gamma_init")
         self.mix_images = _checks.option(mix_images, "mix_images", (False, True))
-        self.backend = _checks.backend(backend)
+        self.backend = check_name(backend)
         norm_layer = _checks.module_factory(norm_layer, "norm_layer")
         act_layer = _checks.module_factory(act_layer, "act_layer")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -145,7 +150,7 @@ class FullyAttentional(AttentionLayer):
 
     @classmethod
     def untrained(cls, channels: int, scale: float) -> FullyAttentional:
-        """With Linears that change nothing, so that the keys are the contexts themselves."""
+        """Build a layer whose Linears are the identity."""
         layer = cls(channels, scale=scale, project=False)
         for linear in (layer.column_key, layer.row_key):
             nn.init.eye_(linear.weight)
@@ -157,7 +162,7 @@ class FullyAttentional(AttentionLayer):
         return y if self.project is None else self.project(y)
 
     def work(self, shape: tuple[Size, Size, Size, Size], size: Size) -> Work:
-        """Two Linears, attention over columns and over rows, and the projection."""
+        """Return the sizes of two Linears, attention over columns and rows, and the projection."""
         if self.mix_images:
             raise ValueError(
                 "expected a layer without mix_images=True, for which there is no formula"
@@ -171,7 +176,7 @@ class FullyAttentional(AttentionLayer):
         if self.project is not None:
             normalised = hasattr(self.project, "norm")
             weights = 9 * channels * channels + (2 * channels if normalised else channels)
-            # In float64 the neighbourhood of every position, otherwise copies in oneDNN's layout.
+            # An im2col matrix in float64, otherwise copies in oneDNN's layout.
             double = equal(size, 8)
             projection = Convolutions(
                 flops=18 * channels * prod(shape),
@@ -189,7 +194,7 @@ class FullyAttentional(AttentionLayer):
             flops=2 * batch * channels * channels * (height + width),
             parameters=2 * linear + 1 + (0 if projection is None else projection.weights // size),
             inputs=keys,
-            kept=keys * (2 if self.scale is None else 1),  # contexts, and keys before the scale
+            kept=keys * (2 if self.scale is None else 1),  # means, and keys before the scale
             gradients=keys + 2 * linear * size + x,  # of the keys, and of x through a mean
             branch_gradient=x,
             projection=projection,

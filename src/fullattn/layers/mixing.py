@@ -1,13 +1,12 @@
-"""The official implementation's batch handling, in which images meet each other's keys.
+"""The batch handling of the official implementation, which mixes the images of a batch.
 
 The block in https://github.com/maggiesong7/FullyAttentional flattens the features to (b w) slices
-but tiles the context with `.repeat(width, 1, 1)`, which lies as (w b). At batch size 1 the two are
-the same, and the code is right. In a larger batch column w of image b is compared with the key of
+but tiles the context with `.repeat(width, 1, 1)`, in the order (w b). At batch size 1 the two are
+equal, and the code is right. In a larger batch column w of image b is compared with the key of
 image (b·W + w) mod B, and row h with that of image (b·H + h) mod B, so that images influence each
 other, forward and backward.
 
-`FullyAttentional(mix_images=True)` does the same, for one purpose: to evaluate weights that were
-trained so.
+`FullyAttentional(mix_images=True)` does the same, to evaluate weights that were trained so.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = ["MIXED_IMAGES", "mixed_call", "warn"]
 
 @cache
 def warn() -> None:
-    """Warn the first time in a process."""
+    """Warn once per process."""
     warnings.warn(
         "mix_images=True: images of a batch influence each other, as in the official "
         "implementation; use it to evaluate weights that were trained with that code, and for "
@@ -64,16 +63,9 @@ MIXED_IMAGES = Operation(
 def mixed_call(
     x: Tensor, column_key: Tensor, row_key: Tensor, *, scale: float | None = 1.0
 ) -> AttentionCall:
-    """Describe the call that the official implementation makes.
+    """Return the call of `fully_attentional` with the keys of the official implementation.
 
-    Args:
-        x: feature map, (B, C, H, W).
-        column_key: (B, C, H).
-        row_key: (B, C, W).
-        scale: as in `fullattn.functional.fully_attentional`.
-
-    Returns:
-        The call, with a key for every column and every row, (B, C, H, W).
+    There is one key per column and one per row, both (B, C, H, W).
     """
     _, (x, column_key, row_key), factor, score = fully_attentional_call(
         x, column_key, row_key, scale=scale
@@ -84,6 +76,6 @@ def mixed_call(
 
 
 def _tiled(key: Tensor, slices: int) -> Tensor:
-    """Make a key for every slice, (B, S, C, D): tiled slice by slice, read image by image."""
+    """Return a key for every slice, (B, S, C, D): tiled as (S B) and read as (B S)."""
     tiled = repeat(key, "b c d -> (slices b) c d", slices=slices)
     return rearrange(tiled, "(b slices) c d -> b slices c d", slices=slices)

@@ -1,9 +1,9 @@
-"""The protocol of a layer, and the registry of layers.
+"""The base class of the layers, and the registry of layers.
 
-An `AttentionLayer` declares its name, its operation and its paper, makes queries, keys and values
-(`attention`), finishes the result (`finish`) and gives the sizes of its work (`work`). Similarity
-maps, costs, figures, benchmarks, FLANet's `attention=`, the integrations and the documentation's
-cost explorer are derived from that, through `LAYERS`.
+An `AttentionLayer` declares its name, operation and paper, and defines how queries, keys and values
+are made (`attention`), what follows the attention (`finish`) and the sizes of both (`work`).
+Similarity maps, costs, figures, benchmarks, FLANet's `attention=`, the integrations and the
+documentation's cost explorer are derived from that, through `LAYERS`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Convolutions:
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of a layer's computation on one feature map; integers or symbols.
+    """Sizes of a layer's computation on a batch of feature maps; integers or symbols.
 
     Attributes:
         branches: sizes of each attention, in the order in which they run.
@@ -79,17 +79,17 @@ class Work:
 
 
 class AttentionLayer(nn.Module):
-    """Base class of the layers, and of your own.
+    """Base class of the layers, also of your own.
 
     A subclass sets `layer_name`, `paper` and `operation`, takes `channels` and the keywords `scale`
-    and `backend`, and defines `attention` and `work`; `register` then makes it known.
+    and `backend`, defines `attention` and `work`, and is registered with `register`.
 
     Attributes:
         layer_name: name on the command line and in `FLANet(attention=...)`.
-        paper: its source.
+        paper: source of the layer.
         operation: the operation that `attention` returns, with the cuts of its feature maps.
-        head_options: options inside a network with a projection of its own; with them the layer is
-            the identity at initialisation.
+        head_options: options inside a network with a projection of its own; with them the layer
+            starts as the identity.
         bench_options: options in benchmarks, for layers whose result is 0 or x by default.
         channels: C.
         scale: factor on the scores; None for 1/√d.
@@ -109,7 +109,7 @@ class AttentionLayer(nn.Module):
     gamma: nn.Parameter | None
 
     def attention(self, x: Tensor) -> AttentionCall:
-        """Make queries, keys and values, by calling the layer's own modules.
+        """Compute queries, keys and values with the layer's own modules.
 
         Args:
             x: feature map, (B, C, H, W).
@@ -132,10 +132,10 @@ class AttentionLayer(nn.Module):
         return y
 
     def work(self, shape: tuple[Size, Size, Size, Size], size: Size) -> Work:
-        """Give the sizes of the layer's computation, for its costs.
+        """Return the sizes of the layer's computation, for its costs.
 
         Args:
-            shape: (B, C, H, W), of integers or symbols; C may be another than the layer's own.
+            shape: (B, C, H, W), of integers or symbols; C may differ from the layer's own.
             size: bytes of an element.
 
         Returns:
@@ -148,15 +148,7 @@ class AttentionLayer(nn.Module):
 
     @classmethod
     def untrained(cls, channels: int, scale: float) -> AttentionLayer:
-        """Build a layer that compares the features as they are, to draw maps without training.
-
-        Args:
-            channels: C.
-            scale: factor on the scores.
-
-        Returns:
-            The layer.
-        """
+        """Build a layer that compares features without a learned map, to plot similarity maps."""
         return cls(channels, scale=scale, **cls.head_options)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +165,7 @@ class AttentionLayer(nn.Module):
         y, added = attention.run(self.attention(x), x, gamma, backend=self.backend)
         if not added:
             y = attention.scaled_residual(x, gamma, y)
-        return _checks.as_given(self.finish(x, y), x, unbatched)
+        return _checks.like_input(self.finish(x, y), x, unbatched)
 
     def similarity(self, x: Tensor) -> Any:
         """Build the similarity maps that `forward` multiplies with the values.
@@ -193,22 +185,22 @@ class AttentionLayer(nn.Module):
         return type(maps)(*(each.squeeze(0) for each in maps))
 
     def check(self, x: Tensor) -> tuple[Tensor, bool]:
-        """Check an input and give it a batch axis.
+        """Check an input and add a missing batch axis.
 
         Args:
-            x: what the layer was called with.
+            x: the input.
 
         Returns:
             (B, C, H, W), and whether the batch axis was added.
 
         Raises:
             TypeError: not a tensor, or a dtype other than the parameters'.
-            ValueError: a wrong rank, number of channels, size of 0 or device.
+            ValueError: a wrong rank, number of channels or device, or a size of 0.
         """
         return _checks.feature_map(x, self.channels, getattr(self, "gamma", None))
 
     def check_size(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError where a feature map (B, C, H, W) is too small for the layer."""
+        """Raise ValueError if a feature map (B, C, H, W) is too small for the layer."""
 
     def reset_parameters(self) -> None:
         """Initialise all parameters again."""
@@ -217,13 +209,13 @@ class AttentionLayer(nn.Module):
                 reset()
 
     def option(self, name: str) -> Any:
-        """Return the value of an option for `extra_repr`; None if it equals what None means."""
+        """Return the value of an option for `extra_repr`; None if it is the default of None."""
         return getattr(self, name)
 
     def extra_repr(self) -> str:
         """List the options that differ from the paper's."""
         shown = [f"{self.channels}"]
-        # A subclass may take its options in another way; the layer itself is the last of its kind.
+        # A subclass of a layer may have other options; `layer` is the class next to the base class.
         own = [each for each in type(self).__mro__ if issubclass(each, AttentionLayer)]
         layer = own[-2] if len(own) > 1 else own[0]
         for name, parameter in inspect.signature(layer).parameters.items():
@@ -268,11 +260,7 @@ def register(layer: _Layer) -> _Layer:
 
 
 def unregister(layer: type[AttentionLayer]) -> None:
-    """Remove a layer from the registry.
-
-    Args:
-        layer: a registered layer.
-    """
+    """Remove a layer from the registry."""
     del LAYERS[layer.layer_name]
 
 

@@ -1,8 +1,8 @@
-"""The spatial non-local layer: one map of positions.
+"""The non-local block: attention with one map of positions for the whole image.
 
-Wang et al., Non-local Neural Networks, CVPR 2018 (arXiv 1711.07971). What it loses is *which
-channel*: the map is a sum over all channels. The map has (H·W)² elements, so the Gaussian and
-dot-product forms run without building it; the concatenation form has to.
+Wang et al., Non-local Neural Networks, CVPR 2018 (arXiv 1711.07971). The scores are sums over all
+channels: the map keeps which position, and no channel. It has (H·W)² elements; the Gaussian and
+dot-product forms are computed without building it, the concatenation form is not.
 
 The position attention of Fu et al., Dual Attention Network for Scene Segmentation, CVPR 2019
 (arXiv 1809.02983), is the same without the output convolution: `project=False`.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fullattn import functional
 from fullattn.attention import AttentionCall, BranchSizes, ScoreFunction
+from fullattn.attention.dispatch import check_name
 from fullattn.attention.sizes import Size, maximum
 from fullattn.layers import _checks
 from fullattn.layers.protocol import AttentionLayer, Convolutions, Work
@@ -47,14 +48,14 @@ class SpatialNonLocal(AttentionLayer):
 
         attended[b, :, p] = Σ_q similarity[b, p, q] · value[b, :, q]
 
-    with, in the four modes of the paper,
+    where the similarity depends on the mode:
 
         embedded_gaussian   similarity = softmax_q( scale · query[p] · key[q] )
         gaussian            the same with x itself as query and key
         dot_product         scale · query[p] · key[q] / (number of q)
         concatenation       ReLU( score · [query[p], key[q]] ) / (number of q)
 
-    With `project=False` there is no output: the value has all C channels, and
+    With `project=False` there is no output convolution: the value has all C channels, and
 
         y = gamma · attended + x
 
@@ -62,18 +63,17 @@ class SpatialNonLocal(AttentionLayer):
         channels: C.
         inner_channels: channels of query, key and, with an output, value; None for the paper's
             C/2 (at least 1).
-        mode: form of the similarity.
+        mode: form of the similarity; the paper has all four.
         scale: factor on the scores; None for 1/√d with d the channels of a query. The paper uses
             none (1.0). Not used by mode "concatenation".
-        subsample: max-pool key and value by this factor; the paper's trick uses 2.
-        project: whether there is an output: a 1x1 convolution back to C channels with its
-            normalisation. Without it the layer is DANet's position attention, whose
-            inner_channels are C/8.
-        gamma_init: initial value of gamma, which only the form without output has. At DANet's 0
-            the layer is the identity at first.
+        subsample: max-pool key and value by this factor; the paper uses 2.
+        project: whether to end with a 1x1 convolution back to C channels and a normalisation.
+            Without it the layer is DANet's position attention, whose inner_channels are C/8.
+        gamma_init: initial value of gamma, for project=False. At DANet's 0 the layer starts as the
+            identity.
         norm_layer: class or callable of the channel count for the normalisation after the output
             convolution; None for none.
-        zero_init: start the output's last layer at 0, so that the layer is the identity at first.
+        zero_init: start the output's last layer at 0, so that the layer starts as the identity.
         backend: name of the attention backend; None for the automatic choice.
         device: device of the parameters.
         dtype: dtype of the parameters.
@@ -83,9 +83,8 @@ class SpatialNonLocal(AttentionLayer):
         output: as x.
 
     Raises:
-        ValueError: an option or an input's shape or device does not fit; the message says what was
-            expected and what came.
-        TypeError: an option's type or an input's dtype does not fit.
+        ValueError: an invalid option, or an input of a wrong shape or device.
+        TypeError: an option of a wrong type, or an input of a wrong dtype.
 
     Source:
         Wang et al., CVPR 2018 (arXiv 1711.07971), sections 3 and 4.1; without output Fu et al.,
@@ -138,7 +137,7 @@ class SpatialNonLocal(AttentionLayer):
         if project and self.gamma_init != 0.0:
             raise ValueError(f"gamma_init={gamma_init} is for project=False, got project=True")
         self.zero_init = _checks.option(zero_init, "zero_init", (False, True))
-        self.backend = _checks.backend(backend)
+        self.backend = check_name(backend)
         norm_layer = _checks.module_factory(norm_layer, "norm_layer")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
 
@@ -163,6 +162,7 @@ class SpatialNonLocal(AttentionLayer):
         self._reset_end()
 
     def _reset_end(self) -> None:
+        """Initialise gamma, or the last layer of the output."""
         if self.gamma is not None:
             nn.init.constant_(self.gamma, self.gamma_init)
         if self.output is not None and self.zero_init:
@@ -177,14 +177,14 @@ class SpatialNonLocal(AttentionLayer):
         self._reset_end()
 
     def check(self, x: Tensor) -> tuple[Tensor, bool]:
-        """Check an input, which has at least `subsample` rows and columns."""
-        # Not self.value.weight: of a quantised module that is a method, of an adapter nothing.
+        """Check an input, which must have at least `subsample` rows and columns."""
+        # Not self.value.weight, which is a method in a quantised module and missing in an adapter.
         x, unbatched = _checks.feature_map(x, self.channels, self.value._parameters.get("weight"))
         self.check_size(x.shape)
         return x, unbatched
 
     def check_size(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError where H or W is less than `subsample`."""
+        """Raise ValueError if H or W is less than `subsample`."""
         if shape[2] < self.subsample or shape[3] < self.subsample:
             raise ValueError(
                 f"subsample={self.subsample} expects H and W of at least {self.subsample}, "
@@ -208,8 +208,8 @@ class SpatialNonLocal(AttentionLayer):
     def _scores(score: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the two parts, (B, 1, H, W) and (B, 1, H', W'), of score([query, key]).
 
-        The module is called once, on [query, 0] of all queries, [0, key] of all keys and [0, 0],
-        whose result would otherwise count twice where a module that took its place has a bias.
+        The module is called once, on [query, 0] for all queries, [0, key] for all keys and [0, 0],
+        whose result is subtracted so that the bias of a replaced module counts once.
         """
         queries, keys = query.flatten(2).mT, key.flatten(2).mT
         pairs = torch.cat(
@@ -223,28 +223,28 @@ class SpatialNonLocal(AttentionLayer):
         )
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the output to x, where there is one."""
+        """Add the output convolution of y to x, or return y with project=False."""
         y, output = functional.ordered(y), self.output
         return y if output is None else x + output(y)
 
     @classmethod
     def untrained(cls, channels: int, scale: float) -> SpatialNonLocal:
-        """Build the Gaussian mode, whose queries and keys are x itself."""
+        """Build a layer of the Gaussian mode, whose queries and keys are x itself."""
         return cls(channels, mode="gaussian", scale=scale)
 
     def option(self, name: str) -> Any:
-        """None for inner channels that are the paper's."""
+        """Return None for the inner channels of the paper."""
         value = super().option(name)
         default = name == "inner_channels" and value == max(1, self.channels // 2)
         return None if default else value
 
     @property
     def project(self) -> nn.Sequential | None:
-        """The output, if there is one."""
+        """The output convolution; None with project=False."""
         return self.output
 
     def work(self, shape: tuple[Size, Size, Size, Size], size: Size) -> Work:
-        """1x1 convolutions, subsampling, attention, and the output convolution."""
+        """Return the sizes of convolutions, subsampling, attention and the output convolution."""
         batch, channels, height, width = shape
         default = self.option("inner_channels") is None
         inner = maximum(1, channels // 2) if default else self.inner_channels
@@ -272,7 +272,7 @@ class SpatialNonLocal(AttentionLayer):
         making: Size = 0
         if step > 1:
             indices = batch * memory * 8
-            # Pooling keeps its input and where the maxima were.
+            # Pooling saves its input and the indices of the maxima.
             kept = keys + features * indices + value * (full + indices)
             keys, values = features * pooled, value * pooled
             making = queries + keys + values + value * (full + indices)
