@@ -3,8 +3,8 @@
     layers: for each layer its class and, with and without the options of a head, for each backend
             either why it cannot run or where in `terms` its figures are; which backends the rule
             tries, and where the figures are that decide
-    terms:  integers, symbols and operations on earlier terms, as `fullattn.attention.sizes.graph`
-            makes them; docs/javascripts/costs.js evaluates them
+    terms:  integers, symbols and operations on earlier terms; docs/javascripts/costs.js evaluates
+            them
 
 Everything comes from the registry of layers and the declarations of backends: a new one of either
 needs nothing here and nothing in JavaScript.
@@ -21,7 +21,7 @@ import torch
 from fullattn import costs
 from fullattn.attention import dispatch
 from fullattn.attention.backend import Setting
-from fullattn.attention.sizes import Expression, graph
+from fullattn.attention.sizes import Expression
 from fullattn.layers import LAYERS, AttentionLayer
 
 __all__ = ["DEVICES", "data", "script"]
@@ -40,7 +40,7 @@ def data() -> dict[str, Any]:
         return len(sizes) - 1
 
     layers = {name: _layer(layer, place) for name, layer in LAYERS.items()}
-    terms, places = graph(sizes)
+    terms, places = _graph(sizes)
     return {
         "layers": layers,
         "devices": DEVICES,
@@ -49,6 +49,37 @@ def data() -> dict[str, Any]:
         "terms": terms,
         "places": places,
     }
+
+
+def _graph(sizes: list[Any]) -> tuple[list[Any], list[int]]:
+    """Write sizes as data.
+
+    Returns:
+        The terms, each an integer, the name of a symbol, or a list of an operation and the places
+        of its operands among the terms before it; and the place of each size.
+
+    Example:
+        >>> _graph([Expression("symbol", "height") * 2 + 1, 7])
+        (['height', 2, ['*', 0, 1], 1, ['+', 2, 3], 7], [4, 5])
+    """
+    terms: list[Any] = []
+    places: dict[Any, int] = {}
+
+    def place(size: Any) -> int:
+        if isinstance(size, Expression) and size in places:
+            return places[size]
+        term: Any = size
+        if isinstance(size, Expression):
+            symbol = size.operation == "symbol"
+            term = size.arguments[0] if symbol else (size.operation, *map(place, size.arguments))
+        if term not in places:
+            places[term] = len(terms)
+            terms.append(list(term) if isinstance(term, tuple) else term)
+        places[size] = places[term]
+        return places[term]
+
+    found = [place(size) for size in sizes]
+    return terms, found
 
 
 def _layer(layer: type[AttentionLayer], place: Any) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -182,13 +182,9 @@ def inputs_of(
         are.
     """
     branches = layer.work((1, *shape[1:]), dtype.itemsize).branches
-    sizes: Any = (
-        _total(branch.map_numel for branch in branches),
-        _total(branch.token_numel for branch in branches),
-        maximum(*(branch.query[3] for branch in branches)),
-    )
+    sizes = [(*each.query[1:3], each.key[2], each.query[3]) for each in branches]
     operation, score = layer.operation, branches[0].score
-    return AttentionInputs(operation.name, score, device, dtype, operation.sliced, *sizes)
+    return AttentionInputs.of_sizes(operation.name, score, device, dtype, operation.sliced, *sizes)
 
 
 def _total(sizes: Iterable[Size]) -> Size:

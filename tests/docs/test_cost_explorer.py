@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import explorer
 import fullattn
 from fullattn import costs
-from fullattn.attention import dispatch
+from fullattn.attention import dispatch, sdpa
 from fullattn.layers import LAYERS
 from helpers import ROOT
 
@@ -202,7 +202,7 @@ def test_the_reason_says_what_stands_against_a_backend(in_the_page: Callable[...
 
 def test_a_new_backend_needs_nothing_but_its_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
     racer = pytest.importorskip("py_mini_racer", reason="needs mini-racer: a V8 to run scripts in")
-    like = dispatch.by_name("sdpa")
+    like = sdpa.BACKEND
 
     def workspace(a: Any, setting: Any) -> Any:
         found = like.workspace(a, setting)

@@ -1,9 +1,8 @@
-"""One call for every attention over a feature map, and the backends that run it.
+"""Attention over feature maps, and the backends that compute it.
 
-A layer makes an `AttentionCall`: an operation, which has a definition and the same as branches, and
-its tensors. `run` passes it to the backend that `fullattn.attention.dispatch` chooses: `reference`
-runs the definition, others the whole operation in one pass, or the branches one after the other
-with the primitive of all of them:
+A layer returns an `AttentionCall`: an operation and its tensors. `run` passes it to the backend
+that `fullattn.attention.dispatch` chooses. `reference` runs the definition of the operation; other
+backends run the whole operation in one pass, or its branches one after the other, each with
 
     attend(query, key, value, scale)
     query (B, S, N, D)   key (B, S or 1, M, D)   value (B, S or 1, M, E)   ->   (B, S, N, E)
@@ -29,6 +28,7 @@ from fullattn.attention.backend import (
     BranchSizes,
     Operation,
     ScoreFunction,
+    statically_true,
 )
 from fullattn.attention.dispatch import BackendError, backend, backend_names, choose
 from fullattn.attention.residual import scaled_residual
@@ -54,13 +54,13 @@ __all__ = [
 
 
 def is_autocast_enabled(device: str) -> bool:
-    """Whether autocast is on for a device type; never for "meta", which has none."""
+    """Return whether autocast is on for a device type; False for "meta", which has no autocast."""
     # Not torch.amp.is_autocast_available, which torch.compile cannot trace before PyTorch 2.13.
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _cast(device: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Tensors in the autocast dtype; as autocast itself does, leave float64 alone."""
+    """Cast tensors to the autocast dtype, except float64, which autocast leaves as it is."""
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
@@ -72,27 +72,27 @@ def run(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, bool]:
-    """Run a call on the backend that is chosen for it.
+    """Run a call on a backend.
 
     Some backends add the residual in the same pass. For the others the caller adds it with
     `scaled_residual`, after the queries, keys and values of the call are freed.
 
     Args:
         call: the operation and its tensors.
-        x: what is to be added, (B, C, H, W); None without gamma.
-        gamma: factor of the attention, one number; None for no factor and nothing to add.
+        x: the residual, (B, C, H, W); None without gamma.
+        gamma: factor of the attention, one number; None for no factor and no residual.
         backend: name of the backend; None for the automatic choice.
 
     Returns:
-        A feature map, and whether it is gamma · attended + x already.
+        The attended feature map or gamma · attended + x; and whether it is the latter.
 
     Raises:
-        BackendError: the backend asked for cannot run this.
+        BackendError: the named backend cannot run the call.
     """
     operation, tensors, scale, score = call
     device = tensors[0].device.type
     if is_autocast_enabled(device):
-        # The casts are made here; inside, autocast would take the scores out of float32.
+        # Cast once; inside the backend, autocast would compute the scores in half precision.
         with torch.autocast(device, enabled=False):
             return run(call._replace(tensors=_cast(device, tensors)), x, gamma, backend=backend)
     chosen = choose(AttentionInputs.of(call), backend)
@@ -112,7 +112,7 @@ def run(
 
 
 def _adds_residual(chosen: Backend, query: Tensor, x: Tensor | None, gamma: Tensor) -> bool:
-    """Whether a backend can add the residual: the query as it was given, before autocast's cast."""
+    """Return whether a backend can add the residual x, which has to be the query itself."""
     when = chosen.adds_residual
     if when == "inference" and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         return False
@@ -122,7 +122,7 @@ def _adds_residual(chosen: Backend, query: Tensor, x: Tensor | None, gamma: Tens
 
 
 def _is_same(x: Tensor, query: Tensor) -> bool:
-    """Whether the query is x itself, or a view of all of it, as `functional.axial_means` gives."""
+    """Return whether the query is x, or a view of all of it, as of `functional.axial_means`."""
     if query is x:
         return True
     base = query._base
@@ -160,21 +160,21 @@ def attend(
     score: ScoreFunction = ScoreFunction.SOFTMAX,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention in independent slices: softmax(scale · query · keyᵀ) · value.
+    """Compute attention in independent slices: softmax(scale · query · keyᵀ) · value.
 
     Args:
         query: (B, S, N, D).
         key: (B, S or 1, M, D).
         value: (B, S or 1, M, E).
         scale: factor on the scores, of either sign.
-        score: softmax attention, or one of the forms without softmax.
+        score: how scores become weights.
         backend: name of the backend; None for the automatic choice.
 
     Returns:
         (B, S, N, E).
 
     Raises:
-        BackendError: the backend asked for cannot run this.
+        BackendError: the named backend cannot run this.
 
     Example:
         >>> import torch
@@ -187,5 +187,10 @@ def attend(
         query, key, value = _cast(device, (query, key, value))
         with torch.autocast(device, enabled=False):
             return attend(query, key, value, scale, score=score, backend=backend)
-    chosen = choose(AttentionInputs.of_tokens(score, query, key), backend)
+    slices, tokens, features = query.shape[1:]
+    sliced = not statically_true(slices == 1)
+    sizes = (slices, tokens, key.shape[2], features)
+    chosen = choose(
+        AttentionInputs.of_sizes("", score, device, query.dtype, sliced, sizes), backend
+    )
     return chosen.attend[score](query, key, value, scale)

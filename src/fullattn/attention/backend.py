@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fullattn.attention.sizes import Size, less
+from fullattn.attention.sizes import Size, less, maximum
 from fullattn.reshape import Cut
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ScoreFunction",
     "Setting",
     "Workspace",
+    "described",
     "is_symbolic",
     "statically_true",
     "work_dtype",
@@ -39,8 +40,8 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 def statically_true(condition: bool) -> bool:
     """Whether a condition on sizes holds, without making it a condition of a traced program.
 
-    While PyTorch traces with symbolic sizes, a Python branch on a size becomes a guard, and an
-    export with dynamic sizes fails. A condition that does not hold for every size is then False.
+    While PyTorch traces with symbolic sizes, a Python branch on a size becomes a guard, with which
+    an export with dynamic sizes fails. A condition that may not hold for some size is then False.
     """
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -50,7 +51,7 @@ def statically_true(condition: bool) -> bool:
 
 
 def is_symbolic(size: int) -> bool:
-    """Whether a size is a symbol, which stands for many sizes in a traced program."""
+    """Whether a size is symbolic in a program that is being traced."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -100,8 +101,7 @@ class Operation:
     Attributes:
         name: for backends that run the whole operation in one pass.
         similarity: the definition of the maps: from (*tensors, scale) a tensor, or a named tuple
-            with one for each branch; where a call has a score function other than the softmax, also
-            from `score`.
+            with one for each branch. `score` is passed too, if it is not the softmax.
         attended: the definition of the result, a feature map; called as `similarity` is.
         cuts: of each branch, how its feature maps are cut.
         branches: for backends that fuse: from (*tensors) query, key and value of each branch, as in
@@ -122,7 +122,7 @@ class Operation:
 
 
 class AttentionCall(NamedTuple):
-    """An operation and what it is called with.
+    """An operation and its arguments.
 
     Attributes:
         operation: the operation.
@@ -138,14 +138,14 @@ class AttentionCall(NamedTuple):
 
     @property
     def branches(self) -> list[Branch]:
-        """What is compared with what."""
+        """The branches of the operation, with the tensors of this call."""
         operation = self.operation
         compared = operation.branches(*self.tensors)
         return [Branch(cut, *each) for cut, each in zip(operation.cuts, compared, strict=True)]
 
 
 class AttentionInputs(NamedTuple):
-    """Everything about a call that decides which backend runs it.
+    """The properties of a call that the choice of a backend depends on.
 
     Attributes:
         operation: its name; "" for slices of tokens.
@@ -170,36 +170,34 @@ class AttentionInputs(NamedTuple):
     @classmethod
     def of(cls, call: AttentionCall) -> AttentionInputs:
         """Describe a call."""
-        operation, tensors, _, score = call
-        map_numel = token_numel = 0
-        lengths = []
-        for cut, (query, key, _) in zip(operation.cuts, operation.branches(*tensors), strict=True):
-            slices, tokens, length = cut.sizes(query.shape)
+        operation, (x, *_), _, score = call
+        sizes = []
+        for cut, (query, key, _) in zip(
+            operation.cuts, operation.branches(*call.tensors), strict=True
+        ):
+            slices, tokens, features = cut.sizes(query.shape)
             memory = key.shape[1] if key.dim() == 3 else cut.sizes(key.shape)[1]
-            map_numel = map_numel + slices * tokens * memory
-            token_numel = token_numel + slices * (tokens + memory) * length
-            lengths.append(length)
-        x = tensors[0]
-        return cls(
-            operation.name,
-            score,
-            x.device.type,
-            x.dtype,
-            operation.sliced,
-            map_numel,
-            token_numel,
-            max(lengths),
-        )
+            sizes.append((slices, tokens, memory, features))
+        return cls.of_sizes(operation.name, score, x.device.type, x.dtype, operation.sliced, *sizes)
 
     @classmethod
-    def of_tokens(cls, score: ScoreFunction, query: Tensor, key: Tensor) -> AttentionInputs:
-        """Describe attend(query, key, ...) for query (B, S, N, D) and key (B, S or 1, M, D)."""
-        slices, tokens, features = query.shape[1:]
-        memory = key.shape[-2]
-        sliced = not statically_true(slices == 1)
-        map_numel, token_numel = slices * tokens * memory, slices * (tokens + memory) * features
-        device = query.device.type
-        return cls("", score, device, query.dtype, sliced, map_numel, token_numel, features)
+    def of_sizes(
+        cls,
+        operation: str,
+        score: ScoreFunction,
+        device: str,
+        dtype: torch.dtype,
+        sliced: bool,
+        *branches: tuple[Any, Any, Any, Any],
+    ) -> AttentionInputs:
+        """Describe branches by their sizes (S, N, M, D): integers, or symbols of either kind."""
+        map_numel: Any = 0
+        token_numel: Any = 0
+        for slices, tokens, memory, features in branches:
+            map_numel = map_numel + slices * tokens * memory
+            token_numel = token_numel + slices * (tokens + memory) * features
+        longest: Any = maximum(*[features for *_, features in branches])
+        return cls(operation, score, device, dtype, sliced, map_numel, token_numel, longest)
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ class Setting:
     @property
     def work_size(self) -> Size:
         """Bytes of an element where scores and softmax are computed: float32 at least."""
-        return self.size + self.half * (4 - self.size)
+        return maximum(self.size, 4)
 
 
 @dataclass(frozen=True)
@@ -263,19 +261,16 @@ class BranchSizes:
         score: ScoreFunction = ScoreFunction.SOFTMAX,
         scale: float = 1.0,
     ) -> BranchSizes:
-        """From the shapes of feature maps (B, C, H, W), as they are before the cut.
+        """Compute the sizes from the shapes of feature maps (B, C, H, W) before the cut.
 
         Args:
-            cut: how they are cut.
+            cut: how the feature maps are cut.
             query: shape of the query.
-            key: shape of the key; None where the key is the query itself, or shared and as long.
-            value: shape of the value; None where the value is the query itself.
+            key: shape of the key; None if the key is the query, or shared and as long.
+            value: shape of the value; None if the value is the query.
             shared_key: whether all slices share one key.
             score: how scores become weights.
             scale: factor on the scores.
-
-        Returns:
-            The sizes.
         """
         queries, keys, values = (
             (shape[0], *cut.sizes(shape)) for shape in (query, key or query, value or query)
@@ -305,11 +300,6 @@ class BranchSizes:
         """Elements in the similarity maps of all images."""
         return self.query[0] * self.query[1] * self.query[2] * self.key[2]
 
-    @property
-    def token_numel(self) -> Size:
-        """Elements in the query and key tokens of all images, a shared key counted per slice."""
-        return self.query[0] * self.query[1] * (self.query[2] + self.key[2]) * self.query[3]
-
 
 @dataclass(frozen=True)
 class Workspace:
@@ -318,16 +308,16 @@ class Workspace:
     Attributes:
         flops: forward; 2 for each multiplication with an addition.
         backward_flops: backward.
-        output: what stays in memory as long as the result does.
+        output: held as long as the result.
         inference: peak of a forward pass without gradients, the output included.
-        saved: what the forward pass keeps for backward besides inputs and output.
-        forward: peak of a forward pass that keeps it, `saved` and output included.
+        saved: saved for backward besides inputs and output.
+        forward: peak of a forward pass with gradients, `saved` and output included.
         backward: peak of the backward pass, `saved`, the gradients of the inputs and that of the
             output included.
-        backward_shared: the same without the gradient of the output, which others hold too.
-        contiguous_grad: what backward takes besides where that gradient is not contiguous.
-        keeps_inputs: whether backward needs the inputs, 0 or 1.
-        keeps_output: whether backward needs the output.
+        backward_shared: the same without the gradient of the output.
+        contiguous_grad: additional peak of backward if that gradient is not contiguous.
+        keeps_inputs: whether the inputs are saved for backward, 0 or 1.
+        keeps_output: whether the output is saved for backward.
     """
 
     flops: Size
@@ -344,7 +334,7 @@ class Workspace:
 
     @property
     def kept(self) -> Size:
-        """What backward needs besides the inputs."""
+        """Bytes saved for backward besides the inputs."""
         return self.saved + (self.output if self.keeps_output else 0)
 
 
@@ -362,23 +352,23 @@ class Backend:
     """A way to run attention, with its limits and its workspace declared as data.
 
     Attributes:
-        name: what `fullattn.backend(...)`, a layer's `backend=` and FULLATTN_BACKEND call it.
+        name: for `fullattn.backend(...)`, a layer's `backend=` and FULLATTN_BACKEND.
         summary: one line for `fullattn info`.
         attend: for each score function the function of tokens, as `fullattn.attention.attend`.
-        workspace: what that takes, from a `BranchSizes` and a `Setting`.
-        operations: for the name of each operation that it runs in one pass the function of the
-            operation's tensors and the scale.
-        operation_workspaces: what each of those takes, from the shape (B, C, H, W) and a `Setting`.
-        builds_map: whether it runs an operation's definition, with the map in memory.
-        own_operators: whether it calls operators of this package, without which a program that
-            `torch.export` made of it could not be loaded.
-        adds_residual: when its functions of operations take a gamma as last argument and then
-            return gamma · attended + x: never, in inference (without a gradient), or always.
-        most_features: the largest D that it takes; None for any.
-        devices: device types on which it runs; None for all.
-        dtypes: input dtypes, per device type; "*" stands for the device types not named.
-        unavailable: returns why it cannot run on this machine at all, or None. Asked only when
-            the limits above allow the inputs, so that it may be expensive the first time.
+        workspace: FLOPs and memory of `attend`, from a `BranchSizes` and a `Setting`.
+        operations: by the name of an operation, a function of its tensors and the scale that runs
+            all branches in one pass.
+        operation_workspaces: FLOPs and memory of those, from (B, C, H, W) and a `Setting`.
+        builds_map: whether the backend runs an operation's definition, with the map in memory.
+        own_operators: whether the backend calls custom operators of this package. A program with
+            them that `torch.export` has written cannot be loaded without the package.
+        adds_residual: when the functions in `operations` take a gamma as last argument and return
+            gamma · attended + x: never, in inference (without a gradient), or always.
+        most_features: the largest supported D; None for any.
+        devices: supported device types; None for all.
+        dtypes: supported input dtypes, per device type; "*" for the device types not named.
+        unavailable: returns why the backend cannot run on this machine, or None. Called after all
+            other limits were checked, because the first call may be expensive.
     """
 
     name: str
@@ -398,19 +388,12 @@ class Backend:
     unavailable: Callable[[], str | None] = _always_available
 
     def reasons_against(self, inputs: AttentionInputs) -> list[str]:
-        """Say why this backend cannot run inputs.
-
-        Args:
-            inputs: of the call.
-
-        Returns:
-            One sentence for each limit that the inputs exceed; empty when it can run.
-        """
+        """List the limits of this backend that the inputs exceed, as sentences."""
         reasons = []
         whole = inputs.operation in self.operations and inputs.score is ScoreFunction.SOFTMAX
         if not whole and inputs.score not in self.attend:
             runs = ", ".join([*self.operations, *(score.value for score in self.attend)])
-            reasons.append(f"runs {runs}, not {asked(inputs)}")
+            reasons.append(f"runs {runs}, not {described(inputs)}")
         if self.devices is not None and inputs.device not in self.devices:
             reasons.append(f"runs on {', '.join(sorted(self.devices))}, not on {inputs.device}")
         dtypes = self.dtypes.get(inputs.device, self.dtypes.get("*", frozenset()))
@@ -425,8 +408,8 @@ class Backend:
         return reasons
 
 
-def asked(inputs: AttentionInputs) -> str:
-    """Name the operation, or the score function if that is not the softmax, for messages."""
+def described(inputs: AttentionInputs) -> str:
+    """Name the operation, or the score function if it is not the softmax, for messages."""
     if not inputs.operation or inputs.score is not ScoreFunction.SOFTMAX:
         return inputs.score.value
     return inputs.operation

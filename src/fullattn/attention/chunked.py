@@ -1,11 +1,11 @@
-"""Attention on the CPU, a few slices of the map at a time.
+"""Attention on the CPU by PyTorch's matrix products, a few slices of the map at a time.
 
-A block of the map that fits a core's cache is built, normalised, multiplied with the values and
-thrown away; its buffer is used again for the next block. Backward builds each block again from the
-saved query and key. Nothing of map size is ever allocated, and every product is one call of
-PyTorch's matrix product, which the CPU's BLAS runs near its peak.
+A block of the map that fits a core's cache is computed, normalised and multiplied with the values;
+its buffer is used again for the next block. Backward recomputes each block from the saved query and
+key. Nothing of map size is allocated.
 
-Both directions are operators (`fullattn::attend_chunked`): `torch.compile` sees a call, not a loop.
+Forward and backward are custom operators (`fullattn::attend_chunked`), so that `torch.compile` sees
+one call in place of a loop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,16 +31,16 @@ from fullattn.attention.sizes import Size, at_least, less, maximum, minimum, whe
 
 __all__ = ["BACKEND", "attend", "backward", "forward"]
 
-# Elements of the map in one block: 2 MB of float32, which two cores hold in their second-level
-# caches. Measured on Zen 4 at 1x512x97x97 and 4x128x64x64: flat between 1 and 4 MB.
+# Map elements in one block: 2 MB of float32, which fit the second-level caches of two cores. On
+# Zen 4, at 1x512x97x97 and 4x128x64x64, the time is the same between 1 and 4 MB.
 _BLOCK = 2**19
-# Slices gathered at a time where the features are strided: 16 float32 fill a cache line, so that
-# every line of the feature map is read once.
+# Slices gathered at a time: 16 float32 fill a cache line, so that every line of a feature map is
+# read once, also where the features are strided.
 _GATHER = 16
 
 
 def _suits_blas(x: Tensor) -> bool:
-    """Whether each slice of x (n, tokens, features) is a matrix that BLAS reads in place."""
+    """Return whether each slice of x (n, tokens, features) is a matrix that BLAS reads in place."""
     rows, columns = x.stride()[-2:]
     return (columns == 1 and rows >= x.shape[-1]) or (rows == 1 and columns >= x.shape[-2])
 
@@ -50,66 +50,50 @@ def _load(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype and _suits_blas(x) else x.to(dtype).contiguous()
 
 
-def _plan(slices: Size, tokens: Size, memory: Size) -> tuple[Size, Size, Size, Size]:
-    """How one call is cut into blocks of at most `_BLOCK` map elements.
+class _Plan(NamedTuple):
+    """How a call is split into groups of slices, and those into blocks of the map.
 
-    Args:
-        slices: of an image.
-        tokens: of a query.
-        memory: tokens of a key.
-
-    Returns:
-        Slices in a block, query tokens in a block, slices gathered at a time, and map elements in a
-        block.
+    Attributes:
+        group: slices that are gathered at a time.
+        block: slices in a block.
+        rows: query tokens in a block.
+        numel: map elements in a block.
     """
+
+    group: Size
+    block: Size
+    rows: Size
+    numel: Size
+
+
+def _plan(slices: Size, tokens: Size, memory: Size) -> _Plan:
+    """Split slices of `tokens` queries and `memory` keys into blocks of about `_BLOCK` elements."""
     slice_numel = tokens * memory
-    at_once = maximum(1, _BLOCK // maximum(1, slice_numel))
+    block = maximum(1, _BLOCK // maximum(1, slice_numel))
     long = less(2 * _BLOCK, slice_numel)
     rows = where(long, maximum(64, _BLOCK // maximum(1, memory)), tokens)
-    return at_once, rows, maximum(_GATHER, at_once), minimum(at_once, slices) * rows * memory
+    return _Plan(maximum(_GATHER, block), block, rows, minimum(block, slices) * rows * memory)
 
 
-_cached_plan = lru_cache(maxsize=256)(_plan)  # of integers, for the calls themselves
+_plan_of_integers = lru_cache(maxsize=256)(_plan)
 
 
-class _Plan:
-    """How the slices and tokens of one call are cut into blocks."""
-
-    def __init__(self, query: Tensor, key: Tensor) -> None:
-        _, self.slices, self.tokens, _ = query.shape
-        plan: Any = _cached_plan(self.slices, self.tokens, key.shape[2])
-        self.at_once, self.rows, self.gathered, self.block_numel = plan
-
-    def groups(self) -> Iterator[slice]:
-        for start in range(0, self.slices, self.gathered):
-            yield slice(start, min(start + self.gathered, self.slices))
-
-    def blocks(self, group: slice) -> Iterator[slice]:
-        """Slices of one block, counted from the group's first."""
-        count = group.stop - group.start
-        for start in range(0, count, self.at_once):
-            yield slice(start, min(start + self.at_once, count))
-
-    def token_ranges(self) -> Iterator[slice]:
-        for start in range(0, self.tokens, self.rows):
-            yield slice(start, min(start + self.rows, self.tokens))
+def _ranges(length: int, step: Any) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def _of_group(x: Tensor, image: int, group: slice, dtype: torch.dtype) -> Tensor:
     """Return the slices of one group (n, tokens, features), or the shared slice with n = 1."""
-    if x.shape[1] == 1:
-        return _load(x[image], dtype)
-    return _load(x[image, group], dtype)
+    return _load(x[image] if x.shape[1] == 1 else x[image, group], dtype)
 
 
 def _of_block(x: Tensor, block: slice) -> Tensor:
-    if x.shape[0] == 1:
-        return x.expand(block.stop - block.start, -1, -1)
-    return x[block]
+    return x.expand(block.stop - block.start, -1, -1) if x.shape[0] == 1 else x[block]
 
 
 def _is_same(query: Tensor, value: Tensor) -> bool:
-    """Whether two tensors are one: FullyAttentional's query and value are, so gather them once."""
+    """Return whether query and value are the same view, which is then gathered once."""
     return (
         query.data_ptr() == value.data_ptr()
         and query.shape == value.shape
@@ -125,7 +109,7 @@ def _like_query(query: Tensor, features: int) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, buffer: Tensor) -> Tensor:
-    """softmax(scale · query · keyᵀ) of one block, written into the front of `buffer`."""
+    """Write softmax(scale · query · keyᵀ) of one block into the front of `buffer`."""
     count, tokens, memory = query.shape[0], query.shape[1], key.shape[1]
     weights = buffer[: count * tokens * memory].view(count, tokens, memory)
     torch.bmm(query, key.mT, out=weights)
@@ -135,21 +119,22 @@ def _scores(query: Tensor, key: Tensor, scale: float, buffer: Tensor) -> Tensor:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """As `attend`, without autograd and on any device."""
+    """Compute `attend` without autograd, on any device."""
     dtype = work_dtype(query.dtype)
     out = _like_query(query, value.shape[-1])
-    plan, same = _Plan(query, key), _is_same(query, value)
-    buffer = torch.empty(plan.block_numel, dtype=dtype, device=query.device)
-    for image in range(query.shape[0]):
-        for group in plan.groups():
+    (batch, slices, length, _), same = query.shape, _is_same(query, value)
+    plan: Any = _plan_of_integers(slices, length, key.shape[2])
+    buffer = torch.empty(plan.numel, dtype=dtype, device=query.device)
+    for image in range(batch):
+        for group in _ranges(slices, plan.group):
             queries = _of_group(query, image, group, dtype)
             keys = _of_group(key, image, group, dtype)
             values = queries if same else _of_group(value, image, group, dtype)
-            result = queries.new_empty(queries.shape[0], plan.tokens, value.shape[-1])
-            for block in plan.blocks(group):
-                for tokens in plan.token_ranges():
+            result = queries.new_empty(queries.shape[0], length, value.shape[-1])
+            for block in _ranges(len(queries), plan.block):
+                for tokens in _ranges(length, plan.rows):
                     weights = _scores(queries[block, tokens], _of_block(keys, block), scale, buffer)
-                    # A block of whole slices is contiguous, which the batched product asks for.
+                    # A block of whole slices is contiguous, as the batched product requires.
                     torch.bmm(weights, _of_block(values, block), out=result[block, tokens])
             out[image, group].copy_(result)
     return out
@@ -162,29 +147,23 @@ def backward(
     dtype = work_dtype(query.dtype)
     grad_query = torch.empty_like(query)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-    plan, same = _Plan(query, key), _is_same(query, value)
-    buffer = torch.empty(plan.block_numel, dtype=dtype, device=query.device)
+    (batch, slices, length, _), same = query.shape, _is_same(query, value)
+    plan: Any = _plan_of_integers(slices, length, key.shape[2])
+    buffer = torch.empty(plan.numel, dtype=dtype, device=query.device)
     grad_buffer = torch.empty_like(buffer)
-    for image in range(query.shape[0]):
+    for image in range(batch):
         shared_key = key.new_zeros(1, *key.shape[2:], dtype=dtype)
         shared_value = value.new_zeros(1, *value.shape[2:], dtype=dtype)
-        for group in plan.groups():
-            count = group.stop - group.start
+        for group in _ranges(slices, plan.group):
             queries = _of_group(query, image, group, dtype)
             keys = _of_group(key, image, group, dtype)
             values = queries if same else _of_group(value, image, group, dtype)
             grads = _of_group(grad, image, group, dtype)
             to_query = queries.new_empty(queries.shape)
-            to_key = (
-                shared_key if key.shape[1] == 1 else shared_key.new_zeros(count, *key.shape[2:])
-            )
-            to_value = (
-                shared_value
-                if value.shape[1] == 1
-                else shared_value.new_zeros(count, *value.shape[2:])
-            )
-            for block in plan.blocks(group):
-                for tokens in plan.token_ranges():
+            to_key = shared_key if key.shape[1] == 1 else keys.new_zeros(keys.shape)
+            to_value = shared_value if value.shape[1] == 1 else values.new_zeros(values.shape)
+            for block in _ranges(len(queries), plan.block):
+                for tokens in _ranges(length, plan.rows):
                     block_query, block_grad = queries[block, tokens], grads[block, tokens]
                     block_key, block_value = _of_block(keys, block), _of_block(values, block)
                     weights = _scores(block_query, block_key, scale, buffer)
@@ -199,14 +178,12 @@ def backward(
                     _accumulate(to_key, block, grad_scores.mT, block_query)
                     _accumulate(to_value, block, weights.mT, block_grad)
             grad_query[image, group].copy_(to_query)
-            if key.shape[1] != 1:
-                grad_key[image, group].copy_(to_key)
-            if value.shape[1] != 1:
-                grad_value[image, group].copy_(to_value)
-        if key.shape[1] == 1:
-            grad_key[image].copy_(shared_key)
-        if value.shape[1] == 1:
-            grad_value[image].copy_(shared_value)
+            for grads_of, found in ((grad_key, to_key), (grad_value, to_value)):
+                if grads_of.shape[1] != 1:
+                    grads_of[image, group].copy_(found)
+        for grads_of, found in ((grad_key, shared_key), (grad_value, shared_value)):
+            if grads_of.shape[1] == 1:
+                grads_of[image].copy_(found)
     return grad_query, grad_key, grad_value
 
 
@@ -218,35 +195,31 @@ def _accumulate(total: Tensor, block: slice, left: Tensor, right: Tensor) -> Non
         total[block].baddbmm_(left, right)
 
 
-def _empty_result(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return _like_query(query, value.shape[-1])
-
-
 def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
     size, work, half = setting.size, setting.work_size, setting.half
     batch, slices = a.query[:2]
-    _, _, gathered_slices, block_numel = _plan(slices, a.query[2], a.key[2])
-    group = minimum(gathered_slices, slices)
-    # From the second group on, a tensor is there twice while it is made again.
+    plan = _plan(slices, a.query[2], a.key[2])
+    group = minimum(plan.group, slices)
+    # From the second group on, the old tensor is held while the new one is made.
     twice = at_least(slices, 2 * group)
     several = less(1, batch) * at_least(group, slices)
     again = where(maximum(twice, several), group, slices - group)
-    buffer = block_numel * work
+    buffer = plan.numel * work
 
     def gathered(shape: tuple[Size, ...]) -> Size:
-        """Bytes of the copy of one slice."""
+        """Return the bytes of the copy of one slice."""
         return prod(shape[2:]) * work * (half if a.in_place else 1)
 
     query, grad = gathered(a.query), gathered(a.out)
     value = 0 if a.value_is_query else gathered(a.value)
-    # Keys are cast, but never gathered: they are one slice, or lie so that BLAS reads them.
+    # Keys are cast, but never gathered: they are one slice, or BLAS reads them in place.
     key = half * prod(a.key[2:]) * work
     # A cast keeps the strides, and is copied once more.
     casting = 1 if a.contiguous else 1 + half
     result = prod(a.out[2:]) * work
     output = prod(a.out) * size
     one_slice = at_least(1, slices)
-    # The value's name holds the old query while the key is cast again.
+    # `values` still refers to the old query while the key is cast again.
     same = one_slice * query if a.value_is_query else 0
     inference = (
         output
@@ -284,12 +257,12 @@ def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
 
 attend = operators.register(
     "attend_chunked",
-    forward,
-    backward,
-    _empty_result,
     ("query", "key", "value"),
-    flops.attend,
-    flops.attend_backward,
+    forward=forward,
+    forward_flops=flops.attend,
+    backward=backward,
+    backward_flops=flops.attend_backward,
+    empty_result=lambda query, key, value, scale: _like_query(query, value.shape[-1]),
 )
 
 BACKEND = Backend(

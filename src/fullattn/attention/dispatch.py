@@ -1,15 +1,14 @@
-"""Which backend runs, why the others do not, and how a user overrides the choice.
+"""Choose the backend for a call, and explain the choice.
 
-The rule, on every device: build the similarity map only where there is one slice and its map holds
-fewer elements than the tensors that it relates; otherwise fuse. The maps of several slices, as of
-FullyAttentional's columns and rows, are never worth building: every slice has to be copied first,
-and that alone costs more than a small map saves. Among the backends that fuse, the first of
-`FUSED_SLICES` or `FUSED_SLICE` that can run the inputs does. In a program that `torch.export`
-writes it is the first that is made of PyTorch's own operators, so that the program can be loaded
-without this package.
+The rule, on every device: build the similarity map if there is one slice and its map has fewer
+elements than its query and key; otherwise use a fused backend. The maps of several slices, such as
+FullyAttentional's columns and rows, are never built: every slice would have to be copied first,
+which costs more than a small map saves. The fused backend is the first of `FUSED_SLICES` or
+`FUSED_SLICE` that can run the inputs. In `torch.export` it is the first that uses PyTorch's own
+operators alone, so that the exported program can be loaded without this package.
 
-An override is looked for in this order: the `backend` context manager, the layer's or function's
-own `backend=` argument, the environment variable FULLATTN_BACKEND, and then the rule.
+The rule is overridden by, in this order, the `backend` context manager, the `backend=` argument of
+the layer or function, and the environment variable FULLATTN_BACKEND.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from contextlib import contextmanager
 import torch
 
 from fullattn.attention import chunked, linear, native, reference, sdpa, triton
-from fullattn.attention.backend import AttentionInputs, Backend, asked, statically_true
+from fullattn.attention.backend import AttentionInputs, Backend, described, statically_true
 
 __all__ = [
     "BACKENDS",
@@ -30,7 +29,6 @@ __all__ = [
     "BackendError",
     "backend",
     "backend_names",
-    "by_name",
     "check_name",
     "choose",
     "explain",
@@ -47,10 +45,9 @@ BACKENDS: tuple[Backend, ...] = (
     linear.BACKEND,
     reference.BACKEND,
 )
-# Those that fuse several slices, and one, the best first; a new backend is one more name in these
-# lists. On Zen 4, at 512x97x97, `sdpa` takes 0.6 of the time of `chunked` for one slice of
-# positions; for columns and rows the two take the same time, and `sdpa` half as much memory again
-# in training.
+# Fused backends for several slices and for one slice, the best first. On Zen 4, at 512x97x97,
+# `sdpa` takes 0.6 of the time of `chunked` for one slice of positions; for columns and rows the two
+# take the same time, and `sdpa` uses 1.5 times as much memory in training.
 FUSED_SLICES: tuple[Backend, ...] = (
     native.BACKEND,
     chunked.BACKEND,
@@ -68,32 +65,16 @@ _from_environment: str | None = os.environ.get(_ENVIRONMENT) or None
 
 
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run the inputs; the message holds all reasons."""
+    """Raised if a backend chosen by name cannot run the inputs; the message lists all reasons."""
 
 
 def backend_names() -> tuple[str, ...]:
-    """Names of all backends."""
+    """Return the names of all backends."""
     return tuple(_BY_NAME)
 
 
-def by_name(name: str) -> Backend:
-    """Return the backend of a name."""
-    return _BY_NAME[name]
-
-
 def check_name(name: str | None, source: str = "backend") -> str | None:
-    """Return a backend's name unchanged if it is one.
-
-    Args:
-        name: a backend's name, or None for the automatic choice.
-        source: what the error message calls the place that the name came from.
-
-    Returns:
-        `name`.
-
-    Raises:
-        ValueError: no backend has that name.
-    """
+    """Return `name` if it is None or names a backend; otherwise raise ValueError with `source`."""
     if name is not None and name not in _BY_NAME:
         raise ValueError(f"{source} must be one of {', '.join(_BY_NAME)}, got {name!r}")
     return name
@@ -101,7 +82,7 @@ def check_name(name: str | None, source: str = "backend") -> str | None:
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Run every layer of this package on one backend, inside a `with` block.
+    """Run every layer of this package on one backend inside a `with` block.
 
     The override holds for the whole process, not for one thread, and wins over a layer's own
     `backend=` and over FULLATTN_BACKEND. Backward passes run on the backend of their forward.
@@ -131,24 +112,17 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 def fused(inputs: AttentionInputs) -> tuple[Backend, ...]:
-    """List the fused backends, the best first, including those that cannot run these inputs."""
+    """Return the fused backends, the best first, including those that cannot run the inputs."""
     return FUSED_SLICES if inputs.sliced else FUSED_SLICE
 
 
 def worth_building(inputs: AttentionInputs) -> bool:
-    """Whether the similarity map is worth building; False where it depends on symbolic sizes."""
+    """Return whether to build the similarity map; False if that depends on symbolic sizes."""
     return not inputs.sliced and statically_true(inputs.map_numel < inputs.token_numel)
 
 
 def forced(requested: str | None) -> Backend | None:
-    """Return the backend chosen by name: by the context, the caller or the environment.
-
-    Args:
-        requested: the layer's own `backend=`.
-
-    Returns:
-        The backend; None for the automatic choice.
-    """
+    """Return the backend that context, `backend=` or environment name; None for none."""
     name = _override or requested
     if name is None and _from_environment is not None:
         name = check_name(_from_environment, _ENVIRONMENT)
@@ -156,17 +130,17 @@ def forced(requested: str | None) -> Backend | None:
 
 
 def choose(inputs: AttentionInputs, requested: str | None = None) -> Backend:
-    """Choose the backend that runs inputs.
+    """Choose the backend for a call.
 
     Args:
-        inputs: of the call.
-        requested: the layer's own `backend=`; None for the automatic choice.
+        inputs: properties of the call.
+        requested: the `backend=` of the layer or function; None for the automatic choice.
 
     Returns:
         The backend.
 
     Raises:
-        BackendError: the backend asked for cannot run the inputs.
+        BackendError: the named backend cannot run the inputs.
         ValueError: FULLATTN_BACKEND does not name a backend.
     """
     named = forced(requested)
@@ -191,47 +165,40 @@ def _refused(named: Backend, inputs: AttentionInputs) -> BackendError:
         if other is not named
     )
     return BackendError(
-        f"backend {named.name!r} cannot run {asked(inputs)} on {inputs.device} in "
+        f"backend {named.name!r} cannot run {described(inputs)} on {inputs.device} in "
         f"{str(inputs.dtype).removeprefix('torch.')}: "
         f"{', '.join(named.reasons_against(inputs))} ({others})"
     )
 
 
 def explain(inputs: AttentionInputs, requested: str | None = None) -> list[tuple[Backend, str]]:
-    """Say of every backend whether it runs inputs, and why or why not.
-
-    Args:
-        inputs: of the call.
-        requested: the layer's own `backend=`.
+    """Explain for every backend whether it runs the inputs, and why or why not.
 
     Returns:
         (backend, sentence) for every backend; exactly one sentence starts with "runs:" unless a
         backend that cannot run is named.
     """
     named = forced(requested)
-    small = worth_building(inputs)
     chosen = named or choose(inputs, requested)
-    sizes = f"map {inputs.map_numel:,} elements, tensors {inputs.token_numel:,}"
+    sizes = f"(map {inputs.map_numel:,} elements, tensors {inputs.token_numel:,})"
+    if named:
+        runs, loses = "chosen by name", f"{named.name} is chosen by name"
+    elif worth_building(inputs):
+        runs = loses = f"the map is smaller than the tensors it relates {sizes}"
+    elif chosen.builds_map:
+        runs = loses = "no fused backend can"
+    else:
+        runs = f"the first that can, and the map is not worth building {sizes}"
+        loses = f"{chosen.name} comes first"
     sentences = []
     for entry in BACKENDS:
-        reasons = entry.reasons_against(inputs)
-        if reasons:
+        if reasons := entry.reasons_against(inputs):
             sentence = "cannot run: " + ", ".join(reasons)
-        elif entry is chosen and named is not None:
-            sentence = "runs: asked for by name"
-        elif entry is chosen and entry.builds_map and small:
-            sentence = f"runs: the map is smaller than the tensors it relates ({sizes})"
-        elif entry is chosen and entry.builds_map:
-            sentence = "runs: no backend that fuses can"
         elif entry is chosen:
-            sentence = f"runs: the first that can, and the map is not worth building ({sizes})"
-        elif named is not None:
-            sentence = f"can run, but {named.name} is asked for by name"
-        elif small:
-            sentence = f"can run, but the map is smaller than the tensors it relates ({sizes})"
-        elif entry.builds_map:
-            sentence = f"can run, but the map is not worth building ({sizes})"
+            sentence = f"runs: {runs}"
+        elif entry.builds_map and not named:
+            sentence = f"can run, but the map is not worth building {sizes}"
         else:
-            sentence = f"can run, but {chosen.name} comes first"
+            sentence = f"can run, but {loses}"
         sentences.append((entry, sentence))
     return sentences

@@ -1,7 +1,6 @@
 """Linear attention, for the form without softmax: (query · keyᵀ) · value = query · (keyᵀ · value).
 
-Without a softmax between the two products they may be bracketed the other way, and the map of N·M
-elements becomes a context of D·E.
+keyᵀ · value, the context, has D·E elements, where the map query · keyᵀ has N·M.
 """
 
 from __future__ import annotations
@@ -24,17 +23,7 @@ __all__ = ["BACKEND", "attend"]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    """Dot-product attention: scale · query · (keyᵀ · value) / M.
-
-    Args:
-        query: (B, S, N, D).
-        key: (B, S or 1, M, D).
-        value: (B, S or 1, M, E).
-        scale: factor on the scores.
-
-    Returns:
-        (B, S, N, E) in the query's dtype.
-    """
+    """Compute scale · query · (keyᵀ · value) / M, (B, S, N, E), in the query's dtype."""
     dtype = work_dtype(query.dtype)
     context = key.to(dtype).mT @ value.to(dtype) * (scale / key.shape[-2])
     return (query.to(dtype) @ context).to(query.dtype)

@@ -1,10 +1,9 @@
-"""The two branches of the fully attentional layer on the CPU, by a C kernel compiled on first use.
+"""Axial channel attention on the CPU by a C kernel, which is compiled on first use.
 
-`native.c` beside this file reads the feature map by its strides, works on columns and rows in
-threads and adds both into one output; what it does and why is written there. The machine's own C
-compiler builds it the first time that it is wanted (about two seconds) for the processor at hand,
-and the result is kept in a cache folder: FULLATTN_CACHE, or fullattn in the user's cache. Where
-there is no compiler, or FULLATTN_NATIVE=0 forbids it, the next backend runs.
+`native.c` in this folder reads the feature map by its strides, computes columns and rows in threads
+and adds both into one output. The machine's C compiler builds it on first use (about two seconds)
+for this processor; the result is kept in the folder FULLATTN_CACHE, or in `fullattn` in the user's
+cache. Without a compiler, or with FULLATTN_NATIVE=0, the next backend runs.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ __all__ = ["BACKEND", "axial_channel_attention"]
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC")
-# Products of numbers below which starting threads costs more than they save.
+# Multiplications below which starting threads costs more than they save.
 _WORTH_THREADS = 1_000_000
 
 
 class _BuildError(Exception):
-    """Why the kernel is not there, in one sentence."""
+    """Raised if the kernel cannot be built; the message says why, in one sentence."""
 
 
 def _processor() -> str:
-    """Describe this processor, so that one cache can serve several machines."""
+    """Describe this processor, so that several machines can share a cache folder."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -69,12 +68,12 @@ def _run(command: list[str]) -> None:
 
 
 def _build(target: str = "native") -> Path:
-    """Compile the kernel for a kind of processor, or find it in the cache."""
+    """Return the kernel for an `-march` target, compiled or from the cache."""
     flags = (*_FLAGS, f"-march={target}")
-    wanted = os.environ.get("CC", "").split() or ["gcc", "cc", "clang"]
-    compiler = next((found for name in wanted[:3] if (found := shutil.which(name))), None)
+    names = os.environ.get("CC", "").split() or ["gcc", "cc", "clang"]
+    compiler = next((found for name in names[:3] if (found := shutil.which(name))), None)
     if compiler is None:
-        raise _BuildError(f"needs a C compiler: found none of {', '.join(wanted)}")
+        raise _BuildError(f"needs a C compiler: found none of {', '.join(names)}")
     source = _SOURCE.read_bytes()
     parts = (source, " ".join(flags).encode(), compiler.encode(), _processor().encode())
     name = f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:20]}.so"
@@ -87,11 +86,11 @@ def _build(target: str = "native") -> Path:
     except OSError as error:
         raise _BuildError(f"its cache folder cannot be written: {error}") from None
     try:
-        # Linked without an OpenMP library of its own: the one that PyTorch has loaded serves both,
-        # where two would keep two sets of threads that fight for the cores.
+        # Linked without an OpenMP library, so that the one that PyTorch has loaded is used: two
+        # libraries would have two pools of threads on the same cores.
         _run([compiler, *flags, "-c", str(_SOURCE), "-o", str(work / "native.o")])
         _run([compiler, "-shared", str(work / "native.o"), "-o", str(work / name)])
-        # In one step, so that another process never loads half a file.
+        # Atomic, so that another process never loads half a file.
         os.replace(work / name, folder / name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -116,7 +115,7 @@ def _unavailable() -> str | None:
     return kernel if isinstance(kernel, str) else None
 
 
-# torch.compile is to ask once and not to trace into the compiler's run. The decorator for this,
+# torch.compile calls this once and does not trace into it. The decorator for this purpose,
 # torch.compiler.assume_constant_result, sets the same mark but imports all of torch._dynamo.
 _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -127,10 +126,7 @@ _Sizes = ctypes.c_int64 * 4
 def _call(name: str, x: Tensor, *others: Tensor | float | None) -> None:
     """Call a function of the kernel.
 
-    Args:
-        name: of the function.
-        x: feature map, (B, C, H, W), of any strides.
-        others: more feature maps, of any strides; other tensors, contiguous, or None; numbers.
+    Feature maps, which have 4 axes, may have any strides; other tensors are contiguous.
     """
     kernel = _kernel()
     if isinstance(kernel, str):
@@ -159,7 +155,7 @@ def _forward(
 ) -> Tensor:
     if x.dtype != torch.float32:
         return _forward(x.float(), column_key, row_key, scale, gamma).to(x.dtype)
-    # The kernel reads keys as (B, D, C), which is how a Linear has written them.
+    # The kernel reads keys as (B, D, C), the layout in which a Linear writes them.
     keys = column_key.float().mT.contiguous(), row_key.float().mT.contiguous()
     out = torch.empty_like(x)
     _call("fullattn_forward", x, *keys, scale, gamma, out)
@@ -186,10 +182,6 @@ def _backward(
     return grad_x.to(x.dtype), grad_column_key, grad_row_key
 
 
-def _empty_result(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(x)
-
-
 def _workspace(shape: tuple[Size, ...], setting: Setting) -> Workspace:
     x = prod(shape) * setting.size
     casts = setting.half * prod(shape) * 4
@@ -208,18 +200,11 @@ def _workspace(shape: tuple[Size, ...], setting: Setting) -> Workspace:
 
 
 def kernel_workspace(shape: tuple[Size, ...], threads: Size) -> tuple[Size, Size]:
-    """Compute the workspace that `native.c` allocates.
+    """Compute the bytes that `native.c` allocates for (B, C, H, W), in forward and in backward.
 
     The keys; in each thread 16 columns at a time with their result and a block of the map; backward
-    also the columns' gradient, three more blocks, and a share of the keys' gradients for each image
-    and thread.
-
-    Args:
-        shape: (B, C, H, W).
-        threads: PyTorch's.
-
-    Returns:
-        Bytes in forward and in backward.
+    also the columns' gradient, three more blocks, and a partial sum of the keys' gradients for each
+    image and thread.
     """
     batch, channels, height, width = shape
     row = -(-channels // 32) * 32 + 16
@@ -234,21 +219,21 @@ def kernel_workspace(shape: tuple[Size, ...], threads: Size) -> tuple[Size, Size
 
 _attend = operators.register(
     "attend_native",
-    _forward,
-    _backward,
-    _empty_result,
     ("x", "column_key", "row_key"),
-    flops.axial_channel_attention,
-    flops.axial_channel_attention_backward,
+    forward=_forward,
+    forward_flops=flops.axial_channel_attention,
+    backward=_backward,
+    backward_flops=flops.axial_channel_attention_backward,
+    empty_result=lambda x, column_key, row_key, scale: torch.empty_like(x),
 )
-_attend_with_residual = operators.register_inference(
+_attend_with_residual = operators.register(
     "attend_native_with_residual",
-    _forward_with_residual,
-    lambda x, column_key, row_key, gamma, scale: torch.empty_like(
+    ("x", "column_key", "row_key", "gamma"),
+    forward=_forward_with_residual,
+    forward_flops=flops.axial_channel_attention,
+    empty_result=lambda x, column_key, row_key, gamma, scale: torch.empty_like(
         x, dtype=torch.promote_types(x.dtype, gamma.dtype)
     ),
-    ("x", "column_key", "row_key", "gamma"),
-    flops.axial_channel_attention,
 )
 
 
@@ -259,23 +244,21 @@ def axial_channel_attention(
     scale: float = 1.0,
     gamma: Tensor | None = None,
 ) -> Tensor:
-    """Attention over the columns of x plus attention over its rows, in one pass.
+    """Compute columns + rows, or with gamma, and without a gradient, gamma · (columns + rows) + x.
 
     Args:
         x: feature map, (B, C, H, W), of any strides.
         column_key: (B, C, H).
         row_key: (B, C, W).
         scale: factor on the scores, of either sign.
-        gamma: one number; None for 1 and no residual. With one there is no gradient.
+        gamma: one number, or None.
 
     Returns:
-        columns + rows, or gamma · (columns + rows) + x; (B, C, H, W) in x's memory layout.
+        (B, C, H, W) in x's memory layout.
     """
-    result: Tensor = (
-        _attend(x, column_key, row_key, scale)
-        if gamma is None
-        else _attend_with_residual(x, column_key, row_key, gamma, scale)
-    )
+    inputs = (x, column_key, row_key) if gamma is None else (x, column_key, row_key, gamma)
+    operator = _attend if gamma is None else _attend_with_residual
+    result: Tensor = operator(*inputs, scale)
     return result
 
 

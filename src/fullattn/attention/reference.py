@@ -1,10 +1,9 @@
-"""The backend that builds the similarity map, by the definitions themselves.
+"""The backend that runs the definitions, and builds the similarity map.
 
-A layer's operation brings its definition with it (`fullattn.functional` opens with them); this
-backend runs that. For slices of tokens the definition stands here. Every other backend is tested
-against this one, and this one against a NumPy float64 oracle. It is also the backend that runs
-where the map is smaller than the tensors that it relates (see `fullattn.attention.dispatch`), and
-the only one that can hand the map out.
+An operation has its definition (see `fullattn.functional`), which this backend runs; the definition
+for slices of tokens is here. Every other backend is tested against this one, and this one against a
+NumPy float64 oracle. It is chosen if the map is smaller than the tensors that it relates (see
+`fullattn.attention.dispatch`), and the only one that returns the map.
 """
 
 from __future__ import annotations
@@ -37,16 +36,10 @@ def scaled(key: Tensor, scale: float) -> Tensor:
 
 
 def weights(scores: Tensor, score: ScoreFunction = ScoreFunction.SOFTMAX) -> Tensor:
-    """Turn scores into weights.
+    """Turn scores (..., M) of M keys into weights (..., M).
 
-    Args:
-        scores: (..., M), for each of M keys query · key; for the concatenation form the sum of a
-            number for the query and a number for the key.
-        score: softmax over the keys, or Wang et al.'s forms without: scores / M (dot product), or
-            ReLU(scores) / M (concatenation).
-
-    Returns:
-        (..., M).
+    They are softmax(scores), or Wang et al.'s scores / M (dot product) or ReLU(scores) / M
+    (concatenation, whose scores are sums of a scalar of the query and a scalar of the key).
     """
     if score is ScoreFunction.SOFTMAX:
         return torch.softmax(scores, dim=-1)
@@ -61,16 +54,9 @@ def similarity(
     scale: float = 1.0,
     score: ScoreFunction = ScoreFunction.SOFTMAX,
 ) -> Tensor:
-    """Compute the similarity maps of slices of tokens.
+    """Compute the similarity maps (B, S, N, M) of (B, S, N, D) and (B, S or 1, M, D).
 
-    Args:
-        query: (B, S, N, D).
-        key: (B, S or 1, M, D); a slice axis of 1 is shared by all slices.
-        scale: factor on the scores, of either sign.
-        score: how scores become weights; for the concatenation form D is 1.
-
-    Returns:
-        (B, S, N, M); in float32 for float16 and bfloat16 inputs.
+    The maps of float16 and bfloat16 inputs are float32. For the concatenation form D is 1.
     """
     query, key = _accumulated(query, key)
     if score is ScoreFunction.CONCATENATION:
@@ -85,43 +71,25 @@ def attend(
     scale: float = 1.0,
     score: ScoreFunction = ScoreFunction.SOFTMAX,
 ) -> Tensor:
-    """similarity(query, key) · value.
-
-    Args:
-        query: (B, S, N, D).
-        key: (B, S or 1, M, D).
-        value: (B, S or 1, M, E).
-        scale: factor on the scores.
-        score: how scores become weights.
-
-    Returns:
-        (B, S, N, E) in the query's dtype.
-    """
+    """Compute similarity(query, key) · value, (B, S, N, E), in the query's dtype."""
     maps = similarity(query, key, scale, score)
     return einsum("bsnm, bsme -> bsne", maps, value.to(maps.dtype)).to(query.dtype)
 
 
 def attended(call: AttentionCall) -> Tensor:
-    """Compute an operation's result by its definition.
+    """Compute an operation's result by its definition, in the dtype of the tensors.
 
-    Args:
-        call: the operation and its tensors.
-
-    Returns:
-        A feature map in the dtype of the tensors; scores and weights are float32 at least.
+    Scores and weights are computed in float32 at least.
     """
     result = call.operation.attended(*_accumulated(*call.tensors), **_options(call))
     return result.to(call.tensors[0].dtype)
 
 
 def maps(call: AttentionCall) -> Tensor | tuple[Tensor, ...]:
-    """Compute an operation's similarity maps by its definition.
-
-    Args:
-        call: the operation and its tensors.
+    """Compute an operation's similarity maps by its definition, in float32 at least.
 
     Returns:
-        A tensor, or a named tuple of tensors; in float32 for tensors in half precision.
+        A tensor, or a named tuple of tensors.
     """
     result: Tensor | tuple[Tensor, ...] = call.operation.similarity(
         *_accumulated(*call.tensors), **_options(call)
@@ -130,7 +98,7 @@ def maps(call: AttentionCall) -> Tensor | tuple[Tensor, ...]:
 
 
 def _options(call: AttentionCall) -> dict[str, Any]:
-    """Keywords of a definition; most know no score function but the softmax."""
+    """Return the keyword arguments of a definition; `score` only if it is not the softmax."""
     if call.score is ScoreFunction.SOFTMAX:
         return {"scale": call.scale}
     return {"scale": call.scale, "score": call.score}
@@ -150,7 +118,7 @@ def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
     saved_casts = casts - half * less(1, a.query[1]) * less(1, a.query[0]) * query
     scaled_key = key if a.scale != 1.0 and a.score is not ScoreFunction.CONCATENATION else 0
     # einsum merges slices and tokens into one axis, which copies the query, and images and slices,
-    # which copies the value; of one image the batched product copies what BLAS cannot read.
+    # which copies the value; for one image the batched product copies what BLAS cannot read.
     sliced, images = less(1, a.query[1]), less(1, a.query[0])
     query_copy, value_copy = sliced * query, sliced * images * value
     value_read = sliced * value * (images if a.in_place else 1)
@@ -166,7 +134,7 @@ def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
     saved = kept * numel + copies - casts + saved_casts + value_copy
     building = casts + scaled_key + maximum(query_copy + numel, built * numel)
     grad_value = saved + numel + value + sliced * out
-    grad_key = half * key if a.key_is_query else 0  # which waits for the query's
+    grad_key = half * key if a.key_is_query else 0  # held until the query's is made
     grad_others = saved - value_copy + value + maximum(made * numel, numel + query + grad_key)
     if a.score is ScoreFunction.CONCATENATION:  # its scores are sums
         products = 2 * a.map_numel * a.value[3]

@@ -1,4 +1,4 @@
-"""gamma · attended + x, with which the layers end."""
+"""The residual of the layers, gamma · attended + x."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def scaled_residual(x: Tensor | None, gamma: Tensor | None, attended: Tensor) ->
     Args:
         x: (B, C, H, W); None without gamma.
         gamma: one number, or None.
-        attended: (B, C, H, W), held by nobody but the caller.
+        attended: (B, C, H, W); without gradients it may be overwritten with the result.
 
     Returns:
         (B, C, H, W).
@@ -24,8 +24,8 @@ def scaled_residual(x: Tensor | None, gamma: Tensor | None, attended: Tensor) ->
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.addcmul(x, gamma, attended)
     fits = attended.dtype == torch.promote_types(x.dtype, gamma.dtype)
-    # In another layout than x's the result would only be copied again by whatever follows.
+    # Written in place to save memory, but not in another layout than x's, which the next module
+    # would copy.
     if fits and attended.stride() == x.stride():
-        # Nobody else holds the attended values: in inference their memory becomes the result's.
         return torch.addcmul(x, gamma, attended, out=attended)
     return torch.addcmul(x, gamma, attended)

@@ -1,10 +1,10 @@
-"""PyTorch's fused attention, fed the layouts that its fused kernels accept.
+"""PyTorch's fused attention, with inputs in the layouts that its fused kernels support.
 
-`torch.nn.functional.scaled_dot_product_attention` falls back to building the map, without a word,
-when an input does not suit its fused kernels. So this module hands over 4-D inputs with stride 1 in
-the last axis, pads features to what each device's kernels take (CUDA: a multiple of 8; CPU: the
-same length for key and value), gives the scale explicitly, keeps it positive, and keeps batch times
-slices below the 65,536 at which the CUDA grid overflows (pytorch issues 142228 and 146704).
+`torch.nn.functional.scaled_dot_product_attention` silently builds the map if its fused kernels do
+not support an input. This module therefore passes 4-D inputs with stride 1 in the last axis, pads
+features to a supported length (CUDA: a multiple of 8; CPU: the same length for key and value),
+passes a positive scale, and keeps batch times slices below the 65,536 at which the CUDA grid
+overflows (pytorch issues 142228 and 146704).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def padded_features(device: str, features: int, value_features: int) -> tuple[in
     """Return the lengths to which queries and keys, and values, are padded for fused kernels."""
     if device == "cuda":
         return -(-features // 8) * 8, -(-value_features // 8) * 8
-    # A contiguous axis of length 1 may have any stride, and the fused kernel asks for 1.
+    # A contiguous axis of length 1 may have any stride, and the fused kernel requires 1.
     if statically_true(features == value_features) and statically_true(features > 1):
         return features, features
     longest = max(features, value_features, 2)
@@ -45,22 +45,12 @@ def padded_features(device: str, features: int, value_features: int) -> tuple[in
 
 def _pad_features(x: Tensor, features: int) -> Tensor:
     missing = features - x.shape[-1]
-    # Padding keeps the order of the strides, and the columns of an image have channels_last's.
+    # `pad` keeps the order of the strides, which for the columns of an image is channels_last.
     return x.contiguous() if statically_true(missing == 0) else F.pad(x, (0, missing)).contiguous()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
-    """softmax(scale · query · keyᵀ) · value by `scaled_dot_product_attention`.
-
-    Args:
-        query: (B, S, N, D).
-        key: (B, S or 1, M, D).
-        value: (B, S or 1, M, E).
-        scale: factor on the scores, of either sign.
-
-    Returns:
-        (B, S, N, E) in the query's dtype.
-    """
+    """Compute `fullattn.attention.attend` by `scaled_dot_product_attention`."""
     if query.dtype in (torch.float16, torch.bfloat16) and _writes_onnx():
         return attend(query.float(), key.float(), value.float(), scale).to(query.dtype)
     slices, value_features = query.shape[1], value.shape[-1]
@@ -78,14 +68,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
 
 
 def _writes_onnx() -> bool:
-    # PyTorch's kernels keep scores of halves in float32. In ONNX, a product of halves is halves:
-    # unscaled scores past 65504 would be infinite there, and the result NaN.
+    # PyTorch's kernels compute the scores of float16 in float32. In ONNX they would be float16:
+    # unscaled scores past 65504 would be infinite, and the result NaN.
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def _of_every_slice(x: Tensor, slices: int) -> Tensor:
-    # Inductor cannot order the strides of a view of free sizes that is saved for backward, and an
-    # expansion is one even where it changes nothing.
+    # Inductor cannot order the strides of a view with symbolic sizes that is saved for backward,
+    # and `expand` returns a view even if it changes nothing.
     return x if statically_true(x.shape[1] == slices) else x.expand(-1, slices, -1, -1)
 
 
@@ -99,7 +89,7 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     )
 
 
-# PyTorch's FLOP counter has formulas for the CUDA kernels of SDPA; it counts the CPU kernel as 0.
+# PyTorch's FLOP counter has formulas for the CUDA kernels of SDPA, but not for the CPU kernel.
 for _name, _formula in (
     ("_scaled_dot_product_flash_attention_for_cpu", flops.attend),
     ("_scaled_dot_product_flash_attention_for_cpu_backward", flops.attend_backward),
@@ -110,7 +100,7 @@ for _name, _formula in (
 
 def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
     size = setting.size
-    # As `padded_features`: on a CPU the longer of the two and 2, which equal lengths are already.
+    # As in `padded_features`.
     if setting.device == "cuda":
         features, value_features = (8 * -(-x[3] // 8) for x in (a.query, a.value))
     else:
@@ -129,9 +119,9 @@ def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
     log_sum = prod(out[:3]) * 4
     saved = copies + log_sum
     forward_block, backward_block = _blocks(a, setting, value_features)
-    # The fused kernel takes the key's copy as if it had all slices, and so comes its gradient.
+    # The fused kernel reads the key's copy as if it had all slices; its gradient has them.
     grads = (prod(query) + prod(a.query[:2]) * a.key[2] * (features + value_features)) * size
-    same = equal(value_features, a.value[3])  # or the gradient of the output is padded again
+    same = equal(value_features, a.value[3])  # otherwise the gradient of the output is padded too
     backward = saved + grads + backward_block
     return Workspace(
         flops=flops.attend(query, key, value),
@@ -149,7 +139,7 @@ def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
 
 
 def _blocks(a: BranchSizes, setting: Setting, value_features: Size) -> tuple[Size, Size]:
-    """Buffers of the CPU kernel, forward and backward: blocks of the map, one set a thread."""
+    """Compute the bytes of the CPU kernel's buffers, forward and backward: blocks per thread."""
     if setting.device != "cpu":
         return 0, 0
     tokens, memory, work = a.query[2], a.key[2], setting.work_size

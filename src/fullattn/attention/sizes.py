@@ -1,22 +1,20 @@
 """Arithmetic on sizes that are integers or symbols, so that one formula serves Python and a page.
 
-The formulas of costs and workspaces are written with +, -, *, // and the functions below. Given
-integers they give integers. Given symbols they give an `Expression`: a graph of terms, which is
-data that any small evaluator can compute, such as the one of the documentation's cost explorer.
-A comparison is 0 or 1.
+The formulas of costs and workspaces use +, -, *, // and the functions below. On integers they
+return integers. On symbols they return an `Expression`, which the documentation's cost explorer
+writes as data and evaluates in JavaScript. A comparison returns 0 or 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, TypeAlias, Union
+from functools import partial, reduce
+from typing import TypeAlias, Union
 
 __all__ = [
     "Expression",
     "Size",
     "at_least",
     "equal",
-    "graph",
     "less",
     "maximum",
     "minimum",
@@ -29,12 +27,7 @@ class Expression:
 
     Args:
         operation: "symbol", or one of + - * // < == max min where.
-        arguments: its operands; of a symbol its name.
-
-    Example:
-        >>> height = Expression("symbol", "height")
-        >>> graph([maximum(height * 2, 12)])
-        (['height', 2, ['*', 0, 1], 12, ['max', 2, 3]], [4])
+        arguments: the operands, or the name of the symbol.
     """
 
     __slots__ = ("arguments", "operation")
@@ -81,78 +74,41 @@ def _is(size: Size, number: int) -> bool:
     return isinstance(size, int) and size == number
 
 
-def _folded(operation: str, sizes: tuple[Size, ...]) -> Size:
-    first, *others = sizes
-    for size in others:
-        first = Expression(operation, first, size)
-    return first
-
-
 def maximum(*sizes: Size) -> Size:
-    """Return the largest of sizes."""
-    return _folded("max", sizes) if Expression in map(type, sizes) else max(sizes)  # type: ignore[type-var]
+    """Return the largest size."""
+    if Expression in map(type, sizes):
+        return reduce(partial(Expression, "max"), sizes)
+    return max(sizes)  # type: ignore[type-var]
 
 
 def minimum(*sizes: Size) -> Size:
-    """Return the smallest of sizes."""
-    return _folded("min", sizes) if Expression in map(type, sizes) else min(sizes)  # type: ignore[type-var]
+    """Return the smallest size."""
+    if Expression in map(type, sizes):
+        return reduce(partial(Expression, "min"), sizes)
+    return min(sizes)  # type: ignore[type-var]
 
 
 def less(one: Size, other: Size) -> Size:
-    """1 where one size is smaller than the other, 0 elsewhere."""
+    """Return 1 if one size is smaller than the other, else 0."""
     if isinstance(one, int) and isinstance(other, int):
         return int(one < other)
     return Expression("<", one, other)
 
 
 def at_least(one: Size, other: Size) -> Size:
-    """1 where one size is not smaller than the other, 0 elsewhere."""
+    """Return 1 if one size is at least the other, else 0."""
     return 1 - less(one, other)
 
 
 def equal(one: Size, other: Size) -> Size:
-    """1 where two sizes are equal, 0 elsewhere."""
+    """Return 1 if two sizes are equal, else 0."""
     if isinstance(one, int) and isinstance(other, int):
         return int(one == other)
     return Expression("==", one, other)
 
 
 def where(condition: Size, then: Size, otherwise: Size) -> Size:
-    """One size where a condition is not 0, another where it is."""
+    """Return `then` if a condition is not 0, else `otherwise`."""
     if isinstance(condition, int):
         return then if condition else otherwise
     return Expression("where", condition, then, otherwise)
-
-
-def graph(sizes: Iterable[Size]) -> tuple[list[Any], list[int]]:
-    """Sizes as data.
-
-    Args:
-        sizes: that share terms or do not.
-
-    Returns:
-        The terms, each an integer, the name of a symbol, or a list of an operation and the places
-        of its operands among the terms before it; and the place of each size.
-
-    Example:
-        >>> graph([Expression("symbol", "height") * 2 + 1, 7])
-        (['height', 2, ['*', 0, 1], 1, ['+', 2, 3], 7], [4, 5])
-    """
-    terms: list[Any] = []
-    places: dict[Any, int] = {}
-
-    def place(size: Any) -> int:
-        if isinstance(size, Expression) and size in places:
-            return places[size]
-        term: Any = size
-        if isinstance(size, Expression):
-            symbol = size.operation == "symbol"
-            term = size.arguments[0] if symbol else (size.operation, *map(place, size.arguments))
-        if term not in places:
-            places[term] = len(terms)
-            terms.append(list(term) if isinstance(term, tuple) else term)
-        places[size] = places[term]
-        return places[term]
-
-    found = [place(size) for size in sizes]
-    return terms, found

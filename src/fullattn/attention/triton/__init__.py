@@ -1,10 +1,9 @@
-"""Fused GPU kernels for the fully attentional layer, in Triton.
+"""Fused GPU kernels for axial channel attention, in Triton.
 
-Both branches read the feature map in channels_last, and share one key for all slices of an image;
-the map stays in registers, a block at a time, and gamma and the residual are added where the result
-is written. Backward computes the map again from the maximum and the sum of each row. See `kernels`
-for the kernels, `launch` for how a feature map is handed to them, and `configurations` and `tuning`
-for the block sizes.
+Both branches read the feature map in channels_last, and one key for all slices of an image. The map
+stays in registers, a block at a time; gamma and the residual are added when the result is written.
+Backward recomputes the map from the maximum and the sum of each row. See `kernels` for the kernels,
+`launch` for their arguments, and `configurations` and `tuning` for the block sizes.
 
 This module is imported with the package; Triton itself is imported when a kernel first runs.
 """
@@ -45,7 +44,7 @@ _OLDEST_CARD = (8, 0)
 # The interpreter runs kernels on the CPU, for tests: right in float32 and float16, but silently
 # wrong in bfloat16. Triton reads this variable when it is imported.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# What did not compile or fit on this machine, by what it depends on: not tried again.
+# Why kernels did not compile or fit on this machine, by device, dtype and shape: not tried again.
 _failed: dict[tuple[Any, ...], str] = {}
 
 
@@ -78,13 +77,13 @@ def _unavailable() -> str | None:
     return None
 
 
-# As in `native`: torch.compile is to ask once and not to trace into it.
+# torch.compile calls this once and does not trace into it, as in `native`.
 _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _precision() -> str:
-    """Float32 products take the tensor cores only where PyTorch's own switch allows TF32."""
-    switches: Any = torch.backends  # its stubs do not know the switch
+    """Return the precision of float32 products: "tf32" if PyTorch's setting allows it."""
+    switches: Any = torch.backends  # its stubs lack the setting
     precision = switches.cuda.matmul.fp32_precision
     if precision == "none":
         precision = switches.fp32_precision
@@ -93,18 +92,18 @@ def _precision() -> str:
 
 @functools.cache
 def _reasons(device: str, dtype: torch.dtype, features: int) -> tuple[str, ...]:
-    """Why the kernels cannot run, if so."""
+    """Return the reasons why the kernels cannot run."""
     operation, score = next(iter(BACKEND.operations)), ScoreFunction.SOFTMAX
     inputs = AttentionInputs(operation, score, device, dtype, True, 0, 0, features)
     return tuple(BACKEND.reasons_against(inputs))
 
 
-def _or_plainly(x: Tensor, run: Callable[[], Any], plainly: Callable[[], Any]) -> Any:
-    """run(), or plainly() where its kernels do not compile or do not fit, with one warning."""
-    # Not by its strides: those of a saved tensor may have changed when the backward asks.
+def _or_fallback(x: Tensor, run: Callable[[], Any], fallback: Callable[[], Any]) -> Any:
+    """Return run(), or, if its kernels do not compile or fit, warn once and return fallback()."""
+    # Without the strides: those of a saved tensor may have changed in the backward pass.
     where = (x.device, x.dtype, x.shape[1:])
     if where in _failed:
-        return plainly()
+        return fallback()
     # Eager calls were already checked by the dispatcher. An exported program may run on another
     # machine, so check again, once for each kind of input.
     reasons = _reasons(x.device.type, x.dtype, max(x.shape[2:]))
@@ -115,7 +114,7 @@ def _or_plainly(x: Tensor, run: Callable[[], Any], plainly: Callable[[], Any]) -
             return run()
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        # Triton raises RuntimeError where a pass or the search for a tool fails.
+        # Triton raises RuntimeError if a compiler pass or the search for a tool fails.
         except (TritonError, RuntimeError, subprocess.CalledProcessError, OSError) as error:
             first_line = str(error).partition("\n")[0][:200]
             reasons = (f"{type(error).__name__}: {first_line}",)
@@ -127,7 +126,7 @@ def _or_plainly(x: Tensor, run: Callable[[], Any], plainly: Callable[[], Any]) -
         RuntimeWarning,
         stacklevel=2,
     )
-    return plainly()
+    return fallback()
 
 
 def _attended(x: Tensor, column_key: Tensor, row_key: Tensor, scale: float) -> Tensor:
@@ -154,16 +153,16 @@ def _forward(
                 x, column_key, row_key, gamma, scale, keep, _precision(), tuning.run
             )
 
-    def plainly() -> _Results:
+    def fallback() -> _Results:
         attended = _attended(x, column_key, row_key, scale)
         out, *kept = launch.empty_result(x, gamma, keep)
         out.copy_(scaled_residual(x, gamma, attended))
-        # The backward of this shape does without what is kept, too.
+        # The backward of this shape is the fallback too, and does not use the statistics.
         return out, kept[0].zero_(), kept[1].zero_(), kept[2].zero_()
 
     if x.numel() == 0:
         return launch.empty_result(x, gamma, keep)
-    result: _Results = _or_plainly(x, run, plainly)
+    result: _Results = _or_fallback(x, run, fallback)
     return result
 
 
@@ -195,7 +194,7 @@ def _backward(
                 tuning.run,
             )
 
-    def plainly() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def fallback() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         upper = (grad if gamma is None else grad * gamma).to(x.dtype)
         grad_x = torch.zeros_like(x) if gamma is None else torch.empty_like(x).copy_(grad)
         grad_keys = []
@@ -216,24 +215,20 @@ def _backward(
     if x.numel() == 0:
         empty = [grad.new_empty(0) if i is None else torch.zeros_like(i) for i in inputs]
         return empty[0], empty[1], empty[2], empty[3]
-    result: tuple[Tensor, Tensor, Tensor, Tensor] = _or_plainly(x, run, plainly)
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = _or_fallback(x, run, fallback)
     return result
-
-
-def _empty_result(
-    x: Tensor, column_key: Tensor, row_key: Tensor, gamma: Tensor | None, scale: float, keep: bool
-) -> _Results:
-    return launch.empty_result(x, gamma, keep)
 
 
 _operator = operators.register(
     "attend_triton",
-    _forward,
-    _backward,
-    _empty_result,
     ("x", "column_key", "row_key", "gamma"),
-    flops.axial_channel_attention,
-    flops.axial_channel_attention_backward,
+    forward=_forward,
+    forward_flops=flops.axial_channel_attention,
+    backward=_backward,
+    backward_flops=flops.axial_channel_attention_backward,
+    empty_result=lambda x, column_key, row_key, gamma, scale, keep: launch.empty_result(
+        x, gamma, keep
+    ),
     optional=("gamma",),
     statistics=("column_statistics", "row_statistics", "kept"),
     flags=("keep",),
@@ -248,7 +243,7 @@ def axial_channel_attention(
     scale: float = 1.0,
     gamma: Tensor | None = None,
 ) -> Tensor:
-    """Attention over the columns of x plus attention over its rows.
+    """Compute attention over the columns of x plus attention over its rows.
 
     Args:
         x: feature map, (B, C, H, W), of any strides.
@@ -274,9 +269,8 @@ def axial_means(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         x: feature map, (B, C, H, W).
 
     Returns:
-        x itself, (B, H, C) and (B, W, C), as `functional.axial_means`; None where PyTorch's own
-        operators are to compute them: for a map that is not in channels_last, where the kernels
-        cannot run, and while x is traced.
+        x, (B, H, C) and (B, W, C), as `functional.axial_means`; None for a map that is not in
+        channels_last, if the kernels cannot run, and while x is traced.
     """
     if (
         torch.compiler.is_compiling()
@@ -291,7 +285,7 @@ def axial_means(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     from fullattn.attention.triton.means import AxialMeans
 
-    means: tuple[Tensor, Tensor, Tensor] | None = _or_plainly(
+    means: tuple[Tensor, Tensor, Tensor] | None = _or_fallback(
         x, functools.partial(AxialMeans.apply, x), lambda: None
     )
     return means
@@ -300,7 +294,7 @@ def axial_means(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 def _workspace(shape: tuple[Size, ...], setting: Setting) -> Workspace:
     batch, channels, height, width = shape
     x = prod(shape) * setting.size
-    rows = 8 * batch * channels * (height + width)  # two elements for each row of each map
+    rows = 8 * batch * channels * (height + width)  # two elements per row of each map
     forward, backward, kept = launch.workspace(shape, setting.size)
     grad_keys = batch * channels * (height + width) * setting.size
     return Workspace(

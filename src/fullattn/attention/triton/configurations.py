@@ -1,11 +1,11 @@
-"""How a kernel is cut and compiled, for each kind of card, dtype and number of features.
+"""Block sizes and compile options of the kernels, by GPU generation, dtype and features.
 
-`configurations.json` holds the configurations in the order in which they are taken: the first that
-fits the card runs. For 64, 96, 97, 128 and 256 features in half precision on Hopper the order was
-measured on an H100, in bfloat16, by `benchmarks/gpu_sweep.py`, and is taken over by its `--take`;
-16, 32, 80 and 192 have that of a neighbour. Elsewhere it is by compiling with Triton 3.6: what
-keeps most in registers. Some of it still goes to the stack: float16 and bfloat16
-at 97 features on Ampere, TF32 at 97 on Hopper.
+`configurations.json` lists the configurations, the best first; the first that fits the card runs.
+For 64, 96, 97, 128 and 256 features in half precision on Hopper the order was measured on an H100,
+in bfloat16, by `benchmarks/gpu_sweep.py`, whose `--take` writes it; 16, 32, 80 and 192 features
+use the order of a neighbour. All others are ordered by register spills when compiled with Triton
+3.6, fewest first. Some still spill: float16 and bfloat16 at 97 features on Ampere, TF32 at 97 on
+Hopper.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 HOPPER, AMPERE = "Hopper", "Ampere"
-# A choice made for one number of features serves all of its class.
+# Upper bounds of the classes of features; one class has one list of configurations.
 CLASSES = (16, 32, 64, 80, 96, 112, 128, 192, 256, 512)
 MOST_FEATURES = CLASSES[-1]
 
@@ -55,15 +55,15 @@ def power_of_two(number: int) -> int:
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a kernel is cut and compiled.
+    """Block sizes and compile options of a kernel.
 
     Attributes:
-        block_m: tokens whose results one program makes.
-        block_n: tokens that they meet at a time.
-        box: features of a box; a tile is made of such boxes and a narrower one for the rest.
+        block_m: tokens whose results a program computes.
+        block_n: tokens in one step of the program's inner loop.
+        box: features of a box; a tile consists of such boxes and a narrower one for the rest.
         warps: warps of a program.
         stages: depth of the software pipeline.
-        registers: the most that a thread may have, so that more programs run at once; None for 255.
+        registers: maximum per thread, so that more programs run at once; None for 255.
     """
 
     block_m: int
@@ -90,9 +90,9 @@ class Configuration:
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
     def __str__(self) -> str:
-        of_it = f"{self.block_m}x{self.block_n}x{self.box}, {self.warps} warps"
-        most = "" if self.registers is None else f", {self.registers} registers"
-        return f"{of_it}, {self.stages} stages{most}"
+        registers = "" if self.registers is None else f", {self.registers} registers"
+        blocks = f"{self.block_m}x{self.block_n}x{self.box}"
+        return f"{blocks}, {self.warps} warps, {self.stages} stages{registers}"
 
 
 @functools.cache
@@ -106,7 +106,7 @@ def _table() -> dict[str, Any]:
 def candidates(
     kernel: str, *, features: int, channels: int, element_size: int, precision: str, generation: str
 ) -> tuple[Configuration, ...]:
-    """List the configurations for a launch, the best first.
+    """Return the configurations for a launch, at least one, the best first.
 
     Args:
         kernel: name of the kernel.
@@ -115,15 +115,12 @@ def candidates(
         element_size: bytes of an element of the feature map.
         precision: of float32 products, "ieee" or "tf32".
         generation: of the card, `HOPPER` (compute capability 9.0 or newer) or `AMPERE`.
-
-    Returns:
-        At least one.
     """
     kind = "half" if element_size == 2 else precision
     choices = _table()[generation][kind][kernel]
     most = next(most for most in choices if features <= int(most))
     found = [Configuration(**each) for each in choices[most]]
-    # Blocks larger than the channels compute for nothing; the dot product takes 16 at least.
+    # No blocks larger than the channels; the dot product requires at least 16.
     largest = max(16, channels)
     fitting = [each for each in found if each.block_m <= largest]
     return tuple(fitting) or (_smaller(found[-1], largest),)

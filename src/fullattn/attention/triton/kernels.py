@@ -1,14 +1,15 @@
 """The kernels: attention over the slices of a feature map, forward and backward, in Triton.
 
 A slice is a column or a row of a feature map in channels_last: C tokens (the channels) of D
-features (H or W elements), of which the tokens are neighbours in memory. Query and value are the
+features (H or W); the tokens of one feature are contiguous in memory. Query and value are the
 slice itself; the key (C, D) is shared by all slices of an image.
 
-Feature maps and keys arrive as tensor descriptors over (B, S, D, C), whose boxes are `BOX` features
-of `BLOCK_M` tokens (`*_own`: the tokens whose results a program makes) or `BLOCK_N` tokens (those
-that they meet at a time); a second descriptor, `*_rest`, has a narrower box for the features that
-are left. A tile is a tuple of boxes: 96 features are read as 64 and 32, not as 128. What lies
-outside of D and C is read as 0 and not written. FEATURES: D, rounded up to a multiple of 16.
+Feature maps and keys are passed as tensor descriptors over (B, S, D, C). Their boxes are `BOX`
+features of `BLOCK_M` tokens (`*_own`: the tokens whose results a program computes) or of `BLOCK_N`
+tokens (those of one step of the inner loop); a second descriptor, `*_rest`, has a narrower box for
+the remaining features. A tile is a tuple of boxes: 96 features are read as 64 and 32, not as 128.
+Elements outside of D and C are read as 0 and not written. FEATURES: D, rounded up to a multiple of
+16.
 
 Scores, softmax and all sums are float32; products take the tensor cores in the dtype of the input.
 The softmax is taken in base 2: `scale` is |scale| · log2(e), and NEGATIVE says that the scale is
@@ -36,15 +37,15 @@ __all__ = [
     "widths",
 ]
 
-# Functions that the kernels call. The interpreter runs them as they are: decorated, it would look
-# through all of Triton's language at each call, which takes ten times as long as everything else.
+# Decorators of functions that the kernels call. The interpreter runs them undecorated: decorated,
+# each call would patch Triton's whole language, which takes ten times as long as everything else.
 _function = (lambda fn: fn) if runtime.interpret else triton.jit
 _constexpr_function = (lambda fn: fn) if runtime.interpret else triton.constexpr_function
 
 
 @_constexpr_function
 def widths(features, box):
-    """Split a number of features into boxes: as many of one width as fit, and one for the rest."""
+    """Split features into boxes: as many of width `box` as fit, and one for the rest."""
     count, rest = divmod(features, box)
     if rest:
         rest = max(16, 1 << (rest - 1).bit_length())
@@ -152,12 +153,12 @@ def forward(
 ):  # fmt: skip
     """Compute softmax(x · keyᵀ) · x for `BLOCK_M` tokens of one slice, as queries.
 
-    With ADD it is added to what is in `kept`, which may be `out`; with RESIDUAL that sum times
-    gamma plus x is written.
+    With ADD, `kept`, which may be `out`, is added; with RESIDUAL, gamma times that plus x is
+    written.
     """
     WIDTHS: tl.constexpr = widths(FEATURES, BOX)
     blocks = tl.cdiv(C, BLOCK_M)
-    # The blocks of a slice are neighbours: they read the same values.
+    # The blocks of a slice have consecutive programs, because they read the same values.
     number = tl.program_id(0) // blocks
     image, s = number // S, number % S
     first = (tl.program_id(0) % blocks) * BLOCK_M
@@ -190,7 +191,7 @@ def forward(
             earlier = _load_box(kept_own, kept_own_rest, image, s, first, n, WIDTHS, BLOCK_M)
             result += earlier.to(tl.float32)
         if RESIDUAL:
-            # Read again: kept through the loop, it would take registers.
+            # Read again, because holding it through the loop would take registers.
             residual = _load_box(x_own, x_own_rest, image, s, first, n, WIDTHS, BLOCK_M)
             result = result * factor + residual.to(tl.float32)
         _store_box(out_own, out_own_rest, result, image, s, first, n, WIDTHS, BLOCK_M)
@@ -210,12 +211,12 @@ def backward_queries(
     DIVIDES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FEATURES: tl.constexpr, BOX: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradient of `BLOCK_M` tokens of one slice in their part as queries.
+    """Compute the gradient of `BLOCK_M` tokens of one slice as queries.
 
-    It is written to `out`: times gamma with GAMMA, added to what is there with ADD, plus the
-    gradient itself, which the residual hands on, with RESIDUAL. δᵢ = gradᵢ · resultᵢ is written to
-    `delta`: with KEPT from the branch's result, which is in `kept`; otherwise, so that it need not
-    be kept, from the map, as Σⱼ Aᵢⱼ (gradᵢ · xⱼ). `delta_sums` (B, S, C / 16) takes sums of 16.
+    It is written to `out`: times gamma with GAMMA, added to `out` with ADD, and with RESIDUAL plus
+    `grad`, the gradient of the residual. δᵢ = gradᵢ · resultᵢ is written to `delta`: with KEPT from
+    the branch's result in `kept`, otherwise from the map, as Σⱼ Aᵢⱼ (gradᵢ · xⱼ). Sums of 16 δ are
+    written to `delta_sums` (B, S, C / 16).
     """
     WIDTHS: tl.constexpr = widths(FEATURES, BOX)
     blocks = tl.cdiv(C, BLOCK_M)
@@ -245,7 +246,7 @@ def backward_queries(
             p = tl.exp2((scores - m_i[:, None]) * scale - log_l_i[:, None])
             p *= _scores(grads, values, WIDTHS, PRECISION)
             if not DIVIDES:
-                # Where there is no key the score is 0, and its weight may be infinite.
+                # Past the last key the score is 0, and its weight may be infinite.
                 p = tl.where(j + tl.arange(0, BLOCK_N)[None, :] < C, p, 0.0)
             delta_i += tl.sum(p, 1)
     tl.store(delta + row, delta_i, mask=i < C)
@@ -292,9 +293,9 @@ def backward_keys(
 ):  # fmt: skip
     """Compute gradients of `BLOCK_M` tokens as values, in some slices of one image, and as keys.
 
-    The gradient of the values, times gamma with GAMMA, is added to `out`. That of the keys, without
-    gamma and the scale, is the sum over the program's slices; `sums` (B, parts, D, C) takes one for
-    each part of the slices, to be added in their order.
+    The gradient of the values, times gamma with GAMMA, is added to `out`. The gradient of the keys,
+    without gamma and the scale, is summed over the program's slices and written to `sums` (B,
+    parts, D, C), whose parts `finish` adds in their order.
     """
     WIDTHS: tl.constexpr = widths(FEATURES, BOX)
     blocks = tl.cdiv(C, BLOCK_M)
@@ -307,7 +308,7 @@ def backward_keys(
     factor = 1.0
     if GAMMA:
         factor = tl.load(gamma).to(tl.float32)
-    # With addresses kept from slice to slice there would not be enough registers.
+    # Without hoisting, because addresses held across slices would take too many registers.
     for s in tl.range(part, S, parts, disable_licm=True):
         values = _load(x_own, x_own_rest, image, s, first, WIDTHS, BLOCK_M)
         to_values = _zeros(BLOCK_M, WIDTHS)
@@ -316,7 +317,7 @@ def backward_keys(
             queries = _load(x, x_rest, image, s, start, WIDTHS, BLOCK_N)
             grads = _load(grad, grad_rest, image, s, start, WIDTHS, BLOCK_N)
             i = start + tl.arange(0, BLOCK_N)
-            # Where there is no query its sum is infinite and every weight 0.
+            # Past the last query `log_l` is infinite, so that every weight is 0.
             if DIVIDES:
                 m_i = tl.load(m + rows + i)
                 log_l_i = tl.load(log_l + rows + i)
@@ -370,9 +371,9 @@ def finish(
     B, C, PADDED_C, H, W, column_parts, row_parts, deltas, signed_scale,
     GAMMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add up what `backward_keys` and `backward_queries` left.
+    """Add up the partial sums of `backward_keys` and `backward_queries`.
 
-    Gives the gradients of both keys, (B, D, C) and contiguous, and in the last program that of
+    Writes the gradients of both keys, (B, D, C) and contiguous, and in the last program that of
     gamma.
     """
     pid = tl.program_id(0)
@@ -407,8 +408,8 @@ def copy(
 ):  # fmt: skip
     """Copy a tile (A, D) of a feature map from one order in memory into another.
 
-    D is the channels, A positions along which one of the two maps is contiguous, and R the other
-    positions. Reading and writing each go along their own memory; the tile is turned on the way.
+    D is the channels, A the positions along which one of the two maps is contiguous, and R the
+    other positions. Both reads and writes are coalesced; the tile is transposed in between.
     """
     tiles_d = tl.cdiv(D, TILE_D)
     tiles_a = tl.cdiv(A, TILE_A)
@@ -434,7 +435,7 @@ def means(
     B, C, H, W, x_b, x_h, x_w,
     BLOCK_C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Average a map over W for each position of a column, or over H for each of a row.
+    """Average a map over W for each row, or over H for each column.
 
     The map is in channels_last; the means are (B, H, C) and (B, W, C), contiguous.
     """

@@ -1,14 +1,14 @@
-"""From tensors to launches: how the slices of a feature map are handed to the kernels.
+"""Describe the launches of a forward and a backward pass, from tensors to kernel arguments.
 
-    forward:   `forward` for the columns, then for the rows, which adds its result to the columns',
-               and gamma and the residual with it.
+    forward:   `forward` for the columns, then for the rows, which adds its result to the columns'
+               and applies gamma and the residual.
     backward:  for the columns, then for the rows: `backward_queries` writes or adds one part of the
-               gradient of x and leaves δ, `backward_keys` adds the other and leaves sums for the
-               key's gradient; `finish` adds these up.
+               gradient of x and stores δ, `backward_keys` adds the other part and stores partial
+               sums of the key's gradient; `finish` adds these up.
 
-The kernels know one layout, channels_last: the channels of a position are neighbours, and begin at
-a multiple of 16 bytes. Then a slice is made of whole sectors of memory, whatever H and W are. A map
-of another layout is turned once, into a buffer, and the result is turned back.
+The kernels support one layout, channels_last, with the channels of every position at a multiple of
+16 bytes: a slice then consists of whole sectors of memory, whatever H and W are. A map of another
+layout is transposed once, into a buffer, and the result is transposed back.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ __all__ = [
     "workspace",
 ]
 
-# Programs that `backward_keys` aims at: of 64 tokens, 2 for each multiprocessor of an H100 run at
-# once. Not asked of the card, because the order in which a key's gradient is summed hangs on it.
+# Target number of programs of `backward_keys`: of 64 tokens, 2 per multiprocessor of an H100 run at
+# once. Not read from the card, because the order of summation of a key's gradient depends on it.
 _PROGRAMS = 264
 _BLOCK = 1024  # elements of a program of `finish`
-_TILE = 64  # of a program of `copy`
+_TILE = 64  # edge of the tile of a program of `copy`
 _LOG2_E = 1 / math.log(2)
-# A scale of 0 gives every key the same weight; -inf · 0 would be NaN.
+# Used for a scale of 0, which gives every key the same weight; -inf · 0 would be NaN.
 _LEAST_SCALE = 1e-37
 
 _CUTS = (COLUMNS, ROWS)
@@ -56,14 +56,14 @@ KernelName = Literal[
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel, but for its configuration.
+    """One launch of a kernel, without its configuration.
 
     Attributes:
         kernel: name of the kernel.
         slices: (B, S, D, C) for each of its tensor descriptors.
         arguments: its other tensors and numbers.
-        constants: its compile-time constants, but for those of the configuration.
-        programs: number of programs, from the number of tokens whose results each makes.
+        constants: its compile-time constants, without those of the configuration.
+        programs: number of programs, from the number of tokens whose results each computes.
     """
 
     kernel: KernelName
@@ -82,7 +82,7 @@ def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _unit(element_size: Any) -> Any:
-    """Elements in 16 bytes."""
+    """Return the number of elements in 16 bytes."""
     return 16 // element_size
 
 
@@ -92,7 +92,7 @@ def _padded(channels: Any, element_size: Any) -> Any:
 
 
 def _is_readable(x: Tensor) -> bool:
-    """Whether the kernels read a map (B, C, H, W) where it lies."""
+    """Return whether the kernels read a map (B, C, H, W) without a copy."""
     if x.device.type != "meta" and x.data_ptr() % 16:
         return False
     unit = _unit(x.element_size())
@@ -115,7 +115,7 @@ def _buffer(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _readable(x: Tensor, dtype: torch.dtype, run: Run) -> Tensor:
-    """X, or a copy of it that the kernels read."""
+    """Return x, or a copy in the kernels' layout."""
     if x.dtype == dtype and _is_readable(x):
         return x
     buffer = _buffer(x, dtype)
@@ -124,7 +124,7 @@ def _readable(x: Tensor, dtype: torch.dtype, run: Run) -> Tensor:
 
 
 def _copy(source: Tensor, target: Tensor, run: Run) -> None:
-    """Copy a map (B, C, H, W) from one layout into another, reading and writing along both."""
+    """Copy a map (B, C, H, W) from one layout into another, with coalesced reads and writes."""
     batch, channels, height, width = source.shape
     strides = {"source": list(source.stride()), "target": list(target.stride())}
     for each in strides.values():  # an axis of length 1 may have any stride
@@ -150,51 +150,34 @@ def _copy(source: Tensor, target: Tensor, run: Run) -> None:
 
 
 def parts(batch: Any, slices: Any, tokens: Any) -> Any:
-    """In how many parts `backward_keys` goes through the slices of an image.
+    """Return the number of parts into which `backward_keys` divides the slices of an image.
 
-    Args:
-        batch: number of images.
-        slices: of an image.
-        tokens: C.
-
-    Returns:
-        As many as make `_PROGRAMS` programs; at least 1, and at most one for each slice.
+    As many as make `_PROGRAMS` programs, at least 1, and at most one per slice.
     """
     return minimum(slices, maximum(1, _PROGRAMS // (batch * -(-tokens // 64))))
 
 
 def workspace(shape: Sequence[Size], size: Size) -> tuple[Size, Size, Size]:
-    """Bytes that a forward and a backward take besides inputs, results and statistics.
-
-    Args:
-        shape: of the feature map, (B, C, H, W), contiguous.
-        size: bytes of an element.
+    """Compute the bytes besides inputs, results and statistics for a contiguous (B, C, H, W).
 
     Returns:
-        Forward: the turned map and result. Backward: the turned map, gradient and result, δ, and
-        the sums for the gradients of the keys. The attended columns, if they are kept.
+        Forward: the transposed map and result. Backward: the transposed map, gradient and result,
+        δ, and the partial sums of the keys' gradients. The attended columns, if they are kept.
     """
     batch, channels, height, width = shape
-    turned = batch * height * width * _padded(channels, size) * size
+    transposed = batch * height * width * _padded(channels, size) * size
     sums = height * parts(batch, width, channels) + width * parts(batch, height, channels)
     deltas = batch * (height + width) * (channels + -(-channels // 16))
     sums_and_deltas = 4 * (deltas + batch * sums * _padded(channels, 4))
-    return 2 * turned, 3 * turned + sums_and_deltas, turned
+    return 2 * transposed, 3 * transposed + sums_and_deltas, transposed
 
 
 def empty_result(
     x: Tensor, gamma: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate what `forward` returns.
+    """Allocate the results of `forward`.
 
-    Args:
-        x: as given to `forward`.
-        gamma: as given to `forward`.
-        keep: as given to `forward`.
-
-    Returns:
-        The result, in the wider dtype of x and gamma, the statistics of both maps, and the attended
-        columns, which are empty without `keep`.
+    The result is in the wider dtype of x and gamma; the attended columns are empty without `keep`.
     """
     batch, channels, height, width = x.shape
     dtype = x.dtype if gamma is None else torch.promote_types(x.dtype, gamma.dtype)
@@ -241,7 +224,7 @@ def forward(
     precision: str,
     run: Run,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention over columns plus attention over rows, times gamma plus x where there is a gamma.
+    """Compute columns + rows, or gamma · (columns + rows) + x.
 
     Args:
         x: feature map, (B, C, H, W), not empty.
@@ -254,9 +237,9 @@ def forward(
         run: launches a kernel.
 
     Returns:
-        The result (B, C, H, W) in x's memory layout, and what the backward needs: of the maps' rows
-        the maximum before the scale and the base-2 logarithm of the sum, (2, B, W, C) for columns
-        and (2, B, H, C) for rows; and the attended columns, (B, C, H, W) or empty.
+        The result (B, C, H, W) in x's memory layout, and three tensors for the backward: for each
+        row of the maps the maximum before the scale and the base-2 logarithm of the sum, (2, B, W,
+        C) for columns and (2, B, H, C) for rows; and the attended columns, (B, C, H, W) or empty.
     """
     out, *statistics, kept = empty_result(x, gamma, keep)
     x = _readable(x, x.dtype, run)
@@ -283,7 +266,7 @@ def forward(
 def _give(
     slices: dict[str, Tensor], arguments: dict[str, Any], name: str, given: Tensor | None
 ) -> None:
-    """Pass slices that may be None, for which a kernel takes no descriptor."""
+    """Pass slices as tensor descriptors, or None in place of both."""
     if given is None:
         arguments |= {name: None, f"{name}_rest": None}
     else:
@@ -303,20 +286,7 @@ def backward(
     precision: str,
     run: Run,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of `forward`.
-
-    Args:
-        grad: gradient of the result, (B, C, H, W).
-        x: as given to `forward`.
-        column_key: as given to `forward`.
-        row_key: as given to `forward`.
-        gamma: as given to `forward`.
-        column_statistics: as returned by `forward`.
-        row_statistics: as returned by `forward`.
-        kept: the attended columns, as returned by `forward`.
-        scale: as given to `forward`.
-        precision: as given to `forward`.
-        run: launches a kernel.
+    """Compute the gradients of `forward` from its arguments and its last three results.
 
     Returns:
         The gradients of x, column_key, row_key and gamma; the last is empty without a gamma.
@@ -325,10 +295,10 @@ def backward(
     grad_x = torch.empty_like(x)
     grad_gamma = x.new_empty(0) if gamma is None else torch.empty_like(gamma)
     x, grad = (_readable(each, x.dtype, run) for each in (x, grad))
-    # Hooks of saved tensors may give them back in another layout.
+    # Saved-tensor hooks may return a tensor in another layout.
     kept = _readable(kept, x.dtype, run) if kept.numel() else kept
     result = grad_x if _is_readable(grad_x) else _buffer(grad_x, x.dtype)
-    # δ of the rows of both maps, in float32, and its sums over 16 tokens each.
+    # Sums over 16 tokens each of δ of both maps' rows, in float32.
     sixteens = -(-channels // 16)
     all_delta_sums = x.new_empty(batch * (height + width), sixteens, dtype=torch.float32)
     delta_sums = all_delta_sums[: batch * width], all_delta_sums[batch * width :]
@@ -344,12 +314,12 @@ def backward(
         slices = {"x_own": of_x, "grad_own": of_grad, "x": of_x, "key": of_key}
         slices["out_own"] = of_result
         arguments = given | {"delta_sums": part_of_sums, "signed_scale": scale}
-        known = cut(kept).mT if first and kept.numel() else None
-        _give(slices, arguments, "kept_own", known)
+        attended = cut(kept).mT if first and kept.numel() else None
+        _give(slices, arguments, "kept_own", attended)
         run(
             _attention(
                 "backward_queries", slices, arguments, scale, precision, m.shape[0] * m.shape[1],
-                KEPT=known is not None, ADD=not first,
+                KEPT=attended is not None, ADD=not first,
                 GAMMA=gamma is not None, RESIDUAL=first and gamma is not None,
             )
         )  # fmt: skip

@@ -1,7 +1,7 @@
-"""The means of a feature map over its rows and over its columns, in one launch on a GPU.
+"""The means of a feature map over W and over H, in one launch on a GPU.
 
-PyTorch's own reductions read a map in channels_last at a tenth of the memory's speed, and their
-gradients go through a whole map five times: beside the attention kernels, a third of the time.
+PyTorch's reductions read a map in channels_last at a tenth of the memory bandwidth, and their
+gradients read or write a whole map five times: together a third of the layer's time.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _TILE_P, _TILE_C = 64, 64
 
 
 class AxialMeans(torch.autograd.Function):
-    """The map itself, (B, H, C) and (B, W, C) from a map (B, C, H, W) in channels_last.
+    """Return the map, (B, H, C) and (B, W, C) for a map (B, C, H, W) in channels_last.
 
-    It can be differentiated once. What uses the map that is returned, and not the one given, adds
-    its gradient to that of the means in the same pass.
+    The gradient of the returned map is added to that of the means in the same pass. The function
+    can be differentiated once.
     """
 
     @staticmethod
@@ -47,7 +47,7 @@ class AxialMeans(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_column: Tensor, grad_row: Tensor) -> Tensor:
-        """Spread both gradients over the map, and add that of the map."""
+        """Add the gradients of the map and of both means."""
         from fullattn.attention.triton import tuning
 
         batch, channels, height, width = ctx.shape
@@ -56,7 +56,7 @@ class AxialMeans(torch.autograd.Function):
         arguments: dict[str, Any] = {"grad": grad, "out": out}
         arguments |= {"grad_column": grad_column.contiguous(), "grad_row": grad_row.contiguous()}
         arguments |= {"C": channels, "H": height, "W": width}
-        # As of a contiguous map; an axis of length 1 may have any stride.
+        # The strides of a contiguous map; an axis of length 1 may have any stride.
         arguments |= {"b": channels * height * width, "p": channels}
         constants = {"TILE_P": _TILE_P, "TILE_C": _TILE_C}
         programs = batch * -(-height * width // _TILE_P) * -(-channels // _TILE_C)

@@ -1,7 +1,7 @@
-"""Launches a kernel in the first configuration that the card can hold.
+"""Launch a kernel with the first configuration that fits the card.
 
-The order of the configurations is committed (see `configurations`), so nothing is timed in a user's
-process: no first call waits for a tuner, and two runs on one card are equal to the last bit.
+The order of the configurations is fixed (see `configurations`), and nothing is timed in a user's
+process: the first call does not wait for a tuner, and two runs on one card are bitwise equal.
 """
 
 # Triton has no types.
@@ -40,7 +40,7 @@ def _generation(device: torch.device) -> str:
 
 
 def allowed(each: Launch) -> tuple[Configuration, ...]:
-    """List the configurations for a launch, the best first."""
+    """Return the configurations for a launch, the best first."""
     x = each.slices["x"]
     return candidates(
         each.kernel,
@@ -53,15 +53,15 @@ def allowed(each: Launch) -> tuple[Configuration, ...]:
 
 
 def descriptors(slices: Tensor, tokens: int, widths: tuple[int, ...]) -> tuple[Any, Any]:
-    """Tensor descriptors of slices (B, S, D, C), for boxes of the first and of the last width.
+    """Make tensor descriptors of slices (B, S, D, C), for boxes of the first and the last width.
 
     Args:
-        slices: as `launch` gives them.
-        tokens: of a box.
-        widths: of the boxes that cover the features.
+        slices: the slices.
+        tokens: tokens of a box.
+        widths: widths of the boxes that cover the features.
 
     Returns:
-        The second is None where all boxes have one width.
+        Two descriptors; None in place of the second if all boxes have one width.
     """
     shape, unit = slices.shape, 16 // slices.element_size()
     # An axis of length 1 may have any stride, and a descriptor takes multiples of 16 bytes.
@@ -71,7 +71,7 @@ def descriptors(slices: Tensor, tokens: int, widths: tuple[int, ...]) -> tuple[A
     strides[-1] = 1
     found = []
     for width in dict.fromkeys((widths[0], widths[-1])):
-        # What its constructor would check holds by construction, and it is slow.
+        # Without the constructor, whose checks are slow and hold by construction.
         made = TensorDescriptor.__new__(TensorDescriptor)
         made.base, made.shape, made.strides = slices, shape, strides
         made.block_shape, made.padding = [1, 1, width, tokens], "zero"
@@ -80,7 +80,7 @@ def descriptors(slices: Tensor, tokens: int, widths: tuple[int, ...]) -> tuple[A
 
 
 def named_arguments(each: Launch, entry: Configuration) -> dict[str, Any]:
-    """Every argument of a kernel in a configuration, without the options of the launch."""
+    """Return all arguments of a kernel in a configuration, without Triton's launch options."""
     tokens, features = each.slices["x"].shape[:1:-1]
     constants = entry.constants(tokens, features)
     widths = kernels.widths(constants["FEATURES"], entry.box)
@@ -91,8 +91,8 @@ def named_arguments(each: Launch, entry: Configuration) -> dict[str, Any]:
     return named
 
 
-# Kernels that were launched before, by all that Triton compiles a kernel for: its own way from
-# arguments to a compiled kernel takes as long as the GPU for a small map.
+# Compiled kernels by all properties that Triton specialises on. Triton's own lookup takes as long
+# as the GPU does for a small map.
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -106,7 +106,7 @@ def _kind(value: Any) -> Any:
 
 
 def launch(each: Launch, entry: Configuration | None = None) -> None:
-    """Launch a kernel, one of attention in a configuration."""
+    """Launch a kernel; the attention kernels in a configuration."""
     kernel = getattr(kernels, each.kernel)
     named: dict[str, Any] = each.arguments | each.constants
     options: dict[str, int] = {}
@@ -121,18 +121,15 @@ def launch(each: Launch, entry: Configuration | None = None) -> None:
         *(slices.dtype for slices in each.slices.values()), *map(_kind, each.arguments.values()),
         torch.cuda.current_device(),
     )  # fmt: skip
-    known = _compiled.get(key)
-    if known is None:
+    compiled = _compiled.get(key)
+    if compiled is None:
         _compiled[key] = kernel[programs](**named, **options)
     else:
-        known[programs](*(named[name] for name in kernel.arg_names))
+        compiled[programs](*(named[name] for name in kernel.arg_names))
 
 
 def run(each: Launch) -> None:
     """Launch a kernel in the first configuration that fits.
-
-    Args:
-        each: what to launch.
 
     Raises:
         TritonError: the kernel does not compile, or no configuration fits the card.
