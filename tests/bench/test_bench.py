@@ -768,14 +768,18 @@ def test_a_forecast_leaves_out_what_would_take_too_long() -> None:
 
     runner = run._Run(_options(), None, lambda part, what: None)
     spatial = Implementation("spatial", "sdpa")
-    workload = LayerRecipe(spatial, LARGE, CONDITIONS).workload("training")
-    runner.rates[spatial, "inference"] = 1.0  # a second per FLOP
-    with pytest.raises(run._LeftOut) as left:
-        runner._first_calls(spatial, LARGE, "inference", workload, needed=True)
+    module = runner.module(spatial, LARGE.channels)
+    assert runner._forecast(spatial, LARGE, "inference", module, needed=True) is None
+    runner._learn(spatial, LARGE, "inference", seconds=0.01)  # mostly overhead, foretells nothing
+    assert runner._forecast(spatial, LARGE, "inference", module, needed=True) is None
+    runner._learn(spatial, LARGE, "inference", seconds=2.0)
+    seconds = runner._forecast(spatial, LARGE, "inference", module, needed=True)
+    assert seconds == pytest.approx(2.0)
+    runner._learn(spatial, LARGE, "inference", seconds=200.0)
+    with pytest.raises(run.LeftOut) as left:
+        runner._forecast(spatial, LARGE, "inference", module, needed=True)
     assert left.value.failure.kind == "too slow"
-    seconds, _ = runner._first_calls(spatial, LARGE, "training", workload, needed=True)
-    assert seconds < 1
-    assert (spatial, "training") not in runner.rates  # a short call foretells nothing
+    assert runner._forecast(spatial, LARGE, "training", module, needed=True) is None
 
 
 def test_a_module_is_built_once(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from fullattn._cli.output import written_together
 from fullattn._cli.shapes import Shape
 from fullattn.attention.dispatch import BACKENDS
 from fullattn.bench import chart, compare
+from fullattn.bench.group import LeftOut, measure_group
 from fullattn.bench.implementations import OFFICIAL, Formula, Implementation, implementations_at
-from fullattn.bench.measure import Failure, Plan, clock_for, interleave, warm_up
-from fullattn.bench.memory import CpuMemory, cuda_peak
+from fullattn.bench.measure import Failure, Plan
+from fullattn.bench.memory import CpuMemory
 from fullattn.bench.results import Measurement, Results, Row
 from fullattn.bench.table import print_results
 from fullattn.bench.workload import LayerRecipe, ShapeError, Workload
@@ -202,7 +203,6 @@ class _Run:
     ) -> None:
         self.options, self.memory, self.progress = options, memory, progress
         self.conditions, self.plan = options.conditions, options.plan
-        self.clock = clock_for(torch.device(options.conditions.device))
         self.modules: dict[tuple[Implementation, int], nn.Module] = {}
         self.formulas: dict[tuple[Shape, Implementation], Formula] = {}
         # Seconds per FLOP of each implementation and mode, from the last shape.
@@ -245,81 +245,49 @@ class _Run:
         x = feature_map(shape, self.conditions)
         grad = random_like(x, self.conditions.seed) if mode == "training" else None
         workloads: dict[Implementation, Workload] = {}
-        calls: dict[Implementation, int] = {}
-        peaks: dict[Implementation, int | None] = {}
-        failures: dict[Implementation, Failure] = {}
-        for number, each in enumerate(implementations):
-            label = f"{shape} {mode}: {each.name}"
-            self.progress(0, label)
-            # A run is made for the official implementation, the first layer and the baseline.
-            needed = number < 2 or each.matches(self.options.baseline)
-            try:
-                workload = Workload(self.module(each, shape.channels), x, grad)
-                seconds, peaks[each] = self._first_calls(each, shape, mode, workload, needed)
-                workloads[each], calls[each] = workload, self.plan.calls(seconds)
-            except _LeftOut as left:
-                failures[each] = left.failure
-            except Exception as error:
-                failures[each] = Failure.of(error)
-            self.progress(1 if each in failures else 0.25, label)
-        label = f"{shape} {mode}: timing"
-        times, failed = interleave(
-            workloads,
-            calls,
-            mode,
-            self.clock,
-            step=lambda each: self.progress(0.75 / calls[each], label),
-            enough=self._is_enough,
-        )
-        failures |= failed
-        return {
-            each: Measurement(times.get(each, []), peaks.get(each), failures.get(each))
-            for each in implementations
-        }
+        recipes: dict[Implementation, LayerRecipe] = {}
+        for each in implementations:
+            workloads[each] = Workload(self.module(each, shape.channels), x, grad)
+            recipes[each] = LayerRecipe(each, shape, self.conditions)
 
-    def _first_calls(
-        self, each: Implementation, shape: Shape, mode: Mode, workload: Workload, needed: bool
-    ) -> tuple[float, int | None]:
-        """Compute the formula, measure the peak, warm up; return seconds of a call and the peak."""
+        def admit(each: Implementation) -> float | None:
+            self.progress(0, f"{shape} {mode}: {each.name}")
+            # A run is made for the official implementation, the first layer and the baseline.
+            needed = implementations.index(each) < 2 or each.matches(self.options.baseline)
+            return self._forecast(each, shape, mode, workloads[each].module, needed)
+
+        return measure_group(
+            workloads,
+            recipes,
+            mode,
+            self.plan,
+            self.memory,
+            peaks=self.options.memory,
+            admit=admit,
+            warmed=lambda each, seconds: self._learn(each, shape, mode, seconds),
+            step=lambda each, part: self.progress(part, f"{shape} {mode}: {each.name}"),
+            last_call=self.last_call,
+        )
+
+    def _forecast(
+        self, each: Implementation, shape: Shape, mode: Mode, module: nn.Module, needed: bool
+    ) -> float | None:
+        """Return the seconds of a call where they can be foretold; raise LeftOut to skip it."""
         if (shape, each) not in self.formulas:
-            formula = each.formula(workload.module, shape, self.conditions)
-            self.formulas[shape, each] = formula
-        flops = self.formulas[shape, each].flops or 0
+            self.formulas[shape, each] = each.formula(module, shape, self.conditions)
         if self.plan.budget is not None and not needed and time.monotonic() > self.last_begin:
-            raise _LeftOut(Failure.no_time_left(self.plan.budget))
+            raise LeftOut(Failure.no_time_left(self.plan.budget))
         if each.layer in LAYERS:
             (backend,) = (entry for entry in BACKENDS if entry.name == each.backend)
             if reasons := backend.reasons_against(each.inputs(shape, self.conditions)):
-                raise _LeftOut(Failure("cannot run", f"{backend.name} {', '.join(reasons)}"))
+                raise LeftOut(Failure("cannot run", f"{backend.name} {', '.join(reasons)}"))
+        flops = self.formulas[shape, each].flops or 0
         forecast = self.rates.get((each, mode), 0) * flops or None
         if forecast is not None and forecast > self.plan.limit:
-            raise _LeftOut(Failure.too_slow(forecast, self.plan.limit))
-        peak = None
-        if self.memory is not None:
-            recipe = LayerRecipe(each, shape, self.conditions)
-            probe = self.memory.probe(recipe, mode, self.plan.limit)
-            if isinstance(probe, Failure):
-                raise _LeftOut(probe)
-            peak, forecast = probe.peak_bytes, probe.seconds
-        seconds = warm_up(workload, mode, self.clock, forecast)
-        if seconds > self.plan.limit:
-            raise _LeftOut(Failure.too_slow(None, self.plan.limit))
-        if self.options.memory and self.conditions.device_type == "cuda":
-            peak = cuda_peak(workload, mode)
+            raise LeftOut(Failure.too_slow(forecast, self.plan.limit))
+        return forecast
+
+    def _learn(self, each: Implementation, shape: Shape, mode: Mode, seconds: float) -> None:
         # A call of less than a tenth of a second may be mostly overhead: its rate is too high.
-        if flops and seconds > 0.1:
+        if (flops := self.formulas[shape, each].flops) and seconds > 0.1:
             self.rates[each, mode] = seconds / flops
-        return seconds, peak
-
-    def _is_enough(self, times_ms: list[float]) -> bool:
-        if self.plan.repeats is not None:
-            return False
-        return time.monotonic() > self.last_call or sum(times_ms) / 1e3 > self.plan.limit
-
-
-class _LeftOut(Exception):  # noqa: N818
-    """A row is not measured, for the reason given."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.reason)
-        self.failure = failure

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fullattn._cli.conditions import Mode, environment
 from fullattn._cli.errors import UsageError
 from fullattn._text import si
-from fullattn.bench.measure import Failure, Plan, clock_for, interleave, warm_up
-from fullattn.bench.memory import CpuMemory, cuda_peak
+from fullattn.bench.group import measure_group
+from fullattn.bench.measure import Plan
+from fullattn.bench.memory import CpuMemory
 from fullattn.bench.results import Measurement
 from fullattn.bench.table import mebibytes, ratio, time
 from fullattn.swap import Report, count_flops
@@ -72,48 +73,21 @@ def compare(
         if memory and images.device.type == "cpu" and CpuMemory.available:
             probe = stack.enter_context(CpuMemory())
         for mode in modes:
-            _time(sides, mode, plan)
-            if memory:
-                _add_peaks(sides, mode, plan, probe)
+            found = measure_group(
+                {name: side.workload for name, side in sides.items()},
+                {name: side.network for name, side in sides.items()},
+                mode,
+                plan,
+                probe,
+                peaks=memory,
+            )
+            for name, side in sides.items():
+                side.measured[mode] = found[name]
         measured = sides["before"].measured.values()
         reasons = [m.failure.reason for m in measured if m.failure is not None]
         if len(reasons) == len(modes):
             raise UsageError(f"the model does not run: {'; '.join(dict.fromkeys(reasons))}")
     _print(sides, report, modes, console)
-
-
-def _time(sides: Mapping[str, _Side], mode: Mode, plan: Plan) -> None:
-    workloads = {name: side.workload for name, side in sides.items()}
-    clock = clock_for(sides["before"].workload.x.device)
-    calls: dict[str, int] = {}
-    failures: dict[str, Failure] = {}
-    for name, workload in workloads.items():
-        try:
-            calls[name] = plan.calls(warm_up(workload, mode, clock, None))
-        except Exception as error:
-            failures[name] = Failure.of(error)
-    ready = {name: workloads[name] for name in calls}
-    times, failed = interleave(ready, calls, mode, clock)
-    failures |= failed
-    for name, side in sides.items():
-        side.measured[mode] = Measurement(times.get(name, []), None, failures.get(name))
-
-
-def _add_peaks(sides: Mapping[str, _Side], mode: Mode, plan: Plan, probe: CpuMemory | None) -> None:
-    for side in sides.values():
-        if side.measured[mode].failure is not None:
-            continue
-        if side.workload.x.device.type == "cuda":
-            peak = cuda_peak(side.workload, mode)
-        elif probe is None:
-            return
-        else:
-            found = probe.probe(side.network, mode, 10 * plan.limit)
-            if isinstance(found, Failure):
-                side.measured[mode] = replace(side.measured[mode], failure=found)
-                continue
-            peak = found.peak_bytes
-        side.measured[mode] = replace(side.measured[mode], peak_bytes=peak)
 
 
 def _print(

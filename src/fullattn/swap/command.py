@@ -96,5 +96,5 @@ def _swap(args: argparse.Namespace) -> None:
         layer_options=dict(args.layer_options),
         behind=args.insert,
     )
-    plan = Plan(args.seconds, args.repeats)
+    plan = Plan(args.seconds, args.repeats, limit=100.0)  # a network takes longer than a layer
     compare(network, modes_named(args.mode), plan, console(), memory=not args.no_memory)
