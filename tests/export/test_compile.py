@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -28,13 +27,6 @@ from helpers.cases import (
 from helpers.compiled import assert_same, images, output_and_gradients, pooling_exports
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _forget_compiled_code() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @runs(torch.float32)
