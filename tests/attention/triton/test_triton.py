@@ -627,6 +627,9 @@ def _train_a_part(rank: int, store: str, results_at: str) -> None:
     layer(x[2 * rank : 2 * rank + 2]).square().mean().backward()
     if rank == 0:
         torch.save([each.grad for each in layer.parameters()], results_at)
+    # Otherwise a process sometimes aborts at exit, while threads of the process group still run.
+    del layer
+    dist.barrier()
     dist.destroy_process_group()
 
 
