@@ -105,7 +105,7 @@ def main() -> None:
     for name, factory in (("fullattn", "ours"), ("official", "official")):
         network = Network(f"{__file__}:{factory}", options, Shape(*args.shape), conditions)
         with CpuMemory() as probe:
-            found = probe.probe_network(network, "training", 600)
+            found = probe.probe(network, "training", 600)
         if isinstance(found, Failure):
             raise SystemExit(f"memory of {name}: {found}")
         memory[name] = found.peak_bytes
