@@ -25,7 +25,7 @@ from torch._inductor import config as inductor
 
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn._cli.conditions import MODES
-from fullattn.bench.measure import Plan, clock_for, interleave, warm_up
+from fullattn.bench.measure import Plan, interleave, warm_up
 from fullattn.bench.workload import Workload
 
 LAYERS: dict[str, Callable[[int], nn.Module]] = {
@@ -55,7 +55,6 @@ def main() -> None:
     options = parser.parse_args()
     inductor.layout_optimization = not options.keep_layouts
 
-    clock = clock_for(options.device)
     plan = Plan(seconds=options.seconds / 2, at_least=5, at_most=31)
     print(
         f"{options.shape}, float32, {options.device}, {torch.get_num_threads()} threads, ", end=""
@@ -75,10 +74,10 @@ def main() -> None:
                 "compiled": Workload(torch.compile(layer, fullgraph=True), x, grad),
             }
             for workload in pair.values():
-                warm_up(workload, mode, clock, None)  # compiles
-            each = [warm_up(workload, mode, clock, None) for workload in pair.values()]
+                warm_up(workload, mode)  # compiles
+            each = [warm_up(workload, mode) for workload in pair.values()]
             calls = dict.fromkeys(pair, plan.calls(max(each)))
-            times, failures = interleave(pair, calls, mode, clock)
+            times, failures = interleave(pair, calls, mode)
             if failures:
                 raise SystemExit(f"{name}, {mode}: {failures}")
             eager, compiled = (times[each] for each in pair)

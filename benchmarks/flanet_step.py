@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from fullattn._cli.conditions import Conditions, device_name
 from fullattn._cli.shapes import Shape
-from fullattn.bench.measure import Failure
-from fullattn.bench.memory import CpuMemory
+from fullattn.bench.memory import Probe, cpu_peak
 from fullattn.bench.official import OfficialFLANetBlock
 from fullattn.segmentation.models import FLANet
 from fullattn.swap.network import Network
@@ -104,9 +103,8 @@ def main() -> None:
     memory = {}
     for name, factory in (("fullattn", "ours"), ("official", "official")):
         network = Network(f"{__file__}:{factory}", options, Shape(*args.shape), conditions)
-        with CpuMemory() as probe:
-            found = probe.probe(network, "training", 600)
-        if isinstance(found, Failure):
+        found = cpu_peak(network, "training", limit=600)
+        if not isinstance(found, Probe):
             raise SystemExit(f"memory of {name}: {found}")
         memory[name] = found.peak_bytes
 

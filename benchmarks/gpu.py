@@ -48,9 +48,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs
 from fullattn._cli.conditions import MODES, Mode, environment
 from fullattn.attention import triton
-from fullattn.bench.measure import Failure
 from fullattn.bench.memory import cuda_peak
 from fullattn.bench.official import OfficialFLANetBlock
+from fullattn.bench.results import Failure
 from fullattn.bench.workload import Workload
 from gpu_checks import (
     DTYPES,

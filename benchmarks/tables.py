@@ -57,7 +57,7 @@ def _measured(report: Results, row: Row, mode: Mode) -> list[str]:
         return ["", "", ""]
     if measurement.failure is not None:
         return [measurement.failure.kind, "", ""]
-    slower, peak = report.time_ratio(row, mode), measurement.peak_bytes
+    slower, peak = report.ratio(row, "time", mode), measurement.peak_bytes
     assert measurement.median_ms is not None
     return [
         digits(measurement.median_ms),
@@ -75,7 +75,9 @@ def cpu_tables() -> str:
     report = _cpu()
     parts = []
     for shape in report.shapes:
-        rows = sorted(report.at(shape), key=lambda row: row.time("inference") or float("inf"))
+        rows = sorted(
+            report.at(shape), key=lambda row: row.value("time", "inference") or float("inf")
+        )
         modes: list[Mode] = [m for m in ("inference", "training") if m in rows[0].measured]
         headings = ["implementation", "forward ms", "speed", "peak MiB"]
         if "training" in modes:

@@ -3,7 +3,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import runpy
+import signal
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -25,11 +28,12 @@ from fullattn.bench.implementations import (
     Formula,
     Implementation,
     implementations_at,
+    inputs_of,
 )
-from fullattn.bench.measure import Failure, Plan, interleave, warm_up
-from fullattn.bench.memory import CpuMemory, Probe
+from fullattn.bench.measure import Plan, interleave, warm_up
+from fullattn.bench.memory import Probe, cpu_peak
 from fullattn.bench.official import OfficialFLANetBlock
-from fullattn.bench.results import Measurement, Results, Row, read_results
+from fullattn.bench.results import Failure, Measurement, Results, Row, read_results
 from fullattn.bench.run import Options, measure_all
 from fullattn.bench.table import print_results
 from fullattn.bench.workload import LayerRecipe, ShapeError, Workload
@@ -148,7 +152,7 @@ def test_auto_still_runs_compression_layers_built_and_fused() -> None:
 def test_all_runs_every_backend_that_can() -> None:
     found = _names(["all"])
     for layer in LAYERS:
-        inputs = Implementation(layer).inputs(MIDDLE, CONDITIONS)
+        inputs = inputs_of(layer, MIDDLE, CONDITIONS)
         able = {b.name for b in BACKENDS if not b.reasons_against(inputs)}
         assert {c.backend for c in found.values() if c.layer == layer} == able
 
@@ -182,7 +186,7 @@ def test_inputs_are_those_of_the_layer(layer: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(attention, "choose", lambda *args: asked.append(args[0]) or choose(*args))
     shape = Shape(2, 6, 5, 7)
     Implementation(layer).build(6, CONDITIONS)(torch.randn(shape))
-    assert asked == [Implementation(layer).inputs(shape, CONDITIONS)]
+    assert asked == [inputs_of(layer, shape, CONDITIONS)]
 
 
 def test_gamma_is_the_same_everywhere_and_no_output_is_the_input() -> None:
@@ -276,16 +280,15 @@ def test_unreadable_images_are_refused(tmp_path: Path) -> None:
 # Time
 
 
-class _Steps:
-    """A clock that calls and counts: the nth call takes n milliseconds."""
+class _Stepping(Workload):
+    """The nth call of all takes n milliseconds."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    count = 0
 
-    def milliseconds(self, call: object) -> float:
-        call()  # type: ignore[operator]
-        self.count += 1
-        return float(self.count)
+    def milliseconds(self, mode: Mode) -> float:
+        super().milliseconds(mode)
+        _Stepping.count += 1
+        return float(_Stepping.count)
 
 
 class _Named(nn.Module):
@@ -303,8 +306,9 @@ class _Named(nn.Module):
 
 def _workloads(calls: list[str], **fails_at: int | None) -> dict[str, Workload]:
     x = torch.randn(1, 2, 3, 3)
+    _Stepping.count = 0
     return {
-        name: Workload(_Named(name, calls, n), x, torch.ones_like(x))
+        name: _Stepping(_Named(name, calls, n), x, torch.ones_like(x))
         for name, n in fails_at.items()
     }
 
@@ -312,7 +316,7 @@ def _workloads(calls: list[str], **fails_at: int | None) -> dict[str, Workload]:
 def test_implementations_interleave() -> None:
     calls: list[str] = []
     workloads = _workloads(calls, a=None, b=None, c=None)
-    times, failures = interleave(workloads, {"a": 4, "b": 2, "c": 4}, "training", _Steps())
+    times, failures = interleave(workloads, {"a": 4, "b": 2, "c": 4}, "training")
     assert "".join(calls) == "acabcacabc"
     assert times == {"a": [1, 3, 6, 8], "b": [4, 9], "c": [2, 5, 7, 10]}
     assert not failures
@@ -321,7 +325,7 @@ def test_implementations_interleave() -> None:
 def test_a_implementation_that_fails_leaves_and_the_others_go_on() -> None:
     calls: list[str] = []
     workloads = _workloads(calls, a=None, b=2, c=None)
-    times, failures = interleave(workloads, dict.fromkeys("abc", 3), "inference", _Steps())
+    times, failures = interleave(workloads, dict.fromkeys("abc", 3), "inference")
     assert "".join(calls) == "abcabcac"
     assert set(times) == {"a", "c"}
     assert failures == {"b": Failure("out of memory", "MemoryError: no more")}
@@ -330,7 +334,7 @@ def test_a_implementation_that_fails_leaves_and_the_others_go_on() -> None:
 def test_a_implementation_that_has_had_enough_is_timed_no_more() -> None:
     workloads = _workloads([], a=None, b=None)
     times, _ = interleave(
-        workloads, {"a": 5, "b": 5}, "inference", _Steps(), enough=lambda times: sum(times) > 3
+        workloads, {"a": 5, "b": 5}, "inference", enough=lambda times: sum(times) > 3
     )
     assert times == {"a": [1, 3], "b": [2, 4]}
 
@@ -356,9 +360,9 @@ def test_training_leaves_fresh_gradients_each_call() -> None:
 def test_warm_up_calls_before_anything_is_timed() -> None:
     calls: list[str] = []
     (workload,) = _workloads(calls, a=None).values()
-    assert warm_up(workload, "inference", _Steps(), None) == 2e-3
+    assert warm_up(workload, "inference") == 2e-3
     assert len(calls) == 2
-    assert warm_up(workload, "inference", _Steps(), 30.0) == 30.0
+    assert warm_up(workload, "inference", 30.0) == 30.0
     assert len(calls) == 3
 
 
@@ -387,46 +391,38 @@ def _module_file(folder: Path, init: str = "pass", forward: str = "x", name: str
     return f"{path}:Block"
 
 
-@pytest.fixture(scope="module")
-def memory() -> object:
-    with CpuMemory() as running:
-        yield running
-
-
 LARGE = Shape(1, 2, 20, 20)  # larger than what the probe warms up with
 
 
-def _probe(
-    memory: CpuMemory, target: str, mode: Mode = "inference", limit: float = 60.0
-) -> Probe | Failure:
-    return memory.probe(LayerRecipe(Implementation(target), LARGE, CONDITIONS), mode, limit)
+def _probe(target: str, mode: Mode = "inference", limit: float = 60.0) -> Probe | Failure | None:
+    return cpu_peak(LayerRecipe(Implementation(target), LARGE, CONDITIONS), mode, limit)
 
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
-def test_probe_measures_a_known_allocation(memory: CpuMemory, tmp_path: Path, mode: Mode) -> None:
+def test_probe_measures_a_known_allocation(tmp_path: Path, mode: Mode) -> None:
     target = _module_file(tmp_path, forward="x + torch.zeros(2**24).add_(1)[0]")  # 64 MiB
-    probe = _probe(memory, target, mode)
+    probe = _probe(target, mode)
     assert isinstance(probe, Probe)
     assert probe.peak_bytes == pytest.approx(2**26, rel=0.15)
 
 
-def test_probe_starts_from_nothing_each_time(memory: CpuMemory, tmp_path: Path) -> None:
+def test_probe_starts_from_nothing_each_time(tmp_path: Path) -> None:
     large = _module_file(tmp_path, forward="x + torch.zeros(2**24).add_(1)[0]", name="large")
-    assert isinstance(_probe(memory, large), Probe)
-    small = _probe(memory, _module_file(tmp_path, name="small"))
+    assert isinstance(_probe(large), Probe)
+    small = _probe(_module_file(tmp_path, name="small"))
     assert isinstance(small, Probe)
     assert small.peak_bytes < 2**22
 
 
-def test_probe_does_not_count_parameters_and_inputs(memory: CpuMemory, tmp_path: Path) -> None:
+def test_probe_does_not_count_parameters_and_inputs(tmp_path: Path) -> None:
     held = _module_file(tmp_path, init="self.big = nn.Parameter(torch.ones(2**24))")
-    probe = _probe(memory, held)
+    probe = _probe(held)
     assert isinstance(probe, Probe)
     assert probe.peak_bytes < 2**22
 
 
-def test_probe_forgets_the_peak_of_building(memory: CpuMemory, tmp_path: Path) -> None:
-    probe = _probe(memory, _module_file(tmp_path, init="torch.zeros(2**24).add_(1)"))
+def test_probe_forgets_the_peak_of_building(tmp_path: Path) -> None:
+    probe = _probe(_module_file(tmp_path, init="torch.zeros(2**24).add_(1)"))
     assert isinstance(probe, Probe)
     assert probe.peak_bytes < 2**22
 
@@ -447,21 +443,22 @@ LARGE_ONLY = "x if x.shape[-1] < 20 else "
     ],
 )
 def test_probe_says_why_there_is_no_figure(
-    memory: CpuMemory, tmp_path: Path, forward: str, kind: str, reason: str
+    tmp_path: Path, forward: str, kind: str, reason: str
 ) -> None:
     target = _module_file(tmp_path, forward=LARGE_ONLY + forward)
-    failure = _probe(memory, target, limit=0.5)
+    failure = _probe(target, limit=0.5)
     assert isinstance(failure, Failure)
     assert failure.kind == kind
     assert reason in failure.reason
 
 
-def test_probe_whose_process_is_gone_says_so(tmp_path: Path) -> None:
-    with CpuMemory() as memory:
-        memory._process.kill()
-        memory._process.wait()
-        failure = _probe(memory, _module_file(tmp_path))
-    assert failure == Failure("failed", "the process that measures memory ended unexpectedly")
+def test_probes_go_on_after_the_process_they_are_forked_from_has_ended(tmp_path: Path) -> None:
+    target = _module_file(tmp_path)
+    assert isinstance(_probe(target), Probe)
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    lost = Failure("failed", "the process that measures memory ended unexpectedly")
+    assert _probe(target) == lost or isinstance(_probe(target), Probe)
+    assert isinstance(_probe(target), Probe)
 
 
 # Report
@@ -493,9 +490,9 @@ def test_median_and_spread() -> None:
 def test_ratios_refer_to_the_baseline_of_the_same_shape() -> None:
     other = dataclasses.replace(_row(BASE, 1000.0), shape=LARGE)
     report = _report(other, _row(BASE, 10.0, peak=100), _row(OURS, 4.0, peak=50))
-    assert report.time_ratio(report.rows[2], "inference") == 0.4
-    assert report.memory_ratio(report.rows[2], "inference") == 0.5
-    assert report.time_ratio(report.rows[2], "training") is None
+    assert report.ratio(report.rows[2], "time", "inference") == 0.4
+    assert report.ratio(report.rows[2], "memory", "inference") == 0.5
+    assert report.ratio(report.rows[2], "time", "training") is None
 
 
 def test_json_round_trip() -> None:
@@ -741,8 +738,7 @@ def _options(target: str | None = None, **changed: object) -> Options:
         conditions=CONDITIONS,
         layers=["channel"],
         modules=[target] if target else [],
-        plan=Plan(repeats=2, limit=60.0),
-        memory=False,
+        plan=Plan(repeats=2, limit=60.0, memory=False),
     )
     return dataclasses.replace(options, **changed)
 
@@ -750,7 +746,7 @@ def _options(target: str | None = None, **changed: object) -> Options:
 @pytest.mark.parametrize("with_memory", [False, True])
 def test_out_of_memory_marks_its_row_and_the_run_goes_on(tmp_path: Path, with_memory: bool) -> None:
     target = _module_file(tmp_path, forward=LARGE_ONLY + "torch.zeros(2**45)")
-    report = measure_all(_options(target, memory=with_memory))
+    report = measure_all(_options(target, plan=Plan(repeats=2, limit=60.0, memory=with_memory)))
     for row in report.rows:
         for mode in ("inference", "training"):
             measurement = row.measured[mode]
@@ -763,23 +759,14 @@ def test_out_of_memory_marks_its_row_and_the_run_goes_on(tmp_path: Path, with_me
                 assert (measurement.peak_bytes is not None) == with_memory
 
 
-def test_a_forecast_leaves_out_what_would_take_too_long() -> None:
-    from fullattn.bench import run
-
-    runner = run._Run(_options(), None, lambda part, what: None)
-    spatial = Implementation("spatial", "sdpa")
-    module = runner.module(spatial, LARGE.channels)
-    assert runner._forecast(spatial, LARGE, "inference", module, needed=True) is None
-    runner._learn(spatial, LARGE, "inference", seconds=0.01)  # mostly overhead, foretells nothing
-    assert runner._forecast(spatial, LARGE, "inference", module, needed=True) is None
-    runner._learn(spatial, LARGE, "inference", seconds=2.0)
-    seconds = runner._forecast(spatial, LARGE, "inference", module, needed=True)
-    assert seconds == pytest.approx(2.0)
-    runner._learn(spatial, LARGE, "inference", seconds=200.0)
-    with pytest.raises(run.LeftOut) as left:
-        runner._forecast(spatial, LARGE, "inference", module, needed=True)
-    assert left.value.failure.kind == "too slow"
-    assert runner._forecast(spatial, LARGE, "training", module, needed=True) is None
+@pytest.mark.parametrize("with_memory", [False, True])
+def test_a_call_above_the_limit_is_left_out(tmp_path: Path, with_memory: bool) -> None:
+    target = _module_file(tmp_path, forward=LARGE_ONLY + "time.sleep(1) or x")
+    plan = Plan(repeats=2, limit=0.5, memory=with_memory)
+    report = measure_all(_options(target, plan=plan))
+    kinds = {row.implementation.name: row.measured["inference"].failure for row in report.rows}
+    assert kinds["mine:Block"] == Failure.too_slow(0.5)
+    assert kinds["channel:reference"] is None
 
 
 def test_a_module_is_built_once(tmp_path: Path) -> None:
@@ -791,7 +778,9 @@ def test_a_module_is_built_once(tmp_path: Path) -> None:
 
 def test_a_budget_used_up_leaves_out_all_but_the_first_layer_and_the_baseline() -> None:
     options = _options(
-        plan=Plan(budget=1e-9), backends=["reference", "sdpa", "chunked"], baseline="channel:sdpa"
+        plan=Plan(budget=1e-9, memory=False),
+        backends=["reference", "sdpa", "chunked"],
+        baseline="channel:sdpa",
     )
     report = measure_all(options)
     for mode in ("inference", "training"):
@@ -849,13 +838,13 @@ def test_the_cheapest_is_measured_first_and_reported_where_it_was_asked_for(
     from fullattn.bench import run
 
     seen: list[tuple[Shape, Mode]] = []
-    measure = run._Run.measure
+    measure = run._measure
 
-    def noting(runner: run._Run, shape: Shape, mode: Mode, *rest: object) -> object:
+    def noting(options: Options, shape: Shape, mode: Mode, *rest: object) -> object:
         seen.append((shape, mode))
-        return measure(runner, shape, mode, *rest)  # type: ignore[arg-type]
+        return measure(options, shape, mode, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run._Run, "measure", noting)
+    monkeypatch.setattr(run, "_measure", noting)
     both: tuple[Mode, ...] = ("inference", "training")
     report = measure_all(_options(shapes=[(LARGE, both), (SMALL, both)]))
     assert seen == [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
 from fullattn._cli.conditions import MODES, Mode
-from fullattn.bench.results import Results, Row
+from fullattn.bench.results import Quantity, Results, Row
 from fullattn.plot.style import BLUE, COLOURS, GRID, ORANGE, QUIET, styled
 
 if TYPE_CHECKING:
@@ -22,8 +22,10 @@ __all__ = ["draw"]
 
 _MODE_COLOURS: dict[Mode, str] = {"inference": BLUE, "training": ORANGE}
 _MARKERS = "os^Dv<>"
-Quantity = Literal["time", "memory"]
-_QUANTITIES: tuple[Quantity, ...] = ("time", "memory")
+_UNITS: dict[Quantity, tuple[int, str]] = {
+    "time": (1, "ms"),
+    "memory": (2**20, "MiB over the inputs"),
+}
 
 
 @styled
@@ -45,11 +47,6 @@ def _label(row: Row) -> str:
     return row.implementation.title + (f", {backend}" if backend else "")
 
 
-def _ratio(results: Results, row: Row, quantity: Quantity, mode: Mode) -> float | None:
-    of = results.time_ratio if quantity == "time" else results.memory_ratio
-    return of(row, mode)
-
-
 def _ratios(results: Results) -> Figure:
     """Draw a line of panels per shape: time left, memory right, a bar per implementation."""
     shapes = results.shapes
@@ -59,16 +56,15 @@ def _ratios(results: Results) -> Figure:
         len(shapes), 2, squeeze=False, sharex="col", height_ratios=heights, sharey="row"
     )
     for line, shape in zip(panels, shapes, strict=True):
-        for panel, quantity in zip(line, _QUANTITIES, strict=True):
+        for panel, quantity in zip(line, _UNITS, strict=True):
             _bars(panel, results, results.at(shape), quantity)
             panel.set_title(f"{shape}: {quantity}", loc="left", fontweight="bold")
-    for panel, quantity in zip(panels[-1], _QUANTITIES, strict=True):
+    for panel, quantity in zip(panels[-1], _UNITS, strict=True):
         panel.set_xlabel(f"{quantity} over that of the baseline (left is better)")
-    modes = [mode for mode in MODES if any(mode in row.measured for row in results.rows)]
     figure.suptitle(
         f"Cost against the baseline: {results.baseline_title()}", x=0.01, ha="left", fontsize=12
     )
-    handles = [Patch(color=_MODE_COLOURS[mode], label=mode) for mode in modes]
+    handles = [Patch(color=_MODE_COLOURS[mode], label=mode) for mode in results.modes]
     figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
     return figure
 
@@ -81,7 +77,7 @@ def _bars(panel: Axes, results: Results, rows: list[Row], quantity: Quantity) ->
         modes = [mode for mode in MODES if mode in row.measured]
         for number, mode in enumerate(modes):
             y = place + height * (number - (len(modes) - 1) / 2)
-            ratio = _ratio(results, row, quantity, mode)
+            ratio = results.ratio(row, quantity, mode)
             if ratio:
                 # From 1 outwards: to the left is a gain, to the right a loss.
                 panel.barh(y, ratio - 1, height, left=1, color=_MODE_COLOURS[mode])
@@ -126,18 +122,17 @@ def _write_at(panel: Axes, y: float, ratio: float | None, text: str) -> None:
 
 def _growth(results: Results) -> Figure:
     """Draw time and memory along the sweep, a line per implementation, logarithmic axes."""
-    modes = [mode for mode in MODES if any(mode in row.measured for row in results.rows)]
-    figure = Figure(figsize=(12, 4 * len(modes) + 1.2), layout="constrained")
-    panels = figure.subplots(len(modes), 2, squeeze=False, sharex=True)
+    figure = Figure(figsize=(12, 4 * len(results.modes) + 1.2), layout="constrained")
+    panels = figure.subplots(len(results.modes), 2, squeeze=False, sharex=True)
     labels = list(dict.fromkeys(_label(row) for row in results.rows))
     axis = "channels" if results.sweep == "channels" else "positions (H·W)"
-    for line, mode in zip(panels, modes, strict=True):
-        for panel, quantity in zip(line, _QUANTITIES, strict=True):
+    for line, mode in zip(panels, results.modes, strict=True):
+        for panel, (quantity, (unit, unit_name)) in zip(line, _UNITS.items(), strict=True):
             for number, label in enumerate(labels):
                 points = [
-                    (_size(results, row), _value(row, quantity, mode))
+                    (_size(results, row), value / unit)
                     for row in results.rows
-                    if _label(row) == label and _value(row, quantity, mode)
+                    if _label(row) == label and (value := row.value(quantity, mode))
                 ]
                 if points:
                     panel.plot(
@@ -150,9 +145,8 @@ def _growth(results: Results) -> Figure:
                     )
             panel.set_xscale("log")
             panel.set_yscale("log")
-            unit = "ms" if quantity == "time" else "MiB over the inputs"
             panel.set_title(f"{mode}: {quantity}", loc="left", fontweight="bold")
-            panel.set_ylabel(f"{quantity}, {unit}")
+            panel.set_ylabel(f"{quantity}, {unit_name}")
             panel.set_xlabel(axis)
             ticks = sorted({_size(results, row) for row in results.rows})
             panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
@@ -169,10 +163,3 @@ def _growth(results: Results) -> Figure:
 
 def _size(results: Results, row: Row) -> int:
     return row.shape.channels if results.sweep == "channels" else row.shape.height * row.shape.width
-
-
-def _value(row: Row, quantity: Quantity, mode: Mode) -> float | None:
-    if quantity == "time":
-        return row.time(mode)
-    peak = row.peak(mode)
-    return None if peak is None else peak / 2**20

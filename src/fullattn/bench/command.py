@@ -175,8 +175,7 @@ def _bench(args: argparse.Namespace) -> None:
         modules=args.modules,
         baseline=args.baseline,
         sweep=args.sweep,
-        plan=Plan(args.seconds, args.repeats, args.limit, budget),
-        memory=not args.no_memory,
+        plan=Plan(args.seconds, args.repeats, args.limit, budget, not args.no_memory),
     )
     old = None if args.compare is None else read_results(args.compare)
     bench(options, args.output, old, console())

@@ -96,7 +96,10 @@ def check_comparable(old: Conditions, new: Conditions) -> None:
 def _old_measurement(old: Results, row: Row, mode: Mode) -> Measurement | None:
     """Return the timed measurement of the same row in the old run, if there is one."""
     for each in old.at(row.shape):
-        if each.implementation.name == row.implementation.name and each.time(mode) is not None:
+        if (
+            each.implementation.name == row.implementation.name
+            and each.value("time", mode) is not None
+        ):
             return each.measured[mode]
     return None
 
@@ -131,7 +134,7 @@ def differences(old: Results, new: Results) -> list[Difference]:
                 continue
             machine, spreads = 1.0, [before, now]
             base_before = base and _old_measurement(old, base, mode)
-            if base and base_before and base.time(mode) is not None:
+            if base and base_before and base.value("time", mode) is not None:
                 machine = _ratio(base_before, base.measured[mode])
                 spreads += [base_before, base.measured[mode]]
             noise = max(_LEAST, _SPREADS * _noise(*spreads))

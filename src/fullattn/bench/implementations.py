@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,14 @@ from fullattn.attention.dispatch import BACKENDS, backend_names, fused
 from fullattn.bench.official import OfficialFLANetBlock
 from fullattn.layers import LAYERS, FullyAttentional
 
-__all__ = ["BACKEND_CHOICES", "OFFICIAL", "Formula", "Implementation", "implementations_at"]
+__all__ = [
+    "BACKEND_CHOICES",
+    "OFFICIAL",
+    "Formula",
+    "Implementation",
+    "implementations_at",
+    "inputs_of",
+]
 
 OFFICIAL = "official"
 # Accepted beside names of backends; see `_backends_at`.
@@ -126,37 +133,30 @@ class Implementation:
             )
         return module
 
-    def inputs(self, shape: Shape, conditions: Conditions) -> AttentionInputs:
-        """Describe what a layer passes to its backend."""
-        return _inputs_of(self.layer, shape, conditions)
-
     def formula(self, module: nn.Module, shape: Shape, conditions: Conditions) -> Formula:
         """Compute what can be known of a module without running it."""
         parameters = sum(parameter.numel() for parameter in module.parameters())
         found = Formula(parameters, counted_flops=_counted_flops(module, shape, conditions))
-        official = self.layer == OFFICIAL
-        if self.layer not in LAYERS and not official:
+        backend = self.backend
+        if self.layer == OFFICIAL:  # the same sums; what it keeps in memory has no formula
+            module, backend = FullyAttentional(shape.channels, project=conditions.project), None
+        elif self.layer not in LAYERS:
             return found
-        if official:  # the same sums; what it keeps in memory has no formula
-            module = FullyAttentional(shape.channels, project=conditions.project)
         try:
             cost = costs.cost(
                 module,
                 shape,
                 dtype=conditions.torch_dtype,
-                backend="reference" if official else self.backend,
+                backend=backend or "reference",
                 device=conditions.device_type,
             )
         except BackendError:
             return found
-        return Formula(
-            parameters=parameters,
-            flops=cost.flops,
-            counted_flops=found.counted_flops,
-            map_numel=cost.map_numel,
-            map_bytes=cost.map_bytes,
-            inference_bytes=None if official else cost.inference_bytes,
-            training_bytes=None if official else cost.training_bytes,
+        found = replace(found, flops=cost.flops, map_numel=cost.map_numel, map_bytes=cost.map_bytes)
+        if backend is None:
+            return found
+        return replace(
+            found, inference_bytes=cost.inference_bytes, training_bytes=cost.training_bytes
         )
 
 
@@ -176,7 +176,8 @@ def _counted_flops(module: nn.Module, shape: Shape, conditions: Conditions) -> i
         return None
 
 
-def _inputs_of(layer: str, shape: Shape, conditions: Conditions) -> AttentionInputs:
+def inputs_of(layer: str, shape: Shape, conditions: Conditions) -> AttentionInputs:
+    """Describe what a layer passes to its backend."""
     module = LAYERS[layer](shape.channels, device="meta")
     return costs.inputs_of(module, (*shape,), conditions.torch_dtype, conditions.device_type)
 
@@ -235,7 +236,7 @@ def implementations_at(
             raise UsageError(f"expected backends of {', '.join(allowed)}, got {backend!r}")
     found = [Implementation(OFFICIAL)]
     for layer in dict.fromkeys(map(layer_named, layers)):
-        chosen = _backends_at(_inputs_of(layer, shape, conditions), backends)
+        chosen = _backends_at(inputs_of(layer, shape, conditions), backends)
         found += [Implementation(layer, name, automatic) for name, automatic in chosen]
     found += [Implementation(target) for target in modules]
     names = [implementation.name for implementation in found]

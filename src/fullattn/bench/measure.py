@@ -1,4 +1,7 @@
-"""Interleaved timing: a round calls each implementation once, so that drift affects all alike."""
+"""Measure several workloads side by side: peak memory, warm-up, interleaved timing.
+
+A round of timing calls each workload once, so that a machine that slows down affects all alike.
+"""
 
 from __future__ import annotations
 
@@ -6,121 +9,28 @@ import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
-
-import torch
+from typing import TypeVar
 
 from fullattn._cli.conditions import Mode
-from fullattn._cli.errors import describe
-from fullattn.attention import BackendError
-from fullattn.bench.workload import Workload
+from fullattn.bench.memory import cpu_peak, cuda_peak
+from fullattn.bench.results import Failure, Measurement
+from fullattn.bench.workload import Recipe, Workload
 
-__all__ = [
-    "Clock",
-    "CpuClock",
-    "CudaClock",
-    "Failure",
-    "Plan",
-    "clock_for",
-    "interleave",
-    "warm_up",
-]
+__all__ = ["Plan", "interleave", "measure_group", "warm_up"]
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a row has no figure; the run goes on without it.
-
-    Attributes:
-        kind: two or three words for the table.
-        reason: one sentence for the notes under it.
-    """
-
-    kind: str
-    reason: str
-
-    @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        """Read an exception that an implementation raised."""
-        if isinstance(error, BackendError):
-            return cls("cannot run", str(error))
-        # PyTorch's CPU allocator raises a plain RuntimeError.
-        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if out_of_memory or "can't allocate memory" in str(error):
-            return cls("out of memory", describe(error))
-        return cls("failed", describe(error))
-
-    @classmethod
-    def too_slow(cls, seconds: float | None, limit: float) -> Failure:
-        """Report a call above the limit; `seconds` is its forecast, None if it was tried."""
-        took = (
-            f"one call did not end within {limit:g} s"
-            if seconds is None
-            else f"one call would take about {seconds:.0f} s by its FLOPs, the limit is {limit:g} s"
-        )
-        return cls("too slow", f"{took} (--limit)")
-
-    @classmethod
-    def no_time_left(cls, budget: float) -> Failure:
-        """Report that the run has used up its time before this row."""
-        return cls(
-            "no time left", f"not begun within its share of the run's {budget:g} s (--budget)"
-        )
-
-
-class Clock(Protocol):
-    """Measures calls on one kind of device."""
-
-    def milliseconds(self, call: Callable[[], object]) -> float:
-        """Run the call once."""
-        ...
-
-
-class CpuClock:
-    """Wall-clock time."""
-
-    def milliseconds(self, call: Callable[[], object]) -> float:
-        """Run the call once."""
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
-
-
-class CudaClock:
-    """Time between two events on the current stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def milliseconds(self, call: Callable[[], object]) -> float:
-        """Run the call once and wait for it."""
-        with torch.cuda.device(self.device):
-            event: Any = torch.cuda.Event  # its stubs have no types
-            start, end = event(enable_timing=True), event(enable_timing=True)
-            torch.cuda.synchronize()
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            return float(start.elapsed_time(end))
-
-
-def clock_for(device: torch.device) -> Clock:
-    """Return the clock of a device."""
-    return CudaClock(device) if device.type == "cuda" else CpuClock()
-
-
-@dataclass(frozen=True)
 class Plan:
-    """How often a call is timed.
+    """How often a call is timed, and whether its peak memory is measured.
 
     Attributes:
         seconds: for one implementation at one shape in one mode.
         repeats: exactly so many calls; None to fit them into `seconds`.
         limit: seconds that one call may take; also what an implementation may spend on timed calls.
         budget: seconds for the whole run, shared evenly by all shapes and modes; None for no end.
+        memory: whether to measure peak memory.
         at_least: calls however slow they are.
         at_most: calls however fast they are.
     """
@@ -129,6 +39,7 @@ class Plan:
     repeats: int | None = None
     limit: float = 10.0
     budget: float | None = None
+    memory: bool = True
     at_least: int = 3
     at_most: int = 20
 
@@ -140,7 +51,7 @@ class Plan:
         return min(max(fit, self.at_least), self.at_most)
 
 
-def warm_up(workload: Workload, mode: Mode, clock: Clock, forecast: float | None) -> float:
+def warm_up(workload: Workload, mode: Mode, forecast: float | None = None) -> float:
     """Call a workload until it is warm.
 
     A call of more than a second is warmed up on a corner of its input: the overhead of an
@@ -149,7 +60,6 @@ def warm_up(workload: Workload, mode: Mode, clock: Clock, forecast: float | None
     Args:
         workload: what to call.
         mode: "inference" or "training".
-        clock: of its device.
         forecast: seconds that a call takes, where that is known.
 
     Returns:
@@ -163,8 +73,7 @@ def warm_up(workload: Workload, mode: Mode, clock: Clock, forecast: float | None
         return forecast
     # The first call on CUDA may compile or choose kernels; the second is like those that follow.
     for _ in range(2):
-        workload.prepare(mode)
-        seconds = clock.milliseconds(lambda: workload.run(mode)) / 1e3
+        seconds = workload.milliseconds(mode) / 1e3
         if seconds > 1.0:
             break
     workload.prepare(mode)
@@ -175,7 +84,6 @@ def interleave(
     workloads: Mapping[Key, Workload],
     calls: Mapping[Key, int],
     mode: Mode,
-    clock: Clock,
     *,
     step: Callable[[Key], object] = lambda key: None,
     enough: Callable[[list[float]], bool] = lambda times: False,
@@ -187,32 +95,97 @@ def interleave(
 
     Args:
         workloads: by key.
-        calls: how often each is timed.
+        calls: how often each is timed; those without an entry are not.
         mode: "inference" or "training".
-        clock: of their device.
         step: called with the key after every call.
         enough: called with a workload's times; whether to time it no more.
 
     Returns:
         Milliseconds of each call in the order they were made, and the workloads that failed;
-        every key is in exactly one of the two.
+        every key of `calls` is in exactly one of the two.
     """
-    times: dict[Key, list[float]] = {key: [] for key in workloads}
+    times: dict[Key, list[float]] = {key: [] for key in calls}
     failures: dict[Key, Failure] = {}
-    rounds = max((calls[key] for key in workloads), default=0)
+    rounds = max(calls.values(), default=0)
     for turn in range(rounds):
-        for key, workload in workloads.items():
-            due = math.floor((turn + 1) * calls[key] / rounds) - math.floor(
-                turn * calls[key] / rounds
-            )
+        for key, number in calls.items():
+            due = (turn + 1) * number // rounds - turn * number // rounds
             if not due or key in failures or (times[key] and enough(times[key])):
                 continue
             try:
-                workload.prepare(mode)
-                times[key].append(clock.milliseconds(lambda w=workload: w.run(mode)))  # type: ignore[misc]
+                times[key].append(workloads[key].milliseconds(mode))
             except Exception as error:
                 failures[key] = Failure.of(error)
                 del times[key]
-            workload.prepare(mode)
+            workloads[key].prepare(mode)
             step(key)
     return times, failures
+
+
+def measure_group(
+    workloads: Mapping[Key, Workload],
+    recipes: Mapping[Key, Recipe],
+    mode: Mode,
+    plan: Plan,
+    *,
+    refuse: Callable[[Key], Failure | None] = lambda key: None,
+    step: Callable[[Key, float], object] = lambda key, part: None,
+    last_call: float = math.inf,
+) -> dict[Key, Measurement]:
+    """Measure workloads on one device in one mode.
+
+    Args:
+        workloads: by key.
+        recipes: for the processes that measure memory, by the same keys.
+        mode: "inference" or "training".
+        plan: how often a call is timed, and how long it may take.
+        refuse: asked before a workload is begun; the reason to leave it out.
+        step: called with the part of a workload's measurement that is done.
+        last_call: time (monotonic) after which each workload is timed at most once.
+
+    Returns:
+        Times and peaks by key; a workload that was left out or failed has the reason.
+    """
+    calls: dict[Key, int] = {}
+    peaks: dict[Key, int] = {}
+    failures: dict[Key, Failure] = {}
+
+    def begin(key: Key) -> Failure | None:
+        workload, forecast = workloads[key], None
+        step(key, 0)
+        if failure := refuse(key):
+            return failure
+        on_cuda = workload.x.device.type == "cuda"
+        if plan.memory and not on_cuda:
+            probe = cpu_peak(recipes[key], mode, plan.limit)
+            if isinstance(probe, Failure):
+                return probe
+            if probe is not None:
+                peaks[key], forecast = probe.peak_bytes, probe.seconds
+        try:
+            seconds = warm_up(workload, mode, forecast)
+            if seconds > plan.limit:
+                return Failure.too_slow(plan.limit)
+            if plan.memory and on_cuda:
+                peaks[key] = cuda_peak(workload, mode)
+        except Exception as error:
+            return Failure.of(error)
+        calls[key] = plan.calls(seconds)
+        return None
+
+    for key in workloads:
+        if failure := begin(key):
+            failures[key] = failure
+        step(key, 1 if failure else 0.25)
+
+    def is_enough(times_ms: list[float]) -> bool:
+        spent = sum(times_ms) / 1e3
+        return plan.repeats is None and (time.monotonic() > last_call or spent > plan.limit)
+
+    times, failed = interleave(
+        workloads, calls, mode, step=lambda key: step(key, 0.75 / calls[key]), enough=is_enough
+    )
+    failures |= failed
+    return {
+        key: Measurement(times.get(key, []), peaks.get(key), failures.get(key)) for key in workloads
+    }

@@ -7,18 +7,58 @@ import json
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from fullattn._cli.conditions import MODES, Conditions, Environment, Mode
-from fullattn._cli.errors import UsageError
+from fullattn._cli.errors import UsageError, describe
 from fullattn._cli.shapes import Shape
+from fullattn.attention import BackendError
 from fullattn.bench.implementations import Formula, Implementation
-from fullattn.bench.measure import Failure
 
-__all__ = ["Measurement", "Results", "Row", "read_results"]
+__all__ = ["Failure", "Measurement", "Quantity", "Results", "Row", "read_results"]
+
+Quantity = Literal["time", "memory"]
 
 SCHEMA = 2
 _KIND = "fullattn bench"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a row has no figure; the run goes on without it.
+
+    Attributes:
+        kind: two or three words for the table.
+        reason: one sentence for the notes under it.
+    """
+
+    kind: str
+    reason: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """Read an exception that an implementation raised."""
+        if isinstance(error, BackendError):
+            return cls("cannot run", str(error))
+        # PyTorch's CPU allocator raises a plain RuntimeError.
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if out_of_memory or "can't allocate memory" in str(error):
+            return cls("out of memory", describe(error))
+        return cls("failed", describe(error))
+
+    @classmethod
+    def too_slow(cls, limit: float) -> Failure:
+        """Report a call that takes longer than the limit."""
+        return cls("too slow", f"one call did not end within {limit:g} s (--limit)")
+
+    @classmethod
+    def no_time_left(cls, budget: float) -> Failure:
+        """Report that the run has used up its time before this row."""
+        return cls(
+            "no time left", f"not begun within its share of the run's {budget:g} s (--budget)"
+        )
 
 
 @dataclass(frozen=True)
@@ -58,13 +98,12 @@ class Row:
     formula: Formula
     measured: dict[Mode, Measurement]
 
-    def time(self, mode: Mode) -> float | None:
-        """Return the median milliseconds, if measured."""
-        return self.measured[mode].median_ms if mode in self.measured else None
-
-    def peak(self, mode: Mode) -> int | None:
-        """Return the peak bytes, if measured."""
-        return self.measured[mode].peak_bytes if mode in self.measured else None
+    def value(self, quantity: Quantity, mode: Mode) -> float | None:
+        """Return the median milliseconds or the peak bytes, if measured."""
+        if mode not in self.measured:
+            return None
+        found = self.measured[mode]
+        return found.median_ms if quantity == "time" else found.peak_bytes
 
 
 @dataclass(frozen=True)
@@ -104,15 +143,16 @@ class Results:
         titles = dict.fromkeys(row.implementation.title for row in rows if row is not None)
         return ", ".join(titles) or self.baseline
 
-    def time_ratio(self, row: Row, mode: Mode) -> float | None:
-        """Return the time of a row over the baseline's, where both were measured."""
-        base = self.baseline_at(row.shape)
-        return None if base is None else _ratio(row.time(mode), base.time(mode))
+    @property
+    def modes(self) -> list[Mode]:
+        """Modes that were measured at any shape."""
+        return [mode for mode in MODES if any(mode in row.measured for row in self.rows)]
 
-    def memory_ratio(self, row: Row, mode: Mode) -> float | None:
-        """Return the peak memory of a row over the baseline's, where both were measured."""
+    def ratio(self, row: Row, quantity: Quantity, mode: Mode) -> float | None:
+        """Return the time or peak memory of a row over the baseline's, where both were measured."""
         base = self.baseline_at(row.shape)
-        return None if base is None else _ratio(row.peak(mode), base.peak(mode))
+        value, of = row.value(quantity, mode), base and base.value(quantity, mode)
+        return value / of if value is not None and of else None
 
     def caption(self) -> list[str]:
         """Describe the conditions of the figures, line by line."""
@@ -155,8 +195,8 @@ class Results:
             data[mode] = dataclasses.asdict(measurement) | {
                 "median_ms": measurement.median_ms,
                 "interquartile_range_ms": measurement.spread_ms,
-                "time_over_baseline": self.time_ratio(row, mode),
-                "memory_over_baseline": self.memory_ratio(row, mode),
+                "time_over_baseline": self.ratio(row, "time", mode),
+                "memory_over_baseline": self.ratio(row, "memory", mode),
             }
         return data
 
@@ -207,10 +247,6 @@ def _row_of(data: dict[str, Any]) -> Row:
             if mode in data
         },
     )
-
-
-def _ratio(value: float | None, base: float | None) -> float | None:
-    return value / base if value is not None and base else None
 
 
 def read_results(path: str) -> Results:

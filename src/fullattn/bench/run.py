@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,13 +21,10 @@ from fullattn._cli.errors import UsageError
 from fullattn._cli.inputs import check_image, feature_map, random_like
 from fullattn._cli.output import written_together
 from fullattn._cli.shapes import Shape
-from fullattn.attention.dispatch import BACKENDS
-from fullattn.bench import chart, compare
-from fullattn.bench.group import LeftOut, measure_group
-from fullattn.bench.implementations import OFFICIAL, Formula, Implementation, implementations_at
-from fullattn.bench.measure import Failure, Plan
-from fullattn.bench.memory import CpuMemory
-from fullattn.bench.results import Measurement, Results, Row
+from fullattn.bench import chart, compare, memory
+from fullattn.bench.implementations import OFFICIAL, Implementation, implementations_at
+from fullattn.bench.measure import Plan, measure_group
+from fullattn.bench.results import Failure, Measurement, Results, Row
 from fullattn.bench.table import print_results
 from fullattn.bench.workload import LayerRecipe, ShapeError, Workload
 from fullattn.layers import LAYERS
@@ -46,8 +44,7 @@ class Options:
         modules: where the user's classes are.
         baseline: the implementation that ratios refer to.
         sweep: "resolution" or "channels" if the shapes are a sweep, for the picture.
-        plan: how often to time a call.
-        memory: whether to measure peak memory.
+        plan: how often to time a call, and whether to measure its memory.
     """
 
     shapes: Sequence[tuple[Shape, tuple[Mode, ...]]]
@@ -58,7 +55,6 @@ class Options:
     baseline: str = OFFICIAL
     sweep: str | None = None
     plan: Plan = field(default_factory=Plan)
-    memory: bool = True
 
 
 def bench(options: Options, folder: Path, old: Results | None, console: Console) -> Results:
@@ -112,7 +108,7 @@ def measure_all(options: Options) -> Results:
     Raises:
         UsageError: a module or the baseline does not exist, or a module returns another shape.
     """
-    conditions = options.conditions
+    conditions, budget = options.conditions, options.plan.budget
     chosen = {
         shape: implementations_at(
             shape,
@@ -126,39 +122,39 @@ def measure_all(options: Options) -> Results:
     _check_baseline(options.baseline, [each for found in chosen.values() for each in found])
     for shape in chosen:
         _check_input_fits(shape)
-    # The cheapest first: forecasts rest on them, and what they leave of their share of the budget
-    # goes to the others. Training costs about four times as much as inference.
+    # The cheapest first: what they leave of their share of the budget goes to the others. Training
+    # costs about four times as much as inference.
     groups = sorted(
         ((shape, mode) for shape, modes in options.shapes for mode in modes),
         key=lambda group: math.prod(group[0]) * (4 if group[1] == "training" else 1),
     )
+    if options.plan.memory and conditions.device == "cpu":
+        memory.start()
+    here = environment(torch.device(conditions.device))
     measured: dict[tuple[Shape, Implementation], dict[Mode, Measurement]] = defaultdict(dict)
-    results = Results(
-        environment(torch.device(conditions.device)),
-        conditions,
-        options.baseline,
-        options.sweep,
-        rows=[],
-    )
-    with ExitStack() as stack:
-        stack.enter_context(conditions.limited_threads())
-        memory = None
-        if options.memory and conditions.device == "cpu" and CpuMemory.available:
-            memory = stack.enter_context(CpuMemory())
-        progress = stack.enter_context(_progress(sum(len(chosen[shape]) for shape, _ in groups)))
-        run = _Run(options, memory, progress)
+    began = time.monotonic()
+    with (
+        conditions.limited_threads(),
+        _progress(sum(len(chosen[shape]) for shape, _ in groups)) as advance,
+    ):
+        module_of = cache(lambda each, channels: each.build(channels, conditions))
         for shape in {shape.channels: shape for shape in chosen}.values():
-            run.check_modules(shape)
+            for target in options.modules:
+                module = module_of(Implementation(target), shape.channels)
+                _check_output(target, module, shape, conditions)
         for number, (shape, mode) in enumerate(groups, start=1):
-            run.start_group(number / len(groups))
-            for implementation, found in run.measure(shape, mode, chosen[shape]).items():
-                measured[shape, implementation][mode] = found
-    results.rows.extend(
-        Row(shape, each, run.formulas.get((shape, each), Formula()), measured[shape, each])
-        for shape, found in chosen.items()
-        for each in found
-    )
-    return results
+            # Each group ends when its part of the budget is used, and begins rows in half of that.
+            end = math.inf if budget is None else began + number / len(groups) * budget
+            modules = {each: module_of(each, shape.channels) for each in chosen[shape]}
+            for each, found in _measure(options, shape, mode, modules, end, advance).items():
+                measured[shape, each][mode] = found
+        rows = [
+            Row(shape, each, formula, measured[shape, each])
+            for shape, found in chosen.items()
+            for each in found
+            for formula in [each.formula(module_of(each, shape.channels), shape, conditions)]
+        ]
+    return Results(here, conditions, options.baseline, options.sweep, rows)
 
 
 def _check_baseline(baseline: str, implementations: list[Implementation]) -> None:
@@ -195,99 +191,46 @@ def _progress(total: int) -> Iterator[Callable[[float, str], None]]:
         yield lambda part, what: progress.update(task, advance=part, description=what)
 
 
-class _Run:
-    """The state of a run: modules, each built once, and what was learned for forecasts."""
+def _check_output(target: str, module: nn.Module, shape: Shape, conditions: Conditions) -> None:
+    """Raise UsageError if a user's module returns another shape than its input's."""
+    small = shape._replace(height=min(shape.height, 16), width=min(shape.width, 12))
+    workload = Workload(module, feature_map(small, conditions), None)
+    workload.prepare("inference")
+    try:
+        workload.run("inference")
+    except ShapeError as error:
+        raise UsageError(f"module {target!r}: {error}") from error
+    except Exception:  # it may be made for large maps alone, or out of memory
+        return
 
-    def __init__(
-        self, options: Options, memory: CpuMemory | None, progress: Callable[[float, str], None]
-    ) -> None:
-        self.options, self.memory, self.progress = options, memory, progress
-        self.conditions, self.plan = options.conditions, options.plan
-        self.modules: dict[tuple[Implementation, int], nn.Module] = {}
-        self.formulas: dict[tuple[Shape, Implementation], Formula] = {}
-        # Seconds per FLOP of each implementation and mode, from the last shape.
-        self.rates: dict[tuple[Implementation, Mode], float] = {}
-        self.start = time.monotonic()
-        # In the current group no row is begun after the first, and none is timed after the second.
-        self.last_begin = self.last_call = math.inf
 
-    def module(self, implementation: Implementation, channels: int) -> nn.Module:
-        """Return the module of a width, built at the first call."""
-        key = implementation, channels
-        if key not in self.modules:
-            self.modules[key] = implementation.build(channels, self.conditions)
-        return self.modules[key]
+def _measure(
+    options: Options,
+    shape: Shape,
+    mode: Mode,
+    modules: Mapping[Implementation, nn.Module],
+    end: float,
+    advance: Callable[[float, str], None],
+) -> dict[Implementation, Measurement]:
+    """Measure all implementations at one shape in one mode, until `end` (monotonic)."""
+    conditions, plan = options.conditions, options.plan
+    x = feature_map(shape, conditions)
+    grad = random_like(x, conditions.seed) if mode == "training" else None
+    last_begin = (time.monotonic() + end) / 2
+    # A run is made for the official implementation, the first layer and the baseline.
+    needed = [*modules][:2] + [each for each in modules if each.matches(options.baseline)]
 
-    def check_modules(self, shape: Shape) -> None:
-        """Raise UsageError if a user's module cannot be built or returns another shape."""
-        small = shape._replace(height=min(shape.height, 16), width=min(shape.width, 12))
-        for target in self.options.modules:
-            module = self.module(Implementation(target), shape.channels)
-            workload = Workload(module, feature_map(small, self.conditions), None)
-            workload.prepare("inference")
-            try:
-                workload.run("inference")
-            except ShapeError as error:
-                raise UsageError(f"module {target!r}: {error}") from error
-            except Exception:  # it may be made for large maps alone, or out of memory
-                continue
+    def refuse(each: Implementation) -> Failure | None:
+        if plan.budget is None or each in needed or time.monotonic() < last_begin:
+            return None
+        return Failure.no_time_left(plan.budget)
 
-    def start_group(self, part: float) -> None:
-        """End the next group when this part of the budget is used; half of that to begin rows."""
-        if self.plan.budget is not None:
-            self.last_call = self.start + part * self.plan.budget
-            self.last_begin = (time.monotonic() + self.last_call) / 2
-
-    def measure(
-        self, shape: Shape, mode: Mode, implementations: Sequence[Implementation]
-    ) -> dict[Implementation, Measurement]:
-        """Measure all implementations at one shape in one mode."""
-        x = feature_map(shape, self.conditions)
-        grad = random_like(x, self.conditions.seed) if mode == "training" else None
-        workloads: dict[Implementation, Workload] = {}
-        recipes: dict[Implementation, LayerRecipe] = {}
-        for each in implementations:
-            workloads[each] = Workload(self.module(each, shape.channels), x, grad)
-            recipes[each] = LayerRecipe(each, shape, self.conditions)
-
-        def admit(each: Implementation) -> float | None:
-            self.progress(0, f"{shape} {mode}: {each.name}")
-            # A run is made for the official implementation, the first layer and the baseline.
-            needed = implementations.index(each) < 2 or each.matches(self.options.baseline)
-            return self._forecast(each, shape, mode, workloads[each].module, needed)
-
-        return measure_group(
-            workloads,
-            recipes,
-            mode,
-            self.plan,
-            self.memory,
-            peaks=self.options.memory,
-            admit=admit,
-            warmed=lambda each, seconds: self._learn(each, shape, mode, seconds),
-            step=lambda each, part: self.progress(part, f"{shape} {mode}: {each.name}"),
-            last_call=self.last_call,
-        )
-
-    def _forecast(
-        self, each: Implementation, shape: Shape, mode: Mode, module: nn.Module, needed: bool
-    ) -> float | None:
-        """Return the seconds of a call where they can be foretold; raise LeftOut to skip it."""
-        if (shape, each) not in self.formulas:
-            self.formulas[shape, each] = each.formula(module, shape, self.conditions)
-        if self.plan.budget is not None and not needed and time.monotonic() > self.last_begin:
-            raise LeftOut(Failure.no_time_left(self.plan.budget))
-        if each.layer in LAYERS:
-            (backend,) = (entry for entry in BACKENDS if entry.name == each.backend)
-            if reasons := backend.reasons_against(each.inputs(shape, self.conditions)):
-                raise LeftOut(Failure("cannot run", f"{backend.name} {', '.join(reasons)}"))
-        flops = self.formulas[shape, each].flops or 0
-        forecast = self.rates.get((each, mode), 0) * flops or None
-        if forecast is not None and forecast > self.plan.limit:
-            raise LeftOut(Failure.too_slow(forecast, self.plan.limit))
-        return forecast
-
-    def _learn(self, each: Implementation, shape: Shape, mode: Mode, seconds: float) -> None:
-        # A call of less than a tenth of a second may be mostly overhead: its rate is too high.
-        if (flops := self.formulas[shape, each].flops) and seconds > 0.1:
-            self.rates[each, mode] = seconds / flops
+    return measure_group(
+        {each: Workload(module, x, grad) for each, module in modules.items()},
+        {each: LayerRecipe(each, shape, conditions) for each in modules},
+        mode,
+        plan,
+        refuse=refuse,
+        step=lambda each, part: advance(part, f"{shape} {mode}: {each.name}"),
+        last_call=end,
+    )

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fullattn._cli.conditions import MODES, Mode
+from fullattn._cli.conditions import Mode
 from fullattn._text import NOTHING, digits, si
 from fullattn.bench.implementations import Formula
 from fullattn.bench.results import Measurement, Results, Row
@@ -36,7 +36,7 @@ def time(measurement: Measurement | None) -> str:
     return digits(measurement.median_ms) + ("" if spread is None else f" ± {digits(spread)}")
 
 
-def mebibytes(number: int | None) -> str:
+def mebibytes(number: float | None) -> str:
     """Format bytes in MiB, or a dash."""
     return NOTHING if number is None else digits(number / _MIB)
 
@@ -44,10 +44,6 @@ def mebibytes(number: int | None) -> str:
 def ratio(number: float | None) -> str:
     """Format a ratio as 1.23×, or a dash."""
     return NOTHING if number is None else f"{digits(number)}×"
-
-
-def _modes(results: Results) -> list[Mode]:
-    return [mode for mode in MODES if any(mode in row.measured for row in results.rows)]
 
 
 def _table(
@@ -66,17 +62,17 @@ def _table(
 
 
 def _measured(results: Results) -> Table:
-    modes = _modes(results)
+    modes = results.modes
 
     def cells(row: Row) -> list[str]:
         found = []
         for mode in modes:
-            slower = results.time_ratio(row, mode)
+            slower = results.ratio(row, "time", mode)
             found += [
                 time(row.measured.get(mode)),
                 ratio(1 / slower if slower else None),
-                mebibytes(row.peak(mode)),
-                ratio(results.memory_ratio(row, mode)),
+                mebibytes(row.value("memory", mode)),
+                ratio(results.ratio(row, "memory", mode)),
             ]
         return found
 
@@ -88,29 +84,22 @@ def _measured(results: Results) -> Table:
     return _table(results, "Measured", headings, cells)
 
 
+_FORMULA: dict[str, Callable[[Formula], str]] = {
+    "parameters": lambda formula: si(formula.parameters),
+    "FLOPs by\nformula": lambda formula: si(formula.flops),
+    "FLOPs by\nPyTorch": lambda formula: si(formula.counted_flops),
+    "elements\nin maps": lambda formula: si(formula.map_numel),
+    "maps\nMiB": lambda formula: mebibytes(formula.map_bytes),
+    "peak MiB\ninference": lambda formula: mebibytes(formula.inference_bytes),
+    "peak MiB\ntraining": lambda formula: mebibytes(formula.training_bytes),
+}
+
+
 def _by_formula(results: Results) -> Table:
-    headings = [
-        "parameters",
-        "FLOPs by\nformula",
-        "FLOPs by\nPyTorch",
-        "elements\nin maps",
-        "maps\nMiB",
-        "peak MiB\ninference",
-        "peak MiB\ntraining",
-    ]
-    return _table(results, "By formula", headings, lambda row: _formula(row.formula))
+    def cells(row: Row) -> list[str]:
+        return [cell(row.formula) for cell in _FORMULA.values()]
 
-
-def _formula(formula: Formula) -> list[str]:
-    return [
-        si(formula.parameters),
-        si(formula.flops),
-        si(formula.counted_flops),
-        si(formula.map_numel),
-        mebibytes(formula.map_bytes),
-        mebibytes(formula.inference_bytes),
-        mebibytes(formula.training_bytes),
-    ]
+    return _table(results, "By formula", list(_FORMULA), cells)
 
 
 def _notes(results: Results) -> list[str]:
@@ -127,16 +116,15 @@ def _notes(results: Results) -> list[str]:
                 f"{shape}: no ratios, because the baseline {results.baseline} was not measured."
             )
             continue
-        for mode in _modes(results):
-            if mode in base.measured and base.time(mode) is None:
+        for mode in results.modes:
+            if mode in base.measured and base.value("time", mode) is None:
                 notes.append(f"{shape}, {mode}: no ratios, because the baseline has no time.")
     missing: dict[tuple[str, str], list[str]] = {}
     for row in results.rows:
         for mode, measurement in row.measured.items():
             if measurement.failure is not None:
-                where = f"{row.shape}, {mode}"
-                names = missing.setdefault((where, measurement.failure.reason), [])
-                names.append(row.implementation.name)
+                key = f"{row.shape}, {mode}", measurement.failure.reason
+                missing.setdefault(key, []).append(row.implementation.name)
     notes += [f"{where}, {', '.join(names)}: {why}" for (where, why), names in missing.items()]
     return notes
 

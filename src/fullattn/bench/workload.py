@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,23 @@ class Workload:
         if found != tuple(self.x.shape):
             raise ShapeError(f"expected an output of shape {tuple(self.x.shape)}, got {found}")
         return y  # type: ignore[no-any-return]
+
+    def milliseconds(self, mode: Mode) -> float:
+        """Time one call: wall-clock time, on CUDA the time between two events on the stream."""
+        self.prepare(mode)
+        if self.x.device.type != "cuda":
+            began = time.perf_counter()
+            self.run(mode)
+            return (time.perf_counter() - began) * 1e3
+        with torch.cuda.device(self.x.device):
+            event: Any = torch.cuda.Event  # its stubs have no types
+            start, end = event(enable_timing=True), event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            self.run(mode)
+            end.record()
+            torch.cuda.synchronize()
+            return float(start.elapsed_time(end))
 
 
 class Recipe(Protocol):

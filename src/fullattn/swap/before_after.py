@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from rich import box
@@ -14,9 +13,7 @@ from torch import Tensor, nn
 from fullattn._cli.conditions import Mode, environment
 from fullattn._cli.errors import UsageError
 from fullattn._text import si
-from fullattn.bench.group import measure_group
-from fullattn.bench.measure import Plan
-from fullattn.bench.memory import CpuMemory
+from fullattn.bench.measure import Plan, measure_group
 from fullattn.bench.results import Measurement
 from fullattn.bench.table import mebibytes, ratio, time
 from fullattn.swap import Report, count_flops
@@ -44,17 +41,14 @@ class _Side:
         return sum(x.numel() for x in self.workload.module.parameters())
 
 
-def compare(
-    network: Network, modes: tuple[Mode, ...], plan: Plan, console: Console, *, memory: bool
-) -> None:
+def compare(network: Network, modes: tuple[Mode, ...], plan: Plan, console: Console) -> None:
     """Measure a network as it is and as it is after its change, and print both.
 
     Args:
         network: with a target.
         modes: which of "inference" and "training".
-        plan: how often each call is timed.
+        plan: how often each call is timed, and whether its memory is measured.
         console: where to print.
-        memory: whether to measure peak memory.
 
     Raises:
         UsageError: the network cannot be built, changed or called.
@@ -67,26 +61,20 @@ def compare(
         "before": _Side.of(untouched, untouched.built()[0], images),
         "after": _Side.of(network, changed, images),
     }
-    with ExitStack() as stack:
-        stack.enter_context(network.conditions.limited_threads())
-        probe = None
-        if memory and images.device.type == "cpu" and CpuMemory.available:
-            probe = stack.enter_context(CpuMemory())
+    with network.conditions.limited_threads():
         for mode in modes:
             found = measure_group(
                 {name: side.workload for name, side in sides.items()},
                 {name: side.network for name, side in sides.items()},
                 mode,
                 plan,
-                probe,
-                peaks=memory,
             )
             for name, side in sides.items():
                 side.measured[mode] = found[name]
-        measured = sides["before"].measured.values()
-        reasons = [m.failure.reason for m in measured if m.failure is not None]
-        if len(reasons) == len(modes):
-            raise UsageError(f"the model does not run: {'; '.join(dict.fromkeys(reasons))}")
+    measured = sides["before"].measured.values()
+    reasons = [m.failure.reason for m in measured if m.failure is not None]
+    if len(reasons) == len(modes):
+        raise UsageError(f"the model does not run: {'; '.join(dict.fromkeys(reasons))}")
     _print(sides, report, modes, console)
 
 

@@ -96,5 +96,6 @@ def _swap(args: argparse.Namespace) -> None:
         layer_options=dict(args.layer_options),
         behind=args.insert,
     )
-    plan = Plan(args.seconds, args.repeats, limit=100.0)  # a network takes longer than a layer
-    compare(network, modes_named(args.mode), plan, console(), memory=not args.no_memory)
+    # A network takes longer than a layer.
+    plan = Plan(args.seconds, args.repeats, limit=100.0, memory=not args.no_memory)
+    compare(network, modes_named(args.mode), plan, console())
