@@ -15,9 +15,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from fullattn.layers import register
 __all__ = ["Probe", "cpu_peak", "cuda_peak", "start"]
 
 _STATUS = Path("/proc/self/status")
+_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 _AVAILABLE = "forkserver" in multiprocessing.get_all_start_methods()
 
 
@@ -54,21 +54,20 @@ def start() -> None:
     if not _AVAILABLE:
         return
     forkserver.set_forkserver_preload([__name__])
+    resource_tracker.ensure_running()  # which would unblock the signal
+    # Inherited: Ctrl-C ends the caller, which ends the others.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    threshold = os.environ.get(_THRESHOLD)
     # Freed tensors go back to the system at once, so that every call's peak is its own.
-    with _environment("MALLOC_MMAP_THRESHOLD_", "65536"):
-        forkserver.ensure_running()
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
+    os.environ[_THRESHOLD] = "65536"
     try:
-        yield
+        forkserver.ensure_running()
     finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if threshold is None:
+            del os.environ[_THRESHOLD]
+        else:
+            os.environ[_THRESHOLD] = threshold
 
 
 def cpu_peak(recipe: Recipe, mode: Mode, limit: float) -> Probe | Failure | None:
@@ -136,7 +135,6 @@ def cuda_peak(workload: Workload, mode: Mode) -> int:
 
 def _measure(answers: Connection, sources: list[str], recipe: Recipe, mode: Mode) -> None:
     """Send None when the call begins, then what was measured."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     silence = os.open(os.devnull, os.O_WRONLY)  # what a module prints, and a crash
     os.dup2(silence, 1)
     os.dup2(silence, 2)
