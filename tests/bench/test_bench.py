@@ -15,7 +15,7 @@ from torch import nn
 
 from fullattn import FullyAttentional
 from fullattn._cli.arguments import WIDTH
-from fullattn._cli.conditions import Conditions, Environment, Mode, parse_device, parse_dtype
+from fullattn._cli.conditions import Conditions, Environment, Mode, parse_device
 from fullattn._cli.errors import UsageError
 from fullattn._cli.inputs import check_image, feature_map
 from fullattn._cli.loading import load_class
@@ -810,12 +810,10 @@ def test_threads_are_put_back() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_devices_and_dtypes_that_are_not_there_are_refused() -> None:
+def test_devices_that_are_not_there_are_refused() -> None:
     for text in ("nowhere", "meta", f"cuda:{torch.cuda.device_count()}"):
         with pytest.raises(UsageError, match="expected a"):
             parse_device(text)
-    with pytest.raises(UsageError, match="expected a dtype of"):
-        parse_dtype("int8")
 
 
 def test_a_implementation_that_cannot_be_built_at_one_width_is_refused_before_measuring(

@@ -6,8 +6,9 @@ import argparse
 import ast
 import importlib.util
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 
@@ -18,7 +19,6 @@ from fullattn._cli.conditions import (
     Conditions,
     Mode,
     parse_device,
-    parse_dtype,
 )
 from fullattn._cli.errors import UsageError
 from fullattn.layers import LAYERS
@@ -39,7 +39,7 @@ __all__ = [
     "count",
     "index",
     "modes_named",
-    "need_extra",
+    "need_packages",
     "number",
     "point",
     "seconds",
@@ -62,34 +62,46 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+T = TypeVar("T")
 # A parser, or a group of its arguments.
 Adds: TypeAlias = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
-def count(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
+def _value(
+    convert: Callable[[str], T], expected: str, holds: Callable[[T], bool]
+) -> Callable[[str], T]:
+    """Make the type of an argument: what `convert` reads, if that `holds`."""
+
+    def parse(text: str) -> T:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
 
 
-def seed(text: str) -> int:
-    """Parse a seed of a random number generator."""
-    if not (text.isascii() and text.isdigit() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError
     return int(text)
 
 
-def seconds(text: str) -> float:
-    """Parse a finite time above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
-    return value
+def _pair(text: str, separator: str) -> tuple[int, int]:
+    first, second = map(_whole, text.split(separator))
+    return first, second
+
+
+count = _value(_whole, "a whole number of at least 1", lambda value: value >= 1)
+index = _value(_whole, "a whole number from 0", lambda value: True)
+seed = _value(_whole, "a whole number from 0", lambda value: value < 2**63)
+seconds = _value(float, "seconds above 0", lambda value: 0 < value < math.inf)
+number = _value(float, "a number", math.isfinite)
+size = _value(partial(_pair, separator="x"), "HxW such as 512x1024", lambda pair: True)
+point = _value(partial(_pair, separator=","), "X,Y such as 320,240", lambda pair: True)
 
 
 def words(values: Sequence[str]) -> list[str]:
@@ -108,41 +120,6 @@ def setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def number(text: str) -> float:
-    """Parse a finite number."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
-    return value
-
-
-def index(text: str) -> int:
-    """Parse a whole number from 0."""
-    if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
-    return int(text)
-
-
-def _pair(text: str, separator: str, form: str) -> tuple[int, int]:
-    numbers = text.split(separator)
-    if len(numbers) != 2 or not all(n.isascii() and n.isdigit() for n in numbers):
-        raise argparse.ArgumentTypeError(f"expected {form}, got {text!r}")
-    return int(numbers[0]), int(numbers[1])
-
-
-def size(text: str) -> tuple[int, int]:
-    """Parse HxW."""
-    return _pair(text, "x", "HxW such as 512x1024")
-
-
-def point(text: str) -> tuple[int, int]:
-    """Parse X,Y."""
-    return _pair(text, ",", "X,Y such as 320,240")
-
-
 def add_device(parser: Adds) -> None:
     """Add --device."""
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (cpu)")
@@ -150,19 +127,14 @@ def add_device(parser: Adds) -> None:
 
 def add_conditions(parser: Adds) -> None:
     """Add --dtype and --device."""
-    parser.add_argument(
-        "--dtype", default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (float32)"
-    )
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (cpu)")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="(float32)")
+    add_device(parser)
 
 
 def add_inputs(parser: Adds) -> None:
     """Add --memory-format, --seed and --threads."""
     parser.add_argument(
-        "--memory-format",
-        default="contiguous",
-        metavar="FORMAT",
-        help=f"{' or '.join(MEMORY_FORMATS)} (contiguous)",
+        "--memory-format", default="contiguous", choices=MEMORY_FORMATS, help="(contiguous)"
     )
     parser.add_argument("--seed", type=seed, default=0, help="of parameters and inputs (0)")
     parser.add_argument("--threads", type=count, help="PyTorch's threads (PyTorch's own choice)")
@@ -186,12 +158,8 @@ def add_repetition(parser: Adds) -> None:
 
 
 def conditions_of(args: argparse.Namespace) -> Conditions:
-    """Check the options of `add_conditions` and `add_inputs`."""
-    parse_dtype(args.dtype)
+    """Read the options of `add_conditions` and `add_inputs`."""
     parse_device(args.device)
-    if args.memory_format not in MEMORY_FORMATS:
-        allowed = " or ".join(MEMORY_FORMATS)
-        raise UsageError(f"expected a memory format of {allowed}, got {args.memory_format!r}")
     return Conditions(
         device=args.device,
         dtype=args.dtype,
@@ -203,11 +171,11 @@ def conditions_of(args: argparse.Namespace) -> Conditions:
     )
 
 
-def need_extra(what: str) -> None:
-    """Raise UsageError unless the packages of the extra `bench` are installed."""
-    missing = [name for name in ("rich", "matplotlib", "PIL") if not importlib.util.find_spec(name)]
+def need_packages(what: str, extra: str, *names: str) -> None:
+    """Raise UsageError unless packages are installed, naming the extra that holds them."""
+    missing = [name for name in names if not importlib.util.find_spec(name)]
     if missing:
-        raise UsageError(f"{what} needs {', '.join(missing)}: pip install 'fullattn[bench]'")
+        raise UsageError(f"{what} needs {', '.join(missing)}: pip install 'fullattn[{extra}]'")
 
 
 def modes_named(chosen: str | None) -> tuple[Mode, ...]:

@@ -29,7 +29,6 @@ __all__ = [
     "device_name",
     "environment",
     "parse_device",
-    "parse_dtype",
 ]
 
 DTYPES = {
@@ -174,17 +173,7 @@ def available_bytes() -> int | None:
 
 
 def parse_device(text: str) -> torch.device:
-    """Read a device and check that it is there.
-
-    Args:
-        text: "cpu", "cuda" or "cuda:1".
-
-    Returns:
-        The device.
-
-    Raises:
-        UsageError: it is not a device that can be measured, or not on this machine.
-    """
+    """Read a device such as "cuda:1"; raise UsageError unless it can be used on this machine."""
     try:
         device = torch.device(text)
     except RuntimeError as error:
@@ -200,10 +189,3 @@ def parse_device(text: str) -> torch.device:
         except RuntimeError as error:
             raise UsageError(f"device {text!r} cannot be used: {describe(error)}") from error
     return device
-
-
-def parse_dtype(text: str) -> torch.dtype:
-    """Read a dtype's name, or raise UsageError listing the names."""
-    if text not in DTYPES:
-        raise UsageError(f"expected a dtype of {', '.join(DTYPES)}, got {text!r}")
-    return DTYPES[text]

@@ -11,7 +11,7 @@ import torch
 
 from fullattn import costs
 from fullattn._cli.arguments import LAYER_HELP, Parser, add_conditions, words
-from fullattn._cli.conditions import device_name, parse_device, parse_dtype
+from fullattn._cli.conditions import DTYPES, device_name, parse_device
 from fullattn._cli.errors import UsageError
 from fullattn._cli.loading import layer_named
 from fullattn._cli.shapes import parse_shape
@@ -50,7 +50,7 @@ def configure(parser: Parser) -> None:
 
 def _info(args: argparse.Namespace) -> None:
     shape = parse_shape(args.shape)
-    dtype = parse_dtype(args.dtype)
+    dtype = DTYPES[args.dtype]
     device = parse_device(args.device)
     layers = [layer_named(layer) for layer in words(args.layer)]
     lines = [

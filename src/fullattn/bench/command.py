@@ -14,7 +14,7 @@ from fullattn._cli.arguments import (
     conditions_of,
     console,
     modes_named,
-    need_extra,
+    need_packages,
     seconds,
     words,
 )
@@ -145,7 +145,7 @@ def configure(parser: Parser) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    need_extra("the benchmark")
+    need_packages("the benchmark", "bench", "rich", "matplotlib", "PIL")
     from fullattn.bench.measure import Plan
     from fullattn.bench.results import read_results
     from fullattn.bench.run import Options, bench

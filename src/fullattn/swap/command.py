@@ -13,7 +13,7 @@ from fullattn._cli.arguments import (
     conditions_of,
     console,
     modes_named,
-    need_extra,
+    need_packages,
     setting,
 )
 from fullattn._cli.errors import UsageError
@@ -78,7 +78,7 @@ def configure(parser: Parser) -> None:
 
 
 def _swap(args: argparse.Namespace) -> None:
-    need_extra("the comparison")
+    need_packages("the comparison", "bench", "rich", "matplotlib", "PIL")
     from fullattn.bench.measure import Plan
     from fullattn.swap.before_after import compare
     from fullattn.swap.network import Network

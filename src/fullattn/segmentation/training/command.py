@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fullattn._cli.arguments import Parser, count
+from fullattn._cli.arguments import Parser, count, need_packages
 from fullattn._cli.errors import UsageError, sentences
 from fullattn._cli.output import output_folder
 
@@ -92,9 +91,7 @@ def configure(parser: Parser) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    missing = [name for name in _NEEDED if not importlib.util.find_spec(name)]
-    if missing:
-        raise UsageError(f"training needs {', '.join(missing)}: pip install 'fullattn[train]'")
+    need_packages("training", "train", *_NEEDED)
     config = _config(args)  # before the slow imports
     from lightning.pytorch.utilities import rank_zero_only
     from rich.console import Console
