@@ -30,8 +30,13 @@ __all__ = ["ROOT", "TABLES", "fill", "pages"]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-# What a map sums away, by the features of its cut.
-_LOSES = {"hw": "where", "c": "which channel", "h": "the place in a column", "w": "in a row"}
+# What a map sums over, by the features of its cut.
+_SUMS = {
+    "hw": "the whole place",
+    "c": "the channels",
+    "h": "the place in a column",
+    "w": "in a row",
+}
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -92,10 +97,10 @@ def cpu_tables() -> str:
     return "\n\n".join(parts)
 
 
-def _loses(layer: str) -> str:
-    """Say what the maps of a layer, or of the official implementation, sum away."""
+def _sums_over(layer: str) -> str:
+    """Say what the maps of a layer, or of the official implementation, sum over."""
     cuts = LAYERS.get(layer, LAYERS["fully"]).operation.cuts
-    return ", ".join(_LOSES[cut.features] for cut in cuts)
+    return ", ".join(_SUMS[cut.features] for cut in cuts)
 
 
 def home_table() -> str:
@@ -115,7 +120,7 @@ def home_table() -> str:
         cells.append(
             [
                 _name(row),
-                _loses(row.implementation.layer),
+                _sums_over(row.implementation.layer),
                 si(formula.flops),
                 digits(formula.map_bytes / 2**20),
                 forward[0],
@@ -123,12 +128,37 @@ def home_table() -> str:
                 training[2],
             ]
         )
-    headings = ["512×97×97", "loses", "FLOPs", "maps MiB", "forward ms"]
+    headings = ["512×97×97", "sums over", "FLOPs", "maps MiB", "forward ms"]
     headings += ["forward + backward ms", "its peak MiB"]
     here = report.environment
     about = f"{here.device_name}, {report.conditions.threads} threads, {report.conditions.dtype}"
     about += f", PyTorch {here.torch}, {here.date[:10]}."
     return f"{_table(headings, cells)}\n\n{about}"
+
+
+def readme_table() -> str:
+    """Compare the layer with the official implementation: on a CPU, and on the first GPU."""
+    report = _cpu()
+    rows = [row for row in report.at(report.shapes[0]) if row.implementation.automatic]
+    public, ours = report.baseline_at(report.shapes[0]), rows[0]
+    assert public is not None
+    cells = []
+    for row in (public, ours):
+        forward, training = (_measured(report, row, mode) for mode in ("inference", "training"))
+        cells.append([f"CPU, {row.shape}: {_name(row)}", forward[0], training[0], training[2]])
+    here = report.environment
+    about = [f"{here.device_name}, {report.conditions.threads} threads, PyTorch {here.torch}"]
+    for data in _gpu_runs()[:1]:
+        card, first = data["about"], data["rows"][0]
+        place = f"GPU, {'x'.join(map(str, first['shape']))} {first['dtype']}"
+        names = {"official": "official implementation", "fully, triton": ours.implementation.title}
+        for name, title in names.items():
+            title = f"`{title}` (triton)" if name != "official" else title
+            forward, _, training, peak = _best_gpu_figures(data, name)
+            cells.append([f"{place}: {title}", forward, training, peak])
+        about.append(f"{card['device_name']}, PyTorch {card['torch']}")
+    headings = ["", "forward ms", "forward + backward ms", "its peak MiB"]
+    return f"{_table(headings, cells)}\n\n{'; '.join(about)}. Medians; peaks over the inputs."
 
 
 def flanet_step_table() -> str:
@@ -193,29 +223,31 @@ def home_gpu_table(data: dict[str, Any]) -> str:
     """
     first = data["rows"][0]
     names = {
-        "official": "official block",
+        "official": "official implementation",
         "official, torch.compile": "the same under `torch.compile`",
         "fully, sdpa cuDNN": "our layer on PyTorch's cuDNN attention",
         "fully, triton": "our layer on `triton`",
     }
-    cells = []
-    for name, title in names.items():
-        line = [title]
-        for mode in ("inference", "training"):
-            here = [
-                row
-                for row in data["rows"]
-                if (row["implementation"], row["mode"]) == (name, mode)
-                and (row["shape"], row["dtype"]) == (first["shape"], first["dtype"])
-            ]
-            for figure in ("gpu_ms", "peak_bytes"):
-                found = [row[figure] for row in here if row[figure] is not None]
-                unit = 2**20 if figure == "peak_bytes" else 1
-                line.append(digits(min(found) / unit) if found else "–")
-        cells.append(line)
+    cells = [[title, *_best_gpu_figures(data, name)] for name, title in names.items()]
     shape = "×".join(map(str, first["shape"]))
     headings = [f"{shape}, {first['dtype']}", "forward ms", "peak MiB", "training ms", "peak MiB"]
     return f"{_table(headings, cells)}\n\n{_gpu_conditions(data)}"
+
+
+def _best_gpu_figures(data: dict[str, Any], name: str) -> list[str]:
+    """Format time and peak, forward and training, at the first shape in the better layout."""
+    first, line = data["rows"][0], []
+    for mode in ("inference", "training"):
+        here = [
+            row
+            for row in data["rows"]
+            if (row["implementation"], row["mode"]) == (name, mode)
+            and (row["shape"], row["dtype"]) == (first["shape"], first["dtype"])
+        ]
+        for figure, unit in (("gpu_ms", 1), ("peak_bytes", 2**20)):
+            found = [row[figure] for row in here if row[figure] is not None]
+            line.append(digits(min(found) / unit) if found else "–")
+    return line
 
 
 def gpu_table(data: dict[str, Any]) -> str:
@@ -272,6 +304,7 @@ def _gpu_conditions(data: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "readme": readme_table,
     "home": home_table,
     "cpu": cpu_tables,
     "flanet_step": flanet_step_table,

@@ -94,13 +94,13 @@ _LAYERS: dict[str, tuple[str, str, str, Callable[[int, int, int], bool]]] = {
     "channel": (
         "ChannelNonLocal",
         "one C×C map",
-        "loses where",
+        "sums over positions",
         lambda channel, row, column: channel == 0,
     ),
     "spatial": (
         "SpatialNonLocal",
         "one HW×HW map",
-        "loses which channel",
+        "sums over channels",
         lambda channel, row, column: row == 1 and column == 2,
     ),
     "fully": (
