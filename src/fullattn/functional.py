@@ -18,8 +18,8 @@ from torch import Tensor, einsum, softmax
 
 from fullattn import attention
 from fullattn.attention import AttentionCall, Operation, ScoreFunction, dispatch, triton
-from fullattn.attention.backend import is_symbolic
 from fullattn.attention.reference import scaled, weights
+from fullattn.attention.tracing import inverse_root, is_symbolic, with_plain_sizes
 from fullattn.reshape import CHANNELS, COLUMNS, POSITIONS, ROWS
 
 __all__ = [
@@ -161,7 +161,11 @@ def axial_means(x: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor, 
     named = dispatch.forced(backend)
     means = triton.axial_means(x) if named is None or named is triton.BACKEND else None
     # x.mean, not a pooling layer: a deterministic CUDA backward, and exports with free sizes.
-    return (x, x.mean(dim=3).mT, x.mean(dim=2).mT) if means is None else means
+    return (
+        (x, x.mean(dim=3).transpose(-2, -1), x.mean(dim=2).transpose(-2, -1))
+        if means is None
+        else means
+    )
 
 
 def fully_attentional_call(
@@ -169,8 +173,8 @@ def fully_attentional_call(
 ) -> AttentionCall:
     """Return the call of `fully_attentional`; scale None multiplies the keys by 1/√H and 1/√W."""
     if scale is None:
-        column_key = column_key * x.shape[2] ** -0.5
-        row_key = row_key * x.shape[3] ** -0.5
+        column_key = column_key * inverse_root(x.shape[2], x)
+        row_key = row_key * inverse_root(x.shape[3], x)
         scale = 1.0
     return AttentionCall(AXIAL_CHANNEL_ATTENTION, (x, column_key, row_key), scale)
 
@@ -236,10 +240,10 @@ def channel_call(
     tensors: tuple[Tensor, ...] = (x,)
     if scale is None:
         features = x.shape[2] * x.shape[3]
-        # A symbolic size may multiply a tensor, but not be the float argument of an operator.
-        symbolic = is_symbolic(features)
-        scale = 1.0 if symbolic else features**-0.5
-        tensors = (x, x * features**-0.5) if symbolic else tensors
+        scale = inverse_root(features, x)
+        if is_symbolic(features):
+            # A symbolic size may multiply a tensor, but not be the float argument of an operator.
+            tensors, scale = (x, x * scale), 1.0
     # softmax(max(S) - S) is softmax(-S), because a softmax ignores a constant added to its row.
     return AttentionCall(CHANNEL_ATTENTION, tensors, -scale if least_similar else scale)
 
@@ -293,7 +297,9 @@ def spatial_call(
     scale: float | None = 1.0,
 ) -> AttentionCall:
     """Return the call of `spatial_non_local`."""
-    scale = query.shape[1] ** -0.5 if scale is None else scale
+    if scale is None:
+        with with_plain_sizes():  # the number of channels
+            scale = query.shape[1] ** -0.5
     return AttentionCall(POSITION_ATTENTION, (query, key, value), scale, score)
 
 

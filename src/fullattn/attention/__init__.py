@@ -28,10 +28,10 @@ from fullattn.attention.backend import (
     BranchSizes,
     Operation,
     ScoreFunction,
-    statically_true,
 )
 from fullattn.attention.dispatch import BackendError, backend, backend_names, choose
 from fullattn.attention.residual import scaled_residual
+from fullattn.attention.tracing import statically_true, with_plain_sizes
 
 __all__ = [
     "AttentionCall",
@@ -95,7 +95,9 @@ def run(
         # Cast once; inside the backend, autocast would compute the scores in half precision.
         with torch.autocast(device, enabled=False):
             return run(call._replace(tensors=_cast(device, tensors)), x, gamma, backend=backend)
-    chosen = choose(AttentionInputs.of(call), backend)
+    with with_plain_sizes():
+        inputs = AttentionInputs.of(call)
+    chosen = choose(inputs, backend)
     if chosen.builds_map:
         return reference.attended(call), False
     if score is ScoreFunction.SOFTMAX and operation.name in chosen.operations:

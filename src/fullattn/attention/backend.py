@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fullattn.attention.sizes import Size, less, maximum
+from fullattn.attention.tracing import statically_true
 from fullattn.reshape import Cut
 
 __all__ = [
@@ -24,8 +25,6 @@ __all__ = [
     "Setting",
     "Workspace",
     "described",
-    "is_symbolic",
-    "statically_true",
     "work_dtype",
 ]
 
@@ -35,28 +34,6 @@ FLOATING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float6
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of scores and softmax: at least float32, since float16 ends at 65504."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def statically_true(condition: bool) -> bool:
-    """Whether a condition on sizes holds, without making it a condition of a traced program.
-
-    While PyTorch traces with symbolic sizes, a Python branch on a size becomes a guard, with which
-    an export with dynamic sizes fails. A condition that may not hold for some size is then False.
-    """
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        return statically_known_true(condition)
-    return condition
-
-
-def is_symbolic(size: int) -> bool:
-    """Whether a size is symbolic in a program that is being traced."""
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-
-        return not has_static_value(size)
-    return False
 
 
 class ScoreFunction(enum.Enum):

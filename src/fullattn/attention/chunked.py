@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fullattn.attention import flops, operators
+from fullattn.attention import flops, operators, reference
 from fullattn.attention.backend import (
     Backend,
     BranchSizes,
@@ -262,6 +262,7 @@ attend = operators.register(
     forward_flops=flops.attend,
     backward=backward,
     backward_flops=flops.attend_backward,
+    definition=reference.attend,
     empty_result=lambda query, key, value, scale: _like_query(query, value.shape[-1]),
 )
 

@@ -4,23 +4,33 @@ The rule, on every device: build the similarity map if there is one slice and it
 elements than its query and key; otherwise use a fused backend. The maps of several slices, such as
 FullyAttentional's columns and rows, are never built: every slice would have to be copied first,
 which costs more than a small map saves. The fused backend is the first of `FUSED_SLICES` or
-`FUSED_SLICE` that can run the inputs. In `torch.export` it is the first that uses PyTorch's own
-operators alone, so that the exported program can be loaded without this package.
+`FUSED_SLICE` that can run the inputs. In `torch.export`, `torch.jit.trace` and `torch.onnx.export`
+it is the first that uses PyTorch's own operators alone, so that the program can be loaded without
+this package.
 
 The rule is overridden by, in this order, the `backend` context manager, the `backend=` argument of
-the layer or function, and the environment variable FULLATTN_BACKEND.
+the layer or function, and the environment variable FULLATTN_BACKEND. In torch.func transforms and
+forward-mode differentiation the definition runs, which alone PyTorch can transform.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
 from fullattn.attention import chunked, linear, native, reference, sdpa, triton
-from fullattn.attention.backend import AttentionInputs, Backend, described, statically_true
+from fullattn.attention.backend import AttentionInputs, Backend, described
+from fullattn.attention.tracing import (
+    is_exported,
+    is_jit_traced,
+    is_transformed,
+    statically_true,
+)
 
 __all__ = [
     "BACKENDS",
@@ -59,8 +69,24 @@ FUSED_SLICE: tuple[Backend, ...] = (sdpa.BACKEND, chunked.BACKEND, linear.BACKEN
 _BY_NAME = {entry.name: entry for entry in BACKENDS}
 
 _ENVIRONMENT = "FULLATTN_BACKEND"
-# A module global and not a context variable: torch.compile guards on it and retraces when it moves.
-_override: str | None = None
+# The override of `backend` in this thread or task.
+_override: ContextVar[str | None] = ContextVar("fullattn_backend", default=None)
+
+
+class _Overrides(threading.local):
+    """The overrides of this thread, for torch.compile, which cannot trace a context variable.
+
+    Attributes:
+        name: of the last one that was entered; torch.compile guards on it in every thread.
+        entered: all of them, which tasks may leave in another order.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.entered: list[list[str | None]] = []
+
+
+_overrides = _Overrides()
 _from_environment: str | None = os.environ.get(_ENVIRONMENT) or None
 
 
@@ -84,8 +110,9 @@ def check_name(name: str | None, source: str = "backend") -> str | None:
 def backend(name: str | None) -> Iterator[None]:
     """Run every layer of this package on one backend inside a `with` block.
 
-    The override holds for the whole process, not for one thread, and wins over a layer's own
-    `backend=` and over FULLATTN_BACKEND. Backward passes run on the backend of their forward.
+    The override holds for the thread or the asyncio task that enters the block, and wins over a
+    layer's own `backend=` and over FULLATTN_BACKEND. Backward passes run on the backend of their
+    forward. Compiled code follows the override of its thread that was entered last.
 
     Args:
         name: "triton", "native", "chunked", "sdpa", "linear" or "reference"; None for the
@@ -103,12 +130,16 @@ def backend(name: str | None) -> Iterator[None]:
         >>> with fullattn.backend("reference"):
         ...     y = layer(torch.randn(1, 8, 5, 6))
     """
-    global _override
-    previous, _override = _override, check_name(name)
+    token = _override.set(check_name(name))
+    entry = [name]
+    _overrides.entered.append(entry)
+    _overrides.name = name
     try:
         yield
     finally:
-        _override = previous
+        _override.reset(token)
+        _overrides.entered[:] = [each for each in _overrides.entered if each is not entry]
+        _overrides.name = _overrides.entered[-1][0] if _overrides.entered else None
 
 
 def fused(inputs: AttentionInputs) -> tuple[Backend, ...]:
@@ -123,7 +154,8 @@ def worth_building(inputs: AttentionInputs) -> bool:
 
 def forced(requested: str | None) -> Backend | None:
     """Return the backend that context, `backend=` or environment name; None for none."""
-    name = _override or requested
+    compiling = torch.compiler.is_compiling()
+    name = (_overrides.name if compiling else _override.get()) or requested
     if name is None and _from_environment is not None:
         name = check_name(_from_environment, _ENVIRONMENT)
     return None if name is None else _BY_NAME[name]
@@ -147,11 +179,15 @@ def choose(inputs: AttentionInputs, requested: str | None = None) -> Backend:
     if named is not None:
         if named.reasons_against(inputs):
             raise _refused(named, inputs)
-        return named
+        # A traced program is made to be loaded elsewhere, whatever was chosen for this process.
+        if not (named.own_operators and is_jit_traced()) and not is_transformed():
+            return named
+    if is_transformed():
+        return reference.BACKEND
     if not worth_building(inputs):
-        exporting = torch.compiler.is_exporting()
+        exported = is_exported()
         for candidate in fused(inputs):
-            if exporting and candidate.own_operators:
+            if exported and candidate.own_operators:
                 continue
             if not candidate.reasons_against(inputs):
                 return candidate

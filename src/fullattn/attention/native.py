@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fullattn.attention import flops, operators
+from fullattn.attention import flops, operators, reference
 from fullattn.attention.backend import FLOATING, Backend, Setting, Workspace
 from fullattn.attention.sizes import Size, maximum, minimum
 
@@ -224,6 +224,7 @@ _attend = operators.register(
     forward_flops=flops.axial_channel_attention,
     backward=_backward,
     backward_flops=flops.axial_channel_attention_backward,
+    definition=reference.attend_columns_and_rows,
     empty_result=lambda x, column_key, row_key, scale: torch.empty_like(x),
 )
 _attend_with_residual = operators.register(

@@ -26,8 +26,18 @@ from fullattn.attention.backend import (
     work_dtype,
 )
 from fullattn.attention.sizes import less, maximum
+from fullattn.reshape import COLUMNS, ROWS
 
-__all__ = ["BACKEND", "attend", "attended", "maps", "scaled", "similarity", "weights"]
+__all__ = [
+    "BACKEND",
+    "attend",
+    "attend_columns_and_rows",
+    "attended",
+    "maps",
+    "scaled",
+    "similarity",
+    "weights",
+]
 
 
 def scaled(key: Tensor, scale: float) -> Tensor:
@@ -74,6 +84,17 @@ def attend(
     """Compute similarity(query, key) · value, (B, S, N, E), in the query's dtype."""
     maps = similarity(query, key, scale, score)
     return einsum("bsnm, bsme -> bsne", maps, value.to(maps.dtype)).to(query.dtype)
+
+
+def attend_columns_and_rows(
+    x: Tensor, column_key: Tensor, row_key: Tensor, scale: float = 1.0
+) -> Tensor:
+    """Compute attention over the columns of x plus attention over its rows, (B, C, H, W)."""
+    attended = [
+        cut.inverse(attend(cut(x), key.unsqueeze(1), cut(x), scale), *x.shape[2:])
+        for cut, key in ((COLUMNS, column_key), (ROWS, row_key))
+    ]
+    return attended[0] + attended[1]
 
 
 def attended(call: AttentionCall) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fullattn.attention.tracing import is_jit_traced, is_transformed
+
 __all__ = ["scaled_residual"]
 
 
@@ -21,7 +23,8 @@ def scaled_residual(x: Tensor | None, gamma: Tensor | None, attended: Tensor) ->
     """
     if gamma is None or x is None:
         return attended
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    recorded = torch.compiler.is_compiling() or is_jit_traced() or is_transformed()
+    if torch.is_grad_enabled() or recorded:
         return torch.addcmul(x, gamma, attended)
     fits = attended.dtype == torch.promote_types(x.dtype, gamma.dtype)
     # Written in place to save memory, but not in another layout than x's, which the next module

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fullattn.attention import flops
+from fullattn.attention import chunked, flops, operators, reference
 from fullattn.attention.backend import (
     FLOATING,
     Backend,
@@ -23,10 +23,10 @@ from fullattn.attention.backend import (
     ScoreFunction,
     Setting,
     Workspace,
-    statically_true,
     work_dtype,
 )
 from fullattn.attention.sizes import Size, at_least, equal, less, maximum, minimum, where
+from fullattn.attention.tracing import is_jit_traced, statically_true
 
 __all__ = ["BACKEND", "attend"]
 
@@ -52,8 +52,13 @@ def _pad_features(x: Tensor, features: int) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
     """Compute `fullattn.attention.attend` by `scaled_dot_product_attention`."""
-    if work_dtype(query.dtype) != query.dtype and _writes_onnx():
+    if work_dtype(query.dtype) != query.dtype and torch.onnx.is_in_onnx_export():
+        # PyTorch's kernels compute the scores of float16 in float32. In ONNX they would be float16:
+        # unscaled scores past 65504 would be infinite, and the result NaN.
         return attend(query.float(), key.float(), value.float(), scale).to(query.dtype)
+    if is_jit_traced():  # the sizes are not known, and the program may run on any device
+        key, value = (x.expand(-1, query.shape[1], -1, -1) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
     slices, value_features = query.shape[1], value.shape[-1]
     if scale < 0:  # a negative scale has been a source of bugs in the fused kernels
         query, scale = -query, -scale
@@ -61,17 +66,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     query, key = _pad_features(query, features), _pad_features(key, features)
     value = _pad_features(value, value_padded)
     key, value = _of_every_slice(key, slices), _of_every_slice(value, slices)
-    if query.device.type == "cuda" and statically_true(query.shape[0] * slices > _CUDA_GRID):
+    if query.device.type == "cpu" and not torch.compiler.is_exporting():
+        out: Tensor = _attend_on_cpu(query, key, value, scale)[0]
+    elif query.device.type == "cuda" and statically_true(query.shape[0] * slices > _CUDA_GRID):
         out = _in_parts(query, key, value, scale)
     else:
         out = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return out if statically_true(value_padded == value_features) else out[..., :value_features]
-
-
-def _writes_onnx() -> bool:
-    # PyTorch's kernels compute the scores of float16 in float32. In ONNX they would be float16:
-    # unscaled scores past 65504 would be infinite, and the result NaN.
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def _of_every_slice(x: Tensor, slices: int) -> Tensor:
@@ -90,13 +91,72 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
     )
 
 
+# The CPU kernel keeps the logarithm of each softmax's sum, which float32 rounds by 6e-8 of itself;
+# its backward computes weights from that, and so has this relative error times the largest score.
+_MOST_ROUNDING = 1e-4
+_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _forward_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, log_sum = _KERNEL(query, key, value, scale=scale)
+    # The kernel hides some of the NaN and infinities of its inputs.
+    finite = (x.sum(dtype=log_sum.dtype).isfinite() for x in (query, key, value, log_sum))
+    if not all(finite):
+        return chunked.forward(query, key, value, scale), log_sum.fill_(torch.inf)
+    return out, log_sum
+
+
+def _backward_on_cpu(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    log_sum: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    rounding = log_sum.abs().max() * torch.finfo(log_sum.dtype).eps
+    if rounding <= _MOST_ROUNDING:  # it is infinite after `chunked.forward`
+        found: tuple[Tensor, ...] = _KERNEL_BACKWARD(
+            grad, query, key, value, out, log_sum, 0.0, False, scale=scale
+        )
+        return found
+    return tuple(
+        _in_kernel_layout(x).copy_(x) for x in chunked.backward(grad, query, key, value, scale)
+    )
+
+
+def _in_kernel_layout(x: Tensor, features: int | None = None) -> Tensor:
+    """Return an empty (B, S, N, D) in the layout of the kernel's results, (B, N, S, D)."""
+    batch, slices, tokens, own_features = x.shape
+    return x.new_empty(batch, tokens, slices, features or own_features).transpose(1, 2)
+
+
+def _empty_on_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    log_sum = _in_kernel_layout(query, 1).squeeze(-1).to(work_dtype(query.dtype))
+    return _in_kernel_layout(query, value.shape[-1]), log_sum
+
+
+_attend_on_cpu = operators.register(
+    "attend_sdpa",
+    ("query", "key", "value"),
+    forward=_forward_on_cpu,
+    forward_flops=flops.attend,
+    backward=_backward_on_cpu,
+    backward_flops=flops.attend_backward,
+    empty_grads=lambda grad, *inputs: tuple(map(_in_kernel_layout, inputs[:3])),
+    definition=reference.attend,
+    empty_result=_empty_on_cpu,
+    keeps_result=True,
+    statistics=("log_sum",),
+)
+
 # PyTorch's FLOP counter has formulas for the CUDA kernels of SDPA, but not for the CPU kernel.
-for _name, _formula in (
-    ("_scaled_dot_product_flash_attention_for_cpu", flops.attend),
-    ("_scaled_dot_product_flash_attention_for_cpu_backward", flops.attend_backward),
-):
-    if hasattr(torch.ops.aten, _name):
-        flops.register(getattr(torch.ops.aten, _name), _formula)
+flops.register(_KERNEL, flops.attend)
+flops.register(_KERNEL_BACKWARD, flops.attend_backward)
 
 
 def _workspace(a: BranchSizes, setting: Setting) -> Workspace:

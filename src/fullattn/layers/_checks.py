@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fullattn.attention import is_autocast_enabled
+from fullattn.attention.tracing import is_jit_traced, plain_shape
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Ten
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor of shape (B, {channels}, H, W), got {type(x).__name__}")
-    shape = x.shape
+    shape = plain_shape(x)
     if len(shape) not in (3, 4):
         raise ValueError(
             f"expected an input of shape (B, {channels}, H, W) or ({channels}, H, W), "
@@ -99,7 +100,9 @@ def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Ten
 
 def like_input(y: Tensor, x: Tensor, unbatched: bool) -> Tensor:
     """Return y in the memory format of x, both (B, C, H, W), without B if x came without."""
-    if x.is_contiguous():
+    if is_jit_traced():  # the program may run on maps of another format
+        pass
+    elif x.is_contiguous():
         y = y.contiguous()
     elif x.is_contiguous(memory_format=torch.channels_last):
         y = y.contiguous(memory_format=torch.channels_last)

@@ -143,8 +143,8 @@ class FullyAttentional(AttentionLayer):
     def attention(self, x: Tensor) -> AttentionCall:
         """Compare every column with the mean column's keys, and every row with the mean row's."""
         x, mean_column, mean_row = functional.axial_means(x, self.backend)
-        column_key = self.column_key(mean_column).mT  # (B, C, H)
-        row_key = self.row_key(mean_row).mT  # (B, C, W)
+        column_key = self.column_key(mean_column).transpose(1, 2)  # (B, C, H)
+        row_key = self.row_key(mean_row).transpose(1, 2)  # (B, C, W)
         call = mixing.mixed_call if self.mix_images else functional.fully_attentional_call
         return call(x, column_key, row_key, scale=self.scale)
 

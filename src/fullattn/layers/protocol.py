@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fullattn import attention
 from fullattn.attention import AttentionCall, BranchSizes, Operation
@@ -160,12 +160,22 @@ class AttentionLayer(nn.Module):
         Returns:
             A tensor of x's shape and memory format.
         """
+        if isinstance(x, fx.Proxy):
+            return _one_call(self, x)
         x, unbatched = self.check(x)
         gamma = getattr(self, "gamma", None)
         y, added = attention.run(self.attention(x), x, gamma, backend=self.backend)
         if not added:
             y = attention.scaled_residual(x, gamma, y)
         return _checks.like_input(self.finish(x, y), x, unbatched)
+
+    def __prepare_scriptable__(self) -> AttentionLayer:
+        """Refuse torch.jit.script, which calls this method first."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose backend is chosen at run "
+            "time: use torch.jit.trace, whose program takes any batch, height and width, or "
+            "torch.export or torch.compile"
+        )
 
     def similarity(self, x: Tensor) -> Any:
         """Build the similarity maps that `forward` multiplies with the values.
@@ -226,6 +236,19 @@ class AttentionLayer(nn.Module):
                 if value != parameter.default:
                     shown.append(f"{name}={value!r}")
         return ", ".join(shown)
+
+
+def _one_call(layer: AttentionLayer, x: fx.Proxy) -> Any:
+    """Record a layer in an fx graph as one call of the module."""
+    tracer = x.tracer
+    try:
+        name = tracer.path_of_module(layer)  # type: ignore[attr-defined]
+    except NameError:
+        name = ""
+    if not name:  # the layer itself is traced: put it into a module that can call it
+        name = "layer"
+        tracer.root = nn.ModuleDict({name: layer})  # type: ignore[attr-defined]
+    return tracer.create_proxy("call_module", name, (x,), {})
 
 
 LAYERS: dict[str, type[AttentionLayer]] = {}

@@ -24,6 +24,7 @@ from fullattn import functional
 from fullattn.attention import AttentionCall, BranchSizes, ScoreFunction
 from fullattn.attention.dispatch import check_name
 from fullattn.attention.sizes import Size, maximum
+from fullattn.attention.tracing import plain_shape
 from fullattn.layers import _checks
 from fullattn.layers.protocol import AttentionLayer, Convolutions, Work
 from fullattn.reshape import POSITIONS
@@ -180,7 +181,7 @@ class SpatialNonLocal(AttentionLayer):
         """Check an input, which must have at least `subsample` rows and columns."""
         # Not self.value.weight, which is a method in a quantised module and missing in an adapter.
         x, unbatched = _checks.feature_map(x, self.channels, self.value._parameters.get("weight"))
-        self.check_size(x.shape)
+        self.check_size(plain_shape(x))
         return x, unbatched
 
     def check_size(self, shape: tuple[int, ...]) -> None:
@@ -211,15 +212,15 @@ class SpatialNonLocal(AttentionLayer):
         The module is called once, on [query, 0] for all queries, [0, key] for all keys and [0, 0],
         whose result is subtracted so that the bias of a replaced module counts once.
         """
-        queries, keys = query.flatten(2).mT, key.flatten(2).mT
+        queries, keys = query.flatten(2).transpose(-2, -1), key.flatten(2).transpose(-2, -1)
         pairs = torch.cat(
             [F.pad(queries, (0, keys.shape[2])), F.pad(keys, (queries.shape[2], 0))], dim=1
         )
-        scores = score(F.pad(pairs, (0, 0, 0, 1))).mT
+        scores = score(F.pad(pairs, (0, 0, 0, 1))).transpose(-2, -1)
         of_queries, of_keys, of_none = scores.split([queries.shape[1], keys.shape[1], 1], dim=2)
         return (
-            (of_queries - of_none).unflatten(2, query.shape[2:]),
-            of_keys.unflatten(2, key.shape[2:]),
+            (of_queries - of_none).reshape(query.shape[0], 1, *query.shape[2:]),
+            of_keys.reshape(key.shape[0], 1, *key.shape[2:]),
         )
 
     def finish(self, x: Tensor, y: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fullattn.attention import chunked, flops, operators
+from fullattn.attention import chunked, flops, operators, reference
 from fullattn.attention.backend import (
     FLOATING,
     AttentionInputs,
@@ -226,6 +226,9 @@ _operator = operators.register(
     forward_flops=flops.axial_channel_attention,
     backward=_backward,
     backward_flops=flops.axial_channel_attention_backward,
+    definition=lambda x, column_key, row_key, gamma, scale: scaled_residual(
+        x, gamma, reference.attend_columns_and_rows(x, column_key, row_key, scale)
+    ),
     empty_result=lambda x, column_key, row_key, gamma, scale, keep: launch.empty_result(
         x, gamma, keep
     ),
