@@ -81,6 +81,7 @@ def _value(
             raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
+    parse.__doc__ = f"Parse {expected}."
     return parse
 
 

@@ -9,7 +9,9 @@ overflows (pytorch issues 142228 and 146704).
 
 from __future__ import annotations
 
+import math
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,20 +95,36 @@ def _in_parts(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
 
 # The CPU kernel keeps the logarithm of each softmax's sum, which float32 rounds by 6e-8 of itself;
 # its backward computes weights from that, and so has this relative error times the largest score.
-_MOST_ROUNDING = 1e-4
+_MOST_ROUNDING = 5e-4
 _KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _KERNEL(query, key, value, scale=scale)
+    return result
+
+
+def _kernel_backward(*tensors_and_scale: Any) -> tuple[Tensor, ...]:
+    *tensors, scale = tensors_and_scale
+    grads: tuple[Tensor, ...] = _KERNEL_BACKWARD(*tensors, 0.0, False, scale=scale)
+    return grads
 
 
 def _forward_on_cpu(
     query: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    out, log_sum = _KERNEL(query, key, value, scale=scale)
+    out, log_sum = _kernel(query, key, value, scale)
     # The kernel hides some of the NaN and infinities of its inputs.
-    finite = (x.sum(dtype=log_sum.dtype).isfinite() for x in (query, key, value, log_sum))
-    if not all(finite):
-        return chunked.forward(query, key, value, scale), log_sum.fill_(torch.inf)
+    if not all(map(_is_finite, (query, key, value, log_sum))):
+        return out.copy_(chunked.forward(query, key, value, scale)), log_sum.fill_(torch.inf)
     return out, log_sum
+
+
+def _is_finite(x: Tensor) -> bool:
+    # Without copies: a slice of a tensor that all slices share, and no sum, which may overflow.
+    shared = x[:, :1] if x.stride(1) == 0 else x
+    return x.numel() == 0 or all(map(math.isfinite, map(Tensor.item, shared.aminmax())))
 
 
 def _backward_on_cpu(
@@ -118,26 +136,20 @@ def _backward_on_cpu(
     log_sum: Tensor,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    rounding = log_sum.abs().max() * torch.finfo(log_sum.dtype).eps
-    if rounding <= _MOST_ROUNDING:  # it is infinite after `chunked.forward`
-        found: tuple[Tensor, ...] = _KERNEL_BACKWARD(
-            grad, query, key, value, out, log_sum, 0.0, False, scale=scale
-        )
-        return found
-    return tuple(
-        _in_kernel_layout(x).copy_(x) for x in chunked.backward(grad, query, key, value, scale)
-    )
+    largest = log_sum.abs().amax().item() if log_sum.numel() else 0.0
+    # It is infinite after `chunked.forward`.
+    if largest * torch.finfo(log_sum.dtype).eps <= _MOST_ROUNDING:
+        return _kernel_backward(grad, query, key, value, out, log_sum, scale)
+    exact = chunked.backward(grad, query, key, value, scale)
+    if query.shape[1] == 1:  # in either layout
+        return tuple(x.contiguous() for x in exact)
+    return tuple(_in_kernel_layout(x).copy_(x) for x in exact)
 
 
-def _in_kernel_layout(x: Tensor, features: int | None = None) -> Tensor:
-    """Return an empty (B, S, N, D) in the layout of the kernel's results, (B, N, S, D)."""
-    batch, slices, tokens, own_features = x.shape
-    return x.new_empty(batch, tokens, slices, features or own_features).transpose(1, 2)
-
-
-def _empty_on_cpu(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    log_sum = _in_kernel_layout(query, 1).squeeze(-1).to(work_dtype(query.dtype))
-    return _in_kernel_layout(query, value.shape[-1]), log_sum
+def _in_kernel_layout(x: Tensor) -> Tensor:
+    """Return an empty (B, S, N, D) in the layout of the kernel's gradients, (B, N, S, D)."""
+    batch, slices, tokens, features = x.shape
+    return x.new_empty(batch, tokens, slices, features).transpose(1, 2)
 
 
 _attend_on_cpu = operators.register(
@@ -147,9 +159,9 @@ _attend_on_cpu = operators.register(
     forward_flops=flops.attend,
     backward=_backward_on_cpu,
     backward_flops=flops.attend_backward,
-    empty_grads=lambda grad, *inputs: tuple(map(_in_kernel_layout, inputs[:3])),
+    empty_grads=_kernel_backward,
     definition=reference.attend,
-    empty_result=_empty_on_cpu,
+    empty_result=_kernel,
     keeps_result=True,
     statistics=("log_sum",),
 )

@@ -172,9 +172,8 @@ class AttentionLayer(nn.Module):
     def __prepare_scriptable__(self) -> AttentionLayer:
         """Refuse torch.jit.script, which calls this method first."""
         raise RuntimeError(
-            f"torch.jit.script cannot compile {type(self).__name__}, whose backend is chosen at run "
-            "time: use torch.jit.trace, whose program takes any batch, height and width, or "
-            "torch.export or torch.compile"
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.jit.trace, whose "
+            "program takes any batch, height and width, or torch.export, or torch.compile"
         )
 
     def similarity(self, x: Tensor) -> Any:
