@@ -113,7 +113,7 @@ class DatasetReport:
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
-    """Find the files below a folder that end in one of the lower-case suffixes.
+    """Find the files below a folder that end in one of the lower-case suffixes, or raise.
 
     Hidden ones are left out. Keys are sorted paths relative to the folder, without the suffix.
     """
@@ -126,6 +126,9 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
                 path = Path(parent, name)
                 key = path.relative_to(folder).as_posix()[: -len(suffix)]
                 found.setdefault(key, []).append(path)
+    if not found:
+        expected = " or ".join(f"*{suffix}" for suffix in suffixes)
+        raise DataError(f"no files {expected} below {folder}; {describe_folder(folder)}", folder)
     return {key: sorted(found[key]) for key in sorted(found)}
 
 
