@@ -131,15 +131,18 @@ class Augment:
             )
         factor = torch.empty(()).uniform_(*self.scale).item()
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
-        image, mask = _resize(image, mask, size)
+        v2, tensors = _torchvision()
+        image = v2.functional.resize(image, size, antialias=True)
+        # v2's default for masks, NEAREST, is shifted against the bilinear image by up to a pixel.
+        nearest = v2.InterpolationMode.NEAREST_EXACT
+        mask = v2.functional.resize(mask[None], size, interpolation=nearest)[0]
         rows, above, below = _random_placement(size[0], self.crop[0])
         columns, left, right = _random_placement(size[1], self.crop[1])
-        tensors = _torchvision("tv_tensors")
         image, mask = _pipeline(self.flip, self.photometric)(
             tensors.Image(image[:, rows, columns]), tensors.Mask(mask[rows, columns])
         )
-        image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)
-        image, mask = Normalize(self.mean, self.std)(image, mask)
+        normalize = Normalize(self.mean, self.std)
+        image, mask = normalize(image.as_subclass(Tensor), mask.as_subclass(Tensor))
         padding = (left, right, above, below)
         # The mean colour is 0 after normalisation.
         return F.pad(image, padding), F.pad(mask, padding, value=IGNORE_INDEX)
@@ -165,34 +168,20 @@ def _to_tuples(options: Normalize | Augment) -> None:
         )
 
 
-def _torchvision(module: str) -> Any:
-    """Import a module of torchvision on use, so that the classes above can be pickled."""
+def _torchvision() -> Any:
+    """Import torchvision's v2 and tv_tensors on use, so that the classes above can be pickled."""
     try:
-        return importlib.import_module(f"torchvision.{module}")
+        modules = ("torchvision.transforms.v2", "torchvision.tv_tensors")
+        return tuple(map(importlib.import_module, modules))
     except ImportError as error:
         raise ImportError(
             f"augmentation needs torchvision: pip install 'fullattn[data]' ({error})"
         ) from error
 
 
-def _resize(image: Tensor, mask: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
-    v2 = _torchvision("transforms.v2")
-    # v2's default for masks, NEAREST, is shifted against the bilinear image by up to a pixel.
-    nearest = v2.InterpolationMode.NEAREST_EXACT
-    return (
-        v2.functional.resize(image, size, antialias=True),
-        v2.functional.resize(mask[None], size, interpolation=nearest)[0],
-    )
-
-
 @functools.cache
 def _pipeline(flip: float, photometric: bool) -> Any:
-    v2 = _torchvision("transforms.v2")
-    steps = [v2.RandomHorizontalFlip(flip)]
-    if photometric:
-        changes = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}
-        steps += [
-            v2.RandomApply([v2.ColorJitter(**{name: change})], 0.5)
-            for name, change in changes.items()
-        ]
-    return v2.Compose(steps)
+    v2, _ = _torchvision()
+    changes = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}
+    jitters = [v2.RandomApply([v2.ColorJitter(**{name: by})], 0.5) for name, by in changes.items()]
+    return v2.Compose([v2.RandomHorizontalFlip(flip), *(jitters if photometric else ())])

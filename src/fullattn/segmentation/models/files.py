@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -50,12 +50,11 @@ class Description:
     mean: Sequence[float]
     std: Sequence[float]
     step: int = 0
-    format: int = field(default=_FORMAT)
+    format: int = _FORMAT
 
     def plain(self) -> dict[str, Any]:
         """Return the description as dicts, lists, numbers and strings, for the file."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        return dict(_plain(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,7 @@ class Trained:
 
 
 def _plain(value: Any) -> Any:
-    """Convert mappings and sequences to dicts and lists, recursively.
-
-    Raises:
-        ValueError: there is something other than these, numbers, strings and None.
-    """
+    """Convert mappings and sequences to dicts and lists, and refuse all but names and numbers."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

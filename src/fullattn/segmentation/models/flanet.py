@@ -11,7 +11,7 @@ Song et al., Fully Attentional Network for Semantic Segmentation, AAAI 2022 (arX
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fullattn.layers import _checks
 from fullattn.segmentation.models import backbone as backbones
 from fullattn.segmentation.models.attention_choices import Attention
-from fullattn.segmentation.models.head import OutputHead, SegmentationHead
+from fullattn.segmentation.models.head import Norm, OutputHead, SegmentationHead
 
 __all__ = ["FLANet"]
 
@@ -83,33 +83,25 @@ class FLANet(nn.Module):
         output_stride: int = 8,
         uniform_dilation: bool = True,
         pretrained: bool = False,
-        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        norm_layer: Norm = nn.BatchNorm2d,
         backbone_options: Mapping[str, Any] | None = None,
     ) -> None:
+        arguments = dict(locals())
         super().__init__()
         _checks.positive(num_classes, "num_classes")
         _checks.positive(auxiliary_channels, "auxiliary_channels")
         _checks.option(output_stride, "output_stride", (8, 16, 32))
-        _checks.option(auxiliary, "auxiliary", (False, True))
-        _checks.option(uniform_dilation, "uniform_dilation", (False, True))
-        _checks.option(pretrained, "pretrained", (False, True))
+        for name in ("auxiliary", "uniform_dilation", "pretrained"):
+            _checks.option(arguments[name], name, (False, True))
         if not isinstance(backbone, str):
             raise TypeError(f"backbone must be a name in timm, got {type(backbone).__name__}")
+        for name in ("attention_options", "backbone_options"):
+            arguments[name] = dict(arguments[name] or {})
         #: Arguments that build the same architecture.
         self.arguments: dict[str, Any] = {
-            "num_classes": num_classes,
-            "backbone": backbone,
-            "attention": attention,
-            "attention_options": dict(attention_options or {}),
-            "channels": channels,
-            "out_channels": out_channels,
-            "auxiliary": auxiliary,
-            "auxiliary_channels": auxiliary_channels,
-            "dropout": dropout,
-            "output_stride": output_stride,
-            "uniform_dilation": uniform_dilation,
-            "norm_layer": norm_layer,
-            "backbone_options": dict(backbone_options or {}),
+            name: value
+            for name, value in arguments.items()
+            if name not in ("self", "pretrained", "__class__")
         }
         self.num_classes = num_classes
         self.backbone = backbones.build(
