@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,13 +85,9 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         split: str = "all",
         dropped: Sequence[FileIssue] = (),
     ) -> None:
-        self.name = name
-        self.split = split
-        self.samples = tuple(samples)
-        self.classes = classes.names
-        self.palette = classes.palette
-        self.groups = classes.groups
-        self.dropped = tuple(dropped)
+        self.name, self.split = name, split
+        self.samples, self.dropped = tuple(samples), tuple(dropped)
+        self.classes, self.palette, self.groups = classes.names, classes.palette, classes.groups
         self._table = classes.table() if table is None else table
 
     def __len__(self) -> int:
@@ -100,14 +97,9 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.read(index)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Decode an image and its mask.
+        """Decode an image, uint8 (3, H, W), and its mask to train ids, uint8 (H, W).
 
-        Args:
-            index: index of the sample.
-
-        Returns:
-            The image, uint8 (3, H, W), and the train ids, uint8 (H, W), 255 where ignored; all of
-            them 255 for an image without a mask.
+        They are 255 where ignored, all of them for an image without a mask.
 
         Raises:
             DataError: a file is missing, truncated or not an image, the sizes differ, or the mask
@@ -122,15 +114,12 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         return image, torch.from_numpy(ids)
 
     def check(self, decode: bool = True, threads: int | None = None) -> DatasetReport:
-        """Check every file.
+        """Check every file, and report counts and the bad files with reasons.
 
         Args:
             decode: decode each file and count the pixels of each class; otherwise only the headers
                 are read, which give sizes and reveal the worst damage.
             threads: number of files decoded at a time; None for a number that suits the machine.
-
-        Returns:
-            Counts, and the bad files with reasons.
         """
 
         def size_and_pixels(index: int) -> tuple[tuple[int, ...], NDArray[np.int64]]:
@@ -160,13 +149,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         )
 
     def without(self, problems: Iterable[FileIssue]) -> SegmentationDataset:
-        """Leave out the samples with issues, and list these in `dropped`.
-
-        Args:
-            problems: from a report.
-
-        Returns:
-            A dataset of the other samples.
+        """Return the dataset without the samples that have issues, which `dropped` lists.
 
         Raises:
             DataError: no sample would be left.
@@ -180,22 +163,16 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         return self._subset(kept, problems)
 
     def select(self, pattern: str) -> SegmentationDataset:
-        """Select the samples whose image's file name matches a pattern.
+        """Return the dataset of the samples whose image's file name matches a pattern.
 
         Args:
             pattern: a shell pattern for the name with or without its extension: "Seq05VD_*".
 
-        Returns:
-            A dataset of these samples.
-
         Raises:
             DataError: no name matches.
         """
-        kept = [
-            sample
-            for sample in self.samples
-            if any(fnmatch.fnmatchcase(n, pattern) for n in (sample.name, sample.image.name))
-        ]
+        matches = re.compile(fnmatch.translate(pattern)).match
+        kept = [each for each in self.samples if matches(each.name) or matches(each.image.name)]
         if not kept:
             names = join_first(sample.image.name for sample in self.samples)
             raise DataError(
@@ -318,13 +295,7 @@ def smallest_image(dataset: SegmentationDataset, threads: int | None = None) -> 
     """Find the smallest height and the smallest width of the images from the files' headers.
 
     A higher or wider crop does not fit into every image. The two may be of different images.
-
-    Args:
-        dataset: the images.
-        threads: number of files read at a time; None for a number that suits the machine.
-
-    Returns:
-        Height and width in pixels, each with the image that has it.
+    `threads` files are read at a time; None for a number that suits the machine.
 
     Raises:
         DataError: an image is missing or not an image.

@@ -31,13 +31,7 @@ _MAX_PIXELS = 2**28  # 800 MB of RGB
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image.
-
-    Args:
-        path: the file.
-
-    Returns:
-        uint8 (3, H, W), red, green and blue.
+    """Read an image: uint8 (3, H, W), red, green and blue.
 
     Raises:
         DataError: the file is missing, truncated, not an image, or has other than 8 or 16 bits per

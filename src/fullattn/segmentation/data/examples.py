@@ -95,13 +95,7 @@ class Examples(Dataset[Example]):
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Stack examples to a batch.
-
-    Args:
-        examples: items of `Examples`.
-
-    Returns:
-        "image" (B, 3, H, W), "mask" (B, H, W), "name" and the files in "skipped".
+    """Stack items of `Examples`: "image" (B, 3, H, W), "mask" (B, H, W), "name" and "skipped".
 
     Raises:
         ValueError: the images differ in size.

@@ -94,22 +94,19 @@ class DatasetReport:
             )
 
     def __str__(self) -> str:
-        lines = [f"{self.name} {self.split}: {self.images} images, {len(self.problems)} bad"]
+        head = f"{self.name} {self.split}: {self.images} images, {len(self.problems)} bad"
         if self.dropped:
-            lines[0] += f", {len(self.dropped)} files left out"
-        if self.sizes:
-            sizes = [
-                f"{count} of {height}×{width}" for (height, width), count in self.sizes.items()
-            ]
-            lines.append(f"  sizes (height × width): {join_first(sizes)}")
-        if self.pixels:
-            total = max(1, self.ignored + sum(self.pixels.values()))
-            lines.append(f"  pixels without label: {100 * self.ignored / total:.1f} %")
-        if self.absent:
-            lines.append(f"  classes in no mask: {join_first(self.absent, limit=20)}")
-        lines += [f"  bad: {issue}" for issue in self.problems]
-        lines += [f"  left out: {issue}" for issue in self.dropped]
-        return "\n".join(lines)
+            head += f", {len(self.dropped)} files left out"
+        sizes = join_first(f"{n} of {height}×{width}" for (height, width), n in self.sizes.items())
+        unlabelled = self.ignored / max(1, self.ignored + sum(self.pixels.values()))
+        rows = [
+            ("sizes (height × width)", sizes),
+            ("pixels without label", f"{100 * unlabelled:.1f} %" if self.pixels else ""),
+            ("classes in no mask", join_first(self.absent, limit=20)),
+            *(("bad", str(issue)) for issue in self.problems),
+            *(("left out", str(issue)) for issue in self.dropped),
+        ]
+        return "\n".join([head, *(f"  {what}: {text}" for what, text in rows if text)])
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
@@ -153,9 +150,8 @@ def pair(
 def describe_folder(folder: Path) -> str:
     """Describe a folder's contents for an error; if it does not exist, those of its ancestor."""
     if not folder.exists():
-        nearest = next((parent for parent in folder.parents if parent.exists()), None)
-        hint = "" if nearest is None else f"; {describe_folder(nearest)}"
-        return f"{folder} does not exist{hint}"
+        existing = (parent for parent in folder.parents if parent.exists())
+        return "; ".join([f"{folder} does not exist", *map(describe_folder, [*existing][:1])])
     if not folder.is_dir():
         return f"{folder} is a file"
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]

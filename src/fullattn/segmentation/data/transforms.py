@@ -45,17 +45,8 @@ class Normalize:
         _to_tuples(self)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise an image and convert its mask.
-
-        Args:
-            image: uint8 (3, H, W).
-            mask: uint8 (H, W).
-
-        Returns:
-            float32 (3, H, W) and int64 (H, W).
-        """
-        mean = torch.tensor(self.mean)[:, None, None]
-        std = torch.tensor(self.std)[:, None, None]
+        """Return an image, uint8 (3, H, W), as float32, and its mask, uint8 (H, W), as int64."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return image.float().div_(255).sub_(mean).div_(std), mask.long()
 
 
@@ -114,14 +105,9 @@ class Augment:
             raise ValueError(f"expected a probability for flip, got {self.flip}")
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment an image and its mask.
+        """Augment an image, uint8 (3, H, W), and its mask, uint8 (H, W).
 
-        Args:
-            image: uint8 (3, H, W).
-            mask: uint8 (H, W).
-
-        Returns:
-            float32 (3, *crop) and int64 crop, 255 in the padding.
+        They become float32 (3, *crop) and int64 crop, 255 in the padding.
         """
         height, width = image.shape[1:]
         if not self.pad and (height < self.crop[0] or width < self.crop[1]):

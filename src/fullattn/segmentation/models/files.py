@@ -77,13 +77,7 @@ def _plain(value: Any) -> Any:
 
 
 def describe(model: FLANet) -> dict[str, Any]:
-    """Return the arguments of a FLANet as plain values.
-
-    Args:
-        model: the network.
-
-    Returns:
-        Arguments with which `FLANet(**arguments)` has the same architecture.
+    """Return plain values with which `FLANet(**arguments)` has the architecture of a network.
 
     Raises:
         ValueError: an argument is a callable, which a file cannot hold.
@@ -102,12 +96,6 @@ def describe(model: FLANet) -> dict[str, Any]:
 
 def load(path: str | os.PathLike[str]) -> Trained:
     """Read a trained network from a file to the CPU, without executing code from the file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The network in evaluation mode and its description.
 
     Raises:
         FileNotFoundError: the file does not exist.

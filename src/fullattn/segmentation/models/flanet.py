@@ -129,14 +129,7 @@ class FLANet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Compute the logits of images.
-
-        Args:
-            x: normalised images, (B, 3, H, W).
-
-        Returns:
-            (B, K, H, W) in evaluation mode; in training mode a list of such logits.
-        """
+        """Compute the logits (B, K, H, W) of normalised images; in training a list of them."""
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(x.shape)}")
         size = x.shape[-2:]
