@@ -150,8 +150,9 @@ def pair(
 def describe_folder(folder: Path) -> str:
     """Describe a folder's contents for an error; if it does not exist, those of its ancestor."""
     if not folder.exists():
-        existing = (parent for parent in folder.parents if parent.exists())
-        return "; ".join([f"{folder} does not exist", *map(describe_folder, [*existing][:1])])
+        nearest = next((parent for parent in folder.parents if parent.exists()), None)
+        hint = "" if nearest is None else f"; {describe_folder(nearest)}"
+        return f"{folder} does not exist{hint}"
     if not folder.is_dir():
         return f"{folder} is a file"
     entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]

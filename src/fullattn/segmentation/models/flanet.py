@@ -86,23 +86,21 @@ class FLANet(nn.Module):
         norm_layer: Norm = nn.BatchNorm2d,
         backbone_options: Mapping[str, Any] | None = None,
     ) -> None:
-        arguments = dict(locals())
         super().__init__()
+        #: Arguments that build the same architecture.
+        self.arguments: dict[str, Any] = dict(locals())
+        for name in ("self", "__class__", "pretrained"):
+            del self.arguments[name]
+        for name in ("attention_options", "backbone_options"):
+            self.arguments[name] = dict(self.arguments[name] or {})
         _checks.positive(num_classes, "num_classes")
         _checks.positive(auxiliary_channels, "auxiliary_channels")
         _checks.option(output_stride, "output_stride", (8, 16, 32))
-        for name in ("auxiliary", "uniform_dilation", "pretrained"):
-            _checks.option(arguments[name], name, (False, True))
+        _checks.option(auxiliary, "auxiliary", (False, True))
+        _checks.option(uniform_dilation, "uniform_dilation", (False, True))
+        _checks.option(pretrained, "pretrained", (False, True))
         if not isinstance(backbone, str):
             raise TypeError(f"backbone must be a name in timm, got {type(backbone).__name__}")
-        for name in ("attention_options", "backbone_options"):
-            arguments[name] = dict(arguments[name] or {})
-        #: Arguments that build the same architecture.
-        self.arguments: dict[str, Any] = {
-            name: value
-            for name, value in arguments.items()
-            if name not in ("self", "pretrained", "__class__")
-        }
         self.num_classes = num_classes
         self.backbone = backbones.build(
             backbone,
@@ -132,14 +130,10 @@ class FLANet(nn.Module):
         """Compute the logits (B, K, H, W) of normalised images; in training a list of them."""
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(x.shape)}")
-        size = x.shape[-2:]
         *earlier, last = self._stages(self.backbone(x))
-        logits = self._resized(self.head(last), size)
-        if not self.training:
-            return logits
-        auxiliary = zip(self.auxiliary, earlier, strict=False)
-        return [logits, *(self._resized(head(feature), size) for head, feature in auxiliary)]
-
-    @staticmethod
-    def _resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
-        return F.interpolate(logits, size, mode="bilinear", align_corners=True)
+        logits = [self.head(last)]
+        if self.training:
+            logits += [head(each) for head, each in zip(self.auxiliary, earlier, strict=False)]
+        size = x.shape[-2:]
+        resized = [F.interpolate(y, size, mode="bilinear", align_corners=True) for y in logits]
+        return resized if self.training else resized[0]
