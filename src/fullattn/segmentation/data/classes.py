@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from fullattn.segmentation.data.files import DataError
 
-__all__ = ["IGNORE_INDEX", "STRAY", "Classes", "colour", "known", "label_table", "numbered", "read"]
+__all__ = ["IGNORE_INDEX", "STRAY", "Classes", "colour", "known", "numbered", "read"]
 
 # Train ids are bytes: 255 is ignored, 254 marks an invalid label, the classes are below.
 IGNORE_INDEX = 255
@@ -69,20 +69,22 @@ class Classes:
         if not isinstance(self.void, int) or not 0 <= self.void <= 255:
             raise ValueError(f"expected an ignore_index of 0 to 255, got {self.void!r}")
 
-    def table(self) -> NDArray[np.uint8]:
-        """Return the train id of every label, if the labels are the class indices.
+    def table(
+        self, labels: Sequence[int] | None = None, ignored: Sequence[int] = ()
+    ) -> NDArray[np.uint8]:
+        """Return the train id of every label: uint8 (256,), 255 for ignored, 254 for invalid ones.
 
-        uint8 (256,): 255 for `void` and 255, 254 for invalid labels.
+        Args:
+            labels: the label of each class; None if the labels are the indices of the classes, and
+                `void` and 255 are ignored.
+            ignored: the labels that are ignored beside them.
         """
-        return label_table(range(len(self.names)), (self.void, IGNORE_INDEX))
-
-
-def label_table(labels: Sequence[int], ignored: Sequence[int]) -> NDArray[np.uint8]:
-    """Return the train id of every label, uint8 (256,): 255 for ignored, 254 for invalid labels."""
-    table = np.full(256, STRAY, np.uint8)
-    table[list(labels)] = range(len(labels))
-    table[list(ignored)] = IGNORE_INDEX
-    return table
+        if labels is None:
+            labels, ignored = range(len(self.names)), (self.void, IGNORE_INDEX, *ignored)
+        table = np.full(256, STRAY, np.uint8)
+        table[list(labels)] = range(len(labels))
+        table[list(ignored)] = IGNORE_INDEX
+        return table
 
 
 def known(name: str) -> Classes:
@@ -92,8 +94,8 @@ def known(name: str) -> Classes:
         >>> known("camvid").groups["thin"]
         ('Pole', 'SignSymbol', 'Pedestrian')
     """
-    folder = resources.files("fullattn.segmentation.data").joinpath("classes")
-    return _from_json(json.loads(folder.joinpath(f"{name}.json").read_text("utf-8")))
+    file = resources.files("fullattn.segmentation.data") / "classes" / f"{name}.json"
+    return _from_json(json.loads(file.read_text("utf-8")))
 
 
 def numbered(count: int) -> Classes:
@@ -102,15 +104,9 @@ def numbered(count: int) -> Classes:
 
 
 def read(path: Path) -> Classes:
-    """Read a class list.
+    """Read a JSON file in the form of CamVid's classes.json, or a text file of one name a line.
 
-    Args:
-        path: a JSON file in the form of CamVid's classes.json ({"classes": [{"index", "name",
-            "color"}, …]} with optional "ignore_index", "groups" and colours), or a text file with
-            one name per line.
-
-    Raises:
-        DataError: the file is not of that form.
+    In JSON "ignore_index", "groups" and colours are optional. Another form raises a DataError.
     """
     try:
         text = path.read_text("utf-8")
@@ -146,8 +142,7 @@ def _in_vocs_colours(names: Iterable[str]) -> Classes:
 
 def _from_json(content: dict[str, Any]) -> Classes:
     listed = sorted(content["classes"], key=lambda entry: int(entry["index"]))
-    indices = [entry["index"] for entry in listed]
-    if indices != list(range(len(listed))):
+    if (indices := [entry["index"] for entry in listed]) != list(range(len(listed))):
         raise ValueError(f"expected the indices 0, 1, 2, … once each, got {indices}")
     return Classes(
         tuple(entry["name"] for entry in listed),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import fnmatch
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fullattn.segmentation.data.classes import IGNORE_INDEX, STRAY, Classes, numbered
-from fullattn.segmentation.data.decode import image_size, mask_size, read_image, read_labels
+from fullattn.segmentation.data.decode import image_size, read_image, read_labels
 from fullattn.segmentation.data.files import (
     DataError,
     DatasetReport,
@@ -83,13 +85,9 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         split: str = "all",
         dropped: Sequence[FileIssue] = (),
     ) -> None:
-        self.name = name
-        self.split = split
-        self.samples = tuple(samples)
-        self.classes = classes.names
-        self.palette = classes.palette
-        self.groups = classes.groups
-        self.dropped = tuple(dropped)
+        self.name, self.split = name, split
+        self.samples, self.dropped = tuple(samples), tuple(dropped)
+        self.classes, self.palette, self.groups = classes.names, classes.palette, classes.groups
         self._table = classes.table() if table is None else table
 
     def __len__(self) -> int:
@@ -99,14 +97,9 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.read(index)
 
     def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Decode an image and its mask.
+        """Decode an image, uint8 (3, H, W), and its mask to train ids, uint8 (H, W).
 
-        Args:
-            index: index of the sample.
-
-        Returns:
-            The image, uint8 (3, H, W), and the train ids, uint8 (H, W), 255 where ignored; all of
-            them 255 for an image without a mask.
+        They are 255 where ignored, all of them for an image without a mask.
 
         Raises:
             DataError: a file is missing, truncated or not an image, the sizes differ, or the mask
@@ -117,19 +110,16 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         if sample.mask is None:
             return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
         ids = self._train_ids(sample.mask)
-        _check_sizes(sample, tuple(image.shape[1:]), ids.shape)
+        _check_sizes(sample.image, image.shape[1:], sample.mask, ids.shape)
         return image, torch.from_numpy(ids)
 
     def check(self, decode: bool = True, threads: int | None = None) -> DatasetReport:
-        """Check every file.
+        """Check every file, and report counts and the bad files with reasons.
 
         Args:
             decode: decode each file and count the pixels of each class; otherwise only the headers
                 are read, which give sizes and reveal the worst damage.
             threads: number of files decoded at a time; None for a number that suits the machine.
-
-        Returns:
-            Counts, and the bad files with reasons.
         """
 
         def size_and_pixels(index: int) -> tuple[tuple[int, ...], NDArray[np.int64]]:
@@ -139,11 +129,13 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
             sample = self.samples[index]
             size = image_size(sample.image)
             if sample.mask is not None:
-                _check_sizes(sample, size, mask_size(sample.mask))
+                mask_size = image_size(sample.mask, oriented=False)
+                _check_sizes(sample.image, size, sample.mask, mask_size)
             return size, np.zeros(256, np.int64)
 
-        found = list(_map_threaded(size_and_pixels, range(len(self)), threads))
+        found = _map_threaded(or_error(size_and_pixels), range(len(self)), threads)
         good = [each for each in found if not isinstance(each, DataError)]
+        errors = [(each.paths[0], str(each)) for each in found if isinstance(each, DataError)]
         pixels = sum((counts for _, counts in good), start=np.zeros(256, np.int64))
         return DatasetReport(
             name=self.name,
@@ -152,18 +144,12 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
             sizes=Counter((height, width) for (height, width), _ in good),
             pixels=dict(zip(self.classes, pixels.tolist(), strict=False)) if decode else {},
             ignored=int(pixels[IGNORE_INDEX]),
-            problems=tuple(_issue(each) for each in found if isinstance(each, DataError)),
+            problems=tuple(FileIssue(path, e.removeprefix(f"{path} ")) for path, e in errors),
             dropped=self.dropped,
         )
 
     def without(self, problems: Iterable[FileIssue]) -> SegmentationDataset:
-        """Leave out the samples with issues, and list these in `dropped`.
-
-        Args:
-            problems: from a report.
-
-        Returns:
-            A dataset of the other samples.
+        """Return the dataset without the samples that have issues, which `dropped` lists.
 
         Raises:
             DataError: no sample would be left.
@@ -174,63 +160,64 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         if not kept:
             listed = join_first(problems, limit=3)
             raise DataError(f"every image of {self.name} {self.split} is bad: {listed}")
-        return self._subset(kept, (*self.dropped, *problems))
+        return self._subset(kept, problems)
 
     def select(self, pattern: str) -> SegmentationDataset:
-        """Select the samples whose image's file name matches a pattern.
+        """Return the dataset of the samples whose image's file name matches a pattern.
 
         Args:
             pattern: a shell pattern for the name with or without its extension: "Seq05VD_*".
 
-        Returns:
-            A dataset of these samples.
-
         Raises:
             DataError: no name matches.
         """
-        kept = [
-            sample
-            for sample in self.samples
-            if any(fnmatch.fnmatchcase(n, pattern) for n in (sample.name, sample.image.name))
-        ]
+        matches = re.compile(fnmatch.translate(pattern)).match
+        kept = [each for each in self.samples if matches(each.name) or matches(each.image.name)]
         if not kept:
             names = join_first(sample.image.name for sample in self.samples)
             raise DataError(
                 f"no image of {self.name} {self.split} matches {pattern!r}: the names are {names}"
             )
-        return self._subset(kept, self.dropped)
+        return self._subset(kept)
 
     def _subset(
-        self, samples: Sequence[Sample], dropped: Sequence[FileIssue]
+        self, samples: Sequence[Sample], dropped: Sequence[FileIssue] = ()
     ) -> SegmentationDataset:
         subset = copy.copy(self)
-        subset.samples, subset.dropped = tuple(samples), tuple(dropped)
+        subset.samples, subset.dropped = tuple(samples), (*self.dropped, *dropped)
         return subset
 
     def _train_ids(self, mask: Path) -> NDArray[np.uint8]:
         labels = read_labels(mask)
         # A negative label would index from the end of the table, one above 255 outside of it.
         clipped = labels.clip(0, 255)
-        ids: NDArray[np.uint8] = self._table[clipped]
-        ids[clipped != labels] = STRAY
+        ids = np.where(clipped == labels, self._table[clipped], np.uint8(STRAY))
         if (ids == STRAY).any():
+            valid = np.flatnonzero(self._table != STRAY)
+            runs = np.split(valid, np.flatnonzero(np.diff(valid) > 1) + 1)
+            expected = (f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
             strays = labels[ids == STRAY]
             raise DataError(
-                f"{mask} has invalid labels for {self.name}: expected {self._valid_labels()}, "
+                f"{mask} has invalid labels for {self.name}: expected {' and '.join(expected)}, "
                 f"got {join_first(np.unique(strays).tolist())} (pixels: {strays.size})",
                 mask,
             )
         return ids
 
-    def _valid_labels(self) -> str:
-        """Describe the valid labels, as "0 to 10 and 255"."""
-        labels = np.flatnonzero(self._table != STRAY)
-        runs = np.split(labels, np.flatnonzero(np.diff(labels) > 1) + 1)
-        return " and ".join(
-            f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs
-        )
+
+def or_error(function: Callable[[T], R]) -> Callable[[T], R | DataError]:
+    """Return the function with a DataError as a value, where it would raise one."""
+
+    def call(argument: T) -> R | DataError:
+        try:
+            return function(argument)
+        except DataError as error:
+            return error
+
+    return call
 
 
+@dataclass(eq=False, repr=False)
 class ErrorsAsValues(Dataset[T | DataError], Generic[T]):
     """A dataset that returns a DataError in place of an item that cannot be read.
 
@@ -241,17 +228,13 @@ class ErrorsAsValues(Dataset[T | DataError], Generic[T]):
         dataset: the dataset; keys and items are its own.
     """
 
-    def __init__(self, dataset: Dataset[T]) -> None:
-        self.dataset = dataset
+    dataset: Dataset[T]
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: object) -> T | DataError:
-        try:
-            return self.dataset[key]
-        except DataError as error:
-            return error
+        return or_error(self.dataset.__getitem__)(key)
 
 
 def open_dataset(
@@ -290,12 +273,9 @@ def open_dataset(
     if name not in LAYOUTS:
         raise DataError(f"unknown dataset {name!r}: expected one of {', '.join(LAYOUTS)}")
     layout, base = find_layout(name, Path(root))
-    samples: list[Sample] = []
-    issues: list[FileIssue] = []
-    for part in split.split("+"):
-        part_samples, part_issues = layout.find_samples(base, part)
-        samples += part_samples
-        issues += part_issues
+    parts = [layout.find_samples(base, part) for part in split.split("+")]
+    samples = [sample for found, _ in parts for sample in found]
+    issues = [issue for _, found in parts for issue in found]
     listed = join_first(issues, limit=3)
     if issues and not skip_bad:
         raise DataError(
@@ -306,8 +286,8 @@ def open_dataset(
         raise DataError(f"{name} {split} in {base} is empty: {listed}", base)
     if len(set(samples)) < len(samples):
         raise DataError(f"{name} {split} in {base} has some images more than once", base)
-    classes = find_classes(name, base) or _count_classes(layout.masks_root(base), skip_bad)
-    table = layout.table(classes)
+    classes = find_classes(name, base) or _count_classes(base / layout.masks.format(""), skip_bad)
+    table = classes.table(layout.labels, layout.ignored)
     return SegmentationDataset(samples, classes, table, name=name, split=split, dropped=issues)
 
 
@@ -315,21 +295,15 @@ def smallest_image(dataset: SegmentationDataset, threads: int | None = None) -> 
     """Find the smallest height and the smallest width of the images from the files' headers.
 
     A higher or wider crop does not fit into every image. The two may be of different images.
-
-    Args:
-        dataset: the images.
-        threads: number of files read at a time; None for a number that suits the machine.
-
-    Returns:
-        Height and width in pixels, each with the image that has it.
+    `threads` files are read at a time; None for a number that suits the machine.
 
     Raises:
         DataError: an image is missing or not an image.
     """
     paths = [sample.image for sample in dataset.samples]
-    sizes = [_unless_error(size) for size in _map_threaded(image_size, paths, threads)]
-    height, lowest = min((size[0], path) for size, path in zip(sizes, paths, strict=True))
-    width, narrowest = min((size[1], path) for size, path in zip(sizes, paths, strict=True))
+    heights, widths = zip(*_map_threaded(image_size, paths, threads), strict=True)
+    height, lowest = min(zip(heights, paths, strict=True))
+    width, narrowest = min(zip(widths, paths, strict=True))
     return SmallestImage(height, width, lowest, narrowest)
 
 
@@ -341,10 +315,9 @@ def _count_classes(folder: Path, skip_bad: bool) -> Classes:
         return int(labels[labels != IGNORE_INDEX].max(initial=0)), path
 
     masks = [path for paths in find_files(folder, MASK_SUFFIXES).values() for path in paths]
-    found = list(_map_threaded(highest_label, masks))
-    if skip_bad:
-        found = [each for each in found if not isinstance(each, DataError)]
-    highest, path = max(map(_unless_error, found), default=(0, folder))
+    read = or_error(highest_label) if skip_bad else highest_label
+    found = [each for each in _map_threaded(read, masks) if not isinstance(each, DataError)]
+    highest, path = max(found, default=(0, folder))
     if highest >= STRAY:
         raise DataError(
             f"{path} has the label {highest}: expected classes from 0 to {STRAY - 1}, and 255 for "
@@ -360,39 +333,19 @@ def _count_classes(folder: Path, skip_bad: bool) -> Classes:
     return numbered(highest + 1)
 
 
-def _check_sizes(sample: Sample, image: Sequence[int], mask: Sequence[int]) -> None:
-    if tuple(image) != tuple(mask):
+def _check_sizes(image: Path, size: Sequence[int], mask: Path, mask_size: Sequence[int]) -> None:
+    if tuple(size) != tuple(mask_size):
         raise DataError(
-            f"{sample.mask} is {mask[0]}×{mask[1]} (height × width), but its image "
-            f"{sample.image} is {image[0]}×{image[1]}",
-            *(path for path in reversed(sample) if path is not None),
+            f"{mask} is {mask_size[0]}×{mask_size[1]} (height × width), but its image "
+            f"{image} is {size[0]}×{size[1]}",
+            mask,
+            image,
         )
-
-
-def _issue(error: DataError) -> FileIssue:
-    path = error.paths[0]
-    return FileIssue(path, str(error).removeprefix(f"{path} "))
-
-
-def _unless_error(value: T | DataError) -> T:
-    if isinstance(value, DataError):
-        raise value
-    return value
 
 
 def _map_threaded(
     function: Callable[[T], R], arguments: Sequence[T], threads: int | None = None
-) -> Iterator[R | DataError]:
-    """Apply the function in several threads (Pillow and NumPy release the GIL).
-
-    A DataError is returned as a value.
-    """
-
-    def call(argument: T) -> R | DataError:
-        try:
-            return function(argument)
-        except DataError as error:
-            return error
-
+) -> list[R]:
+    """Apply the function in several threads (Pillow and NumPy release the GIL)."""
     with ThreadPoolExecutor(threads or min(16, 2 * (os.cpu_count() or 1))) as pool:
-        yield from pool.map(call, arguments)
+        return list(pool.map(function, arguments))

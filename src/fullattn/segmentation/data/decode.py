@@ -20,26 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fullattn.segmentation.data.files import DataError
 
-__all__ = ["image_size", "mask_size", "read_image", "read_labels", "read_scaled"]
+__all__ = ["image_size", "read_image", "read_labels", "read_scaled"]
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_TRANSPOSED = (5, 6, 7, 8)  # its values that exchange height and width
 _MAX_PIXELS = 2**28  # 800 MB of RGB
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image.
-
-    Args:
-        path: the file.
-
-    Returns:
-        uint8 (3, H, W), red, green and blue.
+    """Read an image: uint8 (3, H, W), red, green and blue.
 
     Raises:
         DataError: the file is missing, truncated, not an image, or has other than 8 or 16 bits per
@@ -50,14 +42,7 @@ def read_image(path: Path) -> Tensor:
 
 
 def read_scaled(path: Path, longest: int) -> tuple[Tensor, tuple[int, int]]:
-    """Read an image and scale it down so that no side exceeds `longest` pixels.
-
-    Returns:
-        uint8 (3, H, W), and the height and width in the file, which may exceed Pillow's limit.
-
-    Raises:
-        DataError: as `read_image`, or the image has too many pixels.
-    """
+    """Read an image scaled down to at most `longest` pixels a side, and its (H, W) in the file."""
     with _no_pixel_limit(), _opened(path) as image:
         height, width = image_size(path)
         image.draft("RGB", (longest, longest))  # decode JPEG at 1/2, 1/4 or 1/8
@@ -100,46 +85,28 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_labels(path: Path) -> NDArray[Any]:
-    """Read a mask's labels, integers (H, W): uint8 unless the file has more than 8 bits.
-
-    Raises:
-        DataError: the file is missing, truncated, not an image, or in colour.
-    """
+    """Read a mask's labels, integers (H, W): uint8 unless the file has more than 8 bits."""
     with _opened(path) as image:
-        labels = np.array(image)
-        mode = image.mode
+        labels, mode = np.array(image), image.mode
     if labels.dtype == np.bool_:
         labels = labels.astype(np.uint8)
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{path} is not a mask: expected integers, got {labels.dtype}", path)
     if labels.ndim == 3:
-        alpha = mode in ("LA", "PA", "La", "RGBA", "RGBa")
-        colours = labels[..., :-1] if alpha else labels
+        colours = labels[..., :-1] if mode in ("LA", "PA", "La", "RGBA", "RGBa") else labels
         labels = colours[..., 0]
         if (colours != labels[..., None]).any():
-            raise DataError(
-                f"{path} is a colour image ({mode}): expected a mask of class indices",
-                path,
-            )
+            expected = "expected a mask of class indices"
+            raise DataError(f"{path} is a colour image ({mode}): {expected}", path)
     return labels
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Read (H, W) of `read_image`'s result from the file's header.
-
-    Raises:
-        DataError: the file is missing or not an image.
-    """
+def image_size(path: Path, oriented: bool = True) -> tuple[int, int]:
+    """Read (H, W) from the file's header: `read_image`'s, or with oriented=False a mask's."""
     with _opened(path) as image:
-        width, height = image.size
-        transposed = "exif" in image.info and image.getexif().get(_ORIENTATION) in _TRANSPOSED
-    return (width, height) if transposed else (height, width)
-
-
-def mask_size(path: Path) -> tuple[int, int]:
-    """Read the height and width (H, W) of a mask from the file's header, as `image_size`."""
-    with _opened(path) as image:
-        return image.height, image.width
+        exif = image.getexif() if oriented and "exif" in image.info else {}
+        transposed = exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return (image.width, image.height) if transposed else (image.height, image.width)
 
 
 @contextmanager
@@ -152,12 +119,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist", path) from error
     except Exception as error:  # a damaged file makes its decoder raise anything
-        raise DataError(f"{path} cannot be read: {_reason(path, error)}", path) from error
-
-
-def _reason(path: Path, error: Exception) -> str:
-    if path.is_file() and path.stat().st_size == 0:
-        return "the file is empty"
-    if isinstance(error, UnidentifiedImageError):
-        return "not a valid image file (Pillow cannot identify it)"
-    return f"it is truncated or damaged ({error})"
+        if path.is_file() and path.stat().st_size == 0:
+            reason = "the file is empty"
+        elif isinstance(error, UnidentifiedImageError):
+            reason = "not a valid image file (Pillow cannot identify it)"
+        else:
+            reason = f"it is truncated or damaged ({error})"
+        raise DataError(f"{path} cannot be read: {reason}", path) from error

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fullattn.segmentation.data.dataset import SegmentationDataset
+from fullattn.segmentation.data.dataset import SegmentationDataset, or_error
 from fullattn.segmentation.data.files import DataError
 from fullattn.segmentation.seeding import random_seed
 
@@ -35,6 +36,7 @@ class Batch(TypedDict):
     skipped: list[str]
 
 
+@dataclass(eq=False, repr=False)
 class Examples(Dataset[Example]):
     """A dataset with a transform whose random numbers depend only on seed, epoch and index.
 
@@ -56,17 +58,10 @@ class Examples(Dataset[Example]):
         {'image': ..., 'mask': ..., 'name': '0001TP_007200', 'skipped': []}
     """
 
-    def __init__(
-        self,
-        dataset: SegmentationDataset,
-        transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        seed: int = 0,
-        skip_bad: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.skip_bad = skip_bad
+    dataset: SegmentationDataset
+    transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    seed: int = 0
+    skip_bad: bool = False
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -75,46 +70,32 @@ class Examples(Dataset[Example]):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} examples")
-        read, image, mask, skipped = self._readable(index)
-        with torch.random.fork_rng(devices=[]), _one_thread():
-            # Not torch.manual_seed, which would seed the GPUs' generators too.
-            torch.default_generator.manual_seed(random_seed(self.seed, epoch, index))
-            image, mask = self.transform(image, mask)
+        skipped: list[str] = []
+        for read in itertools.chain(range(index, len(self)), range(index)):
+            found = or_error(self.dataset.read)(read)
+            if not isinstance(found, DataError):
+                break
+            if not self.skip_bad:
+                raise found
+            skipped.append(str(found.paths[0]))
+        else:
+            raise DataError(f"none of {len(self)} samples can be read, for example {skipped[0]}")
+        # One thread, as loader workers use: sums, and thus colours, depend on their number.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                # Not torch.manual_seed, which would seed the GPUs' generators too.
+                torch.default_generator.manual_seed(random_seed(self.seed, epoch, index))
+                image, mask = self.transform(*found)
+        finally:
+            torch.set_num_threads(threads)
         name = self.dataset.samples[read].name
         return {"image": image, "mask": mask, "name": name, "skipped": skipped}
 
-    def _readable(self, index: int) -> tuple[int, Tensor, Tensor, list[str]]:
-        skipped: list[str] = []
-        for offset in range(len(self)):
-            candidate = (index + offset) % len(self)
-            try:
-                return candidate, *self.dataset.read(candidate), skipped
-            except DataError as error:
-                if not self.skip_bad:
-                    raise
-                skipped.append(str(error.paths[0]))
-        raise DataError(f"none of {len(self)} samples can be read, for example {skipped[0]}")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread, as loader workers do: sums, and thus colours, depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Stack examples to a batch.
-
-    Args:
-        examples: items of `Examples`.
-
-    Returns:
-        "image" (B, 3, H, W), "mask" (B, H, W), "name" and the files in "skipped".
+    """Stack items of `Examples`: "image" (B, 3, H, W), "mask" (B, H, W), "name" and "skipped".
 
     Raises:
         ValueError: the images differ in size.

@@ -94,26 +94,23 @@ class DatasetReport:
             )
 
     def __str__(self) -> str:
-        lines = [f"{self.name} {self.split}: {self.images} images, {len(self.problems)} bad"]
+        head = f"{self.name} {self.split}: {self.images} images, {len(self.problems)} bad"
         if self.dropped:
-            lines[0] += f", {len(self.dropped)} files left out"
-        if self.sizes:
-            sizes = [
-                f"{count} of {height}×{width}" for (height, width), count in self.sizes.items()
-            ]
-            lines.append(f"  sizes (height × width): {join_first(sizes)}")
-        if self.pixels:
-            total = max(1, self.ignored + sum(self.pixels.values()))
-            lines.append(f"  pixels without label: {100 * self.ignored / total:.1f} %")
-        if self.absent:
-            lines.append(f"  classes in no mask: {join_first(self.absent, limit=20)}")
-        lines += [f"  bad: {issue}" for issue in self.problems]
-        lines += [f"  left out: {issue}" for issue in self.dropped]
-        return "\n".join(lines)
+            head += f", {len(self.dropped)} files left out"
+        sizes = join_first(f"{n} of {height}×{width}" for (height, width), n in self.sizes.items())
+        unlabelled = self.ignored / max(1, self.ignored + sum(self.pixels.values()))
+        rows = [
+            ("sizes (height × width)", sizes),
+            ("pixels without label", f"{100 * unlabelled:.1f} %" if self.pixels else ""),
+            ("classes in no mask", join_first(self.absent, limit=20)),
+            *(("bad", str(issue)) for issue in self.problems),
+            *(("left out", str(issue)) for issue in self.dropped),
+        ]
+        return "\n".join([head, *(f"  {what}: {text}" for what, text in rows if text)])
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
-    """Find the files below a folder that end in one of the lower-case suffixes.
+    """Find the files below a folder that end in one of the lower-case suffixes, or raise.
 
     Hidden ones are left out. Keys are sorted paths relative to the folder, without the suffix.
     """
@@ -126,6 +123,9 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
                 path = Path(parent, name)
                 key = path.relative_to(folder).as_posix()[: -len(suffix)]
                 found.setdefault(key, []).append(path)
+    if not found:
+        expected = " or ".join(f"*{suffix}" for suffix in suffixes)
+        raise DataError(f"no files {expected} below {folder}; {describe_folder(folder)}", folder)
     return {key: sorted(found[key]) for key in sorted(found)}
 
 

@@ -15,15 +15,12 @@ folder       images/{split}/**, masks/{split}/** (or labels/), [classes.json or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fullattn.segmentation.data import classes as class_lists
-from fullattn.segmentation.data.classes import Classes, label_table
+from fullattn.segmentation.data.classes import Classes
 from fullattn.segmentation.data.files import (
     DataError,
     FileIssue,
@@ -45,55 +42,40 @@ _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
 
 @dataclass(frozen=True)
 class Layout:
-    """The folders of a dataset and the labels in its masks.
+    """The folders of a dataset and the labels in its masks."""
 
-    Args:
-        title: the dataset's name in error messages.
-        required: folders that identify the layout.
-        images: folder of images; {} stands for the split's folder.
-        masks: folder of masks, likewise.
-        splits: names of the splits; None if the subfolders of the images' folder are the splits.
-        split_folders: the folder of each split, if it is not the split's name.
-        lists: text file with the names of a split's samples; {} stands for the split's name. None:
-            all files of the folders.
-        bases: where the required folders may be, below the folder that the user gives.
-        image_suffixes: ends of image file names.
-        mask_suffixes: ends of mask file names.
-        labels: the label in the masks of each class; None for the indices of the classes.
-        ignored: labels that are ignored, if `labels` is given.
-    """
-
-    title: str
-    required: tuple[str, ...]
-    images: str
-    masks: str
-    splits: tuple[str, ...] | None = ("train", "val", "test")
-    split_folders: tuple[str, ...] | None = None
+    title: str  # the dataset's name in error messages
+    required: tuple[str, ...]  # folders that identify the layout
+    images: str  # folder of images; {} stands for the split's folder
+    masks: str  # folder of masks, likewise
+    # The folder of each split; None if the subfolders of the images' folder are the splits.
+    splits: Mapping[str, str] | None = field(
+        default_factory=lambda: {"train": "train", "val": "val", "test": "test"}
+    )
+    # Text file with the names of a split's samples, {} for its name; None: all files.
     lists: str | None = None
-    bases: tuple[str, ...] = ("",)
+    bases: tuple[str, ...] = ("",)  # where the required folders may be, below the user's folder
     image_suffixes: tuple[str, ...] = IMAGE_SUFFIXES
     mask_suffixes: tuple[str, ...] = MASK_SUFFIXES
-    labels: Sequence[int] | None = None
-    ignored: Sequence[int] = ()
-
-    def masks_root(self, base: Path) -> Path:
-        """Return the folder of the masks of all splits."""
-        return base / self.masks.format("")
-
-    def table(self, classes: Classes) -> NDArray[np.uint8]:
-        """Return the train id of every label, uint8 (256,), as `Classes.table`."""
-        return classes.table() if self.labels is None else label_table(self.labels, self.ignored)
+    labels: Sequence[int] | None = None  # of each class in the masks; None for the indices
+    ignored: Sequence[int] = ()  # labels that are ignored, if `labels` is given
 
     def find_samples(self, base: Path, split: str) -> tuple[list[Sample], list[FileIssue]]:
-        """Return the samples of a split and issues of files without counterpart.
-
-        Raises:
-            DataError: unknown split, or a folder or list without samples.
-        """
-        folder = self._split_folder(base, split)
+        """Return the samples of a split and issues of files without counterpart, or raise."""
+        folders = self.splits
+        if folders is None:
+            subfolders = (base / self.images.format("")).iterdir()
+            folders = {path.name: path.name for path in subfolders if path.is_dir()} | {"all": ""}
+        if split not in folders:
+            raise DataError(
+                f"{self.title} has no split {split!r}: expected one of {', '.join(folders)}, or "
+                "several joined by +",
+                base,
+            )
+        folder = folders[split]
         names = None if self.lists is None else _read_names(base / self.lists.format(split), split)
-        images = _find_some(base / self.images.format(folder), self.image_suffixes)
-        masks = _find_some(base / self.masks.format(folder), self.mask_suffixes)
+        images = find_files(base / self.images.format(folder), self.image_suffixes)
+        masks = find_files(base / self.masks.format(folder), self.mask_suffixes)
         if names is None:
             return pair(images, masks)
         samples, issues = [], []
@@ -105,29 +87,6 @@ class Layout:
             path = base / missing.format(folder) / f"{name}{suffix}"
             issues.append(FileIssue(path, f"does not exist, but the list of {split!r} names it"))
         return samples, issues
-
-    def _split_folder(self, base: Path, split: str) -> str:
-        if self.splits is None:
-            subfolders = (base / self.images.format("")).iterdir()
-            folders = {path.name: path.name for path in subfolders if path.is_dir()}
-            folders["all"] = ""
-        else:
-            folders = dict(zip(self.splits, self.split_folders or self.splits, strict=True))
-        if split not in folders:
-            raise DataError(
-                f"{self.title} has no split {split!r}: expected one of {', '.join(folders)}, or "
-                "several joined by +",
-                base,
-            )
-        return folders[split]
-
-
-def _find_some(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
-    found = find_files(folder, suffixes)
-    if not found:
-        expected = " or ".join(f"*{suffix}" for suffix in suffixes)
-        raise DataError(f"no files {expected} below {folder}; {describe_folder(folder)}", folder)
-    return found
 
 
 def _read_names(path: Path, split: str) -> list[str]:
@@ -165,8 +124,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             ("images", "annotations"),
             "images/{}",
             "annotations/{}",
-            splits=("train", "val"),
-            split_folders=("training", "validation"),
+            splits={"train": "training", "val": "validation"},
             bases=("ADEChallengeData2016", ""),
             image_suffixes=(".jpg",),
             mask_suffixes=(".png",),
@@ -180,8 +138,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
             ("JPEGImages", "ImageSets/Segmentation"),
             "JPEGImages",
             "SegmentationClass{}",
-            splits=("train", "val", "trainval", "trainaug", "test"),
-            split_folders=("", "", "", "Aug", ""),
+            splits={"train": "", "val": "", "trainval": "", "trainaug": "Aug", "test": ""},
             lists="ImageSets/Segmentation/{}.txt",
             bases=("VOCdevkit/VOC2012", "VOC2012", ""),
             image_suffixes=(".jpg",),
@@ -202,11 +159,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 
 
 def find_layout(name: str, root: Path) -> tuple[Layout, Path]:
-    """Find the layout of a folder, and its base: the folder with the required folders.
-
-    Raises:
-        DataError: the folder has none of the dataset's layouts.
-    """
+    """Find the layout of a folder and its base, which has the required folders, or raise."""
     for layout in LAYOUTS[name]:
         for base in layout.bases:
             if all((root / base / folder).is_dir() for folder in layout.required):
@@ -222,11 +175,7 @@ def find_layout(name: str, root: Path) -> tuple[Layout, Path]:
 
 
 def find_classes(name: str, base: Path) -> Classes | None:
-    """Return the classes of a known dataset or in a folder's list; None without a list.
-
-    Raises:
-        DataError: the list is invalid, or CamVid's has other classes than CamVid.
-    """
+    """Return the classes of a known dataset or in a folder's list; None without a list."""
     listed = [base / file for file in ("classes.json", "classes.txt") if (base / file).is_file()]
     if name == "folder":
         return class_lists.read(listed[0]) if listed else None

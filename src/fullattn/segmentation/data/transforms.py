@@ -45,17 +45,8 @@ class Normalize:
         _to_tuples(self)
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise an image and convert its mask.
-
-        Args:
-            image: uint8 (3, H, W).
-            mask: uint8 (H, W).
-
-        Returns:
-            float32 (3, H, W) and int64 (H, W).
-        """
-        mean = torch.tensor(self.mean)[:, None, None]
-        std = torch.tensor(self.std)[:, None, None]
+        """Return an image, uint8 (3, H, W), as float32, and its mask, uint8 (H, W), as int64."""
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return image.float().div_(255).sub_(mean).div_(std), mask.long()
 
 
@@ -114,14 +105,9 @@ class Augment:
             raise ValueError(f"expected a probability for flip, got {self.flip}")
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Augment an image and its mask.
+        """Augment an image, uint8 (3, H, W), and its mask, uint8 (H, W).
 
-        Args:
-            image: uint8 (3, H, W).
-            mask: uint8 (H, W).
-
-        Returns:
-            float32 (3, *crop) and int64 crop, 255 in the padding.
+        They become float32 (3, *crop) and int64 crop, 255 in the padding.
         """
         height, width = image.shape[1:]
         if not self.pad and (height < self.crop[0] or width < self.crop[1]):
@@ -131,15 +117,18 @@ class Augment:
             )
         factor = torch.empty(()).uniform_(*self.scale).item()
         size = [max(1, round(height * factor)), max(1, round(width * factor))]
-        image, mask = _resize(image, mask, size)
+        v2, tensors = _torchvision()
+        image = v2.functional.resize(image, size, antialias=True)
+        # v2's default for masks, NEAREST, is shifted against the bilinear image by up to a pixel.
+        nearest = v2.InterpolationMode.NEAREST_EXACT
+        mask = v2.functional.resize(mask[None], size, interpolation=nearest)[0]
         rows, above, below = _random_placement(size[0], self.crop[0])
         columns, left, right = _random_placement(size[1], self.crop[1])
-        tensors = _torchvision("tv_tensors")
         image, mask = _pipeline(self.flip, self.photometric)(
             tensors.Image(image[:, rows, columns]), tensors.Mask(mask[rows, columns])
         )
-        image, mask = image.as_subclass(Tensor), mask.as_subclass(Tensor)
-        image, mask = Normalize(self.mean, self.std)(image, mask)
+        normalize = Normalize(self.mean, self.std)
+        image, mask = normalize(image.as_subclass(Tensor), mask.as_subclass(Tensor))
         padding = (left, right, above, below)
         # The mean colour is 0 after normalisation.
         return F.pad(image, padding), F.pad(mask, padding, value=IGNORE_INDEX)
@@ -165,34 +154,20 @@ def _to_tuples(options: Normalize | Augment) -> None:
         )
 
 
-def _torchvision(module: str) -> Any:
-    """Import a module of torchvision on use, so that the classes above can be pickled."""
+def _torchvision() -> Any:
+    """Import torchvision's v2 and tv_tensors on use, so that the classes above can be pickled."""
     try:
-        return importlib.import_module(f"torchvision.{module}")
+        modules = ("torchvision.transforms.v2", "torchvision.tv_tensors")
+        return tuple(map(importlib.import_module, modules))
     except ImportError as error:
         raise ImportError(
             f"augmentation needs torchvision: pip install 'fullattn[data]' ({error})"
         ) from error
 
 
-def _resize(image: Tensor, mask: Tensor, size: list[int]) -> tuple[Tensor, Tensor]:
-    v2 = _torchvision("transforms.v2")
-    # v2's default for masks, NEAREST, is shifted against the bilinear image by up to a pixel.
-    nearest = v2.InterpolationMode.NEAREST_EXACT
-    return (
-        v2.functional.resize(image, size, antialias=True),
-        v2.functional.resize(mask[None], size, interpolation=nearest)[0],
-    )
-
-
 @functools.cache
 def _pipeline(flip: float, photometric: bool) -> Any:
-    v2 = _torchvision("transforms.v2")
-    steps = [v2.RandomHorizontalFlip(flip)]
-    if photometric:
-        changes = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}
-        steps += [
-            v2.RandomApply([v2.ColorJitter(**{name: change})], 0.5)
-            for name, change in changes.items()
-        ]
-    return v2.Compose(steps)
+    v2, _ = _torchvision()
+    changes = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05}
+    jitters = [v2.RandomApply([v2.ColorJitter(**{name: by})], 0.5) for name, by in changes.items()]
+    return v2.Compose([v2.RandomHorizontalFlip(flip), *(jitters if photometric else ())])

@@ -60,13 +60,6 @@ class Convolution(nn.Module):
 
     Without the normalisation the branch is so small relative to x that training hardly uses it.
 
-    Args:
-        channels: C.
-
-    Shape:
-        x: (B, C, H, W).
-        output: as x.
-
     Example:
         >>> from fullattn import FullyAttentional
         >>> sizes = [sum(p.numel() for p in module.parameters())
@@ -88,17 +81,11 @@ class Convolution(nn.Module):
         return y
 
 
-def _channel_then_spatial(channels: int) -> nn.Module:
-    return nn.Sequential(
-        OrderedDict[str, nn.Module](
-            channel=ChannelNonLocal(channels), spatial=SpatialNonLocal(channels)
-        )
-    )
-
-
 _OTHERS: Mapping[str, Callable[[int], nn.Module]] = {
     "dual": Dual,
-    "channel_spatial": _channel_then_spatial,
+    "channel_spatial": lambda channels: nn.Sequential(
+        OrderedDict(channel=ChannelNonLocal(channels), spatial=SpatialNonLocal(channels))
+    ),
     "none": nn.Identity,
     "convolution": Convolution,
 }
@@ -115,22 +102,11 @@ def attentions() -> tuple[str, ...]:
 
 
 def build(attention: Attention, channels: int, options: Mapping[str, Any]) -> nn.Module:
-    """Build the attention of a head.
-
-    Args:
-        attention: a name of `attentions()`, or a callable of the channel count.
-        channels: C.
-        options: keywords for a registered layer, which override its `head_options`.
-
-    Raises:
-        ValueError: an unknown name, or options for an attention that takes none.
-        TypeError: neither a name nor a callable, an unknown option, or a callable that does not
-            return a module.
-    """
-    if isinstance(attention, str) and attention in LAYERS:
-        layer = LAYERS[attention]
-        return layer(channels, **{**layer.head_options, **options})
+    """Build an attention by name, with options for a registered layer, or with a callable."""
     if isinstance(attention, str):
+        if attention in LAYERS:
+            layer = LAYERS[attention]
+            return layer(channels, **{**layer.head_options, **options})
         if attention not in _OTHERS:
             allowed = ", ".join(map(repr, attentions()))
             raise ValueError(

@@ -19,14 +19,11 @@ _PREFIXES = ("backbone.", "model.backbone.", "module.")
 
 
 class Stages:
-    """The last three feature maps of a backbone.
+    """The last three feature maps of a backbone, with their channel counts in `channels`.
 
     The last map of a high-resolution network (HRNet) is its four branches, resized to the finest
     and concatenated, as in the HRNet authors' segmentation networks; the two maps before are those
     of strides 8 and 16. Other backbones' maps are those of their last three stages.
-
-    Attributes:
-        channels: channel counts of the three maps, from early to late.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -46,10 +43,7 @@ class Stages:
         if not self._high_resolution:
             return features[-3:]
         size = features[0].shape[-2:]
-        resized = [
-            F.interpolate(feature, size, mode="bilinear", align_corners=False)
-            for feature in features[1:]
-        ]
+        resized = [F.interpolate(feature, size, mode="bilinear") for feature in features[1:]]
         return features[1], features[2], torch.cat([features[0], *resized], dim=1)
 
 
@@ -68,20 +62,7 @@ def build(
     pretrained: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a network of timm that returns its feature maps.
-
-    Args:
-        name: timm's name, with or without the tag of its weights.
-        output_stride: stride of the last map: 8, 16 or 32; ignored by HRNet.
-        uniform_dilation: whether the first block of a ResNet's dilated stage is dilated like the
-            others, as in the official FLANet; timm's keeps the dilation of the stage before.
-        pretrained: whether timm loads the weights that it has for this name.
-        options: further keywords for `timm.create_model`.
-
-    Raises:
-        ImportError: timm is not installed.
-        ValueError: timm does not know the name, or the network cannot have this stride.
-    """
+    """Build a network of timm that returns its feature maps; the arguments are as in `FLANet`."""
     try:
         import timm
     except ImportError as error:
@@ -115,28 +96,18 @@ def _dilate_first_blocks(backbone: nn.Module) -> None:
         if not (name.startswith("layer") and isinstance(stage, nn.Sequential) and len(stage) > 1):
             continue
         second = dict(stage[1].named_modules())
-        for path, convolution in stage[0].named_modules():
+        for path, first in stage[0].named_modules():
             later = second.get(path)
-            if (
-                isinstance(convolution, nn.Conv2d)
-                and isinstance(later, nn.Conv2d)
-                and "downsample" not in path
-                and convolution.kernel_size == later.kernel_size
-            ):
-                convolution.dilation, convolution.padding = later.dilation, later.padding
+            if "downsample" in path or not isinstance(first, nn.Conv2d):
+                continue
+            if isinstance(later, nn.Conv2d) and first.kernel_size == later.kernel_size:
+                first.dilation, first.padding = later.dilation, later.padding
 
 
 def load_weights(backbone: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load weights with timm's names into a backbone, ignoring other keys (a classifier's).
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        checkpoints.CheckpointError: the file does not hold weights of this backbone.
-    """
+    """Load weights with timm's names into a backbone, ignoring other keys (a classifier's)."""
     found = checkpoints.load(path)
-    prefix = next(
-        (prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in found)), ""
-    )
+    prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in found)), "")
     own = backbone.state_dict()
     # Converted weights often lack these counters, which only momentum=None uses.
     optional = {name: own[name] for name in own if name.endswith("num_batches_tracked")}
@@ -148,11 +119,10 @@ def load_state_dict(
     module: nn.Module, weights: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
     """Load weights, or raise PyTorch's list of mismatches and leave the module unchanged."""
-    shapes = {name: x.shape for name, x in module.state_dict().items()}
-    fits = shapes == {name: x.shape for name, x in weights.items()}
+    own, given = ({k: x.shape for k, x in w.items()} for w in (module.state_dict(), weights))
     try:
         # PyTorch copies the tensors that fit before it raises.
-        (module if fits else copy.deepcopy(module)).load_state_dict(weights)
+        (module if own == given else copy.deepcopy(module)).load_state_dict(weights)
     except RuntimeError as error:
         mismatches = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         raise checkpoints.CheckpointError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torch import nn
@@ -50,12 +50,11 @@ class Description:
     mean: Sequence[float]
     std: Sequence[float]
     step: int = 0
-    format: int = field(default=_FORMAT)
+    format: int = _FORMAT
 
     def plain(self) -> dict[str, Any]:
         """Return the description as dicts, lists, numbers and strings, for the file."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        return dict(_plain(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,7 @@ class Trained:
 
 
 def _plain(value: Any) -> Any:
-    """Convert mappings and sequences to dicts and lists, recursively.
-
-    Raises:
-        ValueError: there is something other than these, numbers, strings and None.
-    """
+    """Convert mappings and sequences to dicts and lists, and refuse all but names and numbers."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -82,13 +77,7 @@ def _plain(value: Any) -> Any:
 
 
 def describe(model: FLANet) -> dict[str, Any]:
-    """Return the arguments of a FLANet as plain values.
-
-    Args:
-        model: the network.
-
-    Returns:
-        Arguments with which `FLANet(**arguments)` has the same architecture.
+    """Return plain values with which `FLANet(**arguments)` has the architecture of a network.
 
     Raises:
         ValueError: an argument is a callable, which a file cannot hold.
@@ -107,12 +96,6 @@ def describe(model: FLANet) -> dict[str, Any]:
 
 def load(path: str | os.PathLike[str]) -> Trained:
     """Read a trained network from a file to the CPU, without executing code from the file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The network in evaluation mode and its description.
 
     Raises:
         FileNotFoundError: the file does not exist.

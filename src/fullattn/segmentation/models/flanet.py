@@ -11,7 +11,7 @@ Song et al., Fully Attentional Network for Semantic Segmentation, AAAI 2022 (arX
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fullattn.layers import _checks
 from fullattn.segmentation.models import backbone as backbones
 from fullattn.segmentation.models.attention_choices import Attention
-from fullattn.segmentation.models.head import OutputHead, SegmentationHead
+from fullattn.segmentation.models.head import Norm, OutputHead, SegmentationHead
 
 __all__ = ["FLANet"]
 
@@ -83,10 +83,16 @@ class FLANet(nn.Module):
         output_stride: int = 8,
         uniform_dilation: bool = True,
         pretrained: bool = False,
-        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        norm_layer: Norm = nn.BatchNorm2d,
         backbone_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        #: Arguments that build the same architecture.
+        self.arguments: dict[str, Any] = dict(locals())
+        for name in ("self", "__class__", "pretrained"):
+            del self.arguments[name]
+        for name in ("attention_options", "backbone_options"):
+            self.arguments[name] = dict(self.arguments[name] or {})
         _checks.positive(num_classes, "num_classes")
         _checks.positive(auxiliary_channels, "auxiliary_channels")
         _checks.option(output_stride, "output_stride", (8, 16, 32))
@@ -95,22 +101,6 @@ class FLANet(nn.Module):
         _checks.option(pretrained, "pretrained", (False, True))
         if not isinstance(backbone, str):
             raise TypeError(f"backbone must be a name in timm, got {type(backbone).__name__}")
-        #: Arguments that build the same architecture.
-        self.arguments: dict[str, Any] = {
-            "num_classes": num_classes,
-            "backbone": backbone,
-            "attention": attention,
-            "attention_options": dict(attention_options or {}),
-            "channels": channels,
-            "out_channels": out_channels,
-            "auxiliary": auxiliary,
-            "auxiliary_channels": auxiliary_channels,
-            "dropout": dropout,
-            "output_stride": output_stride,
-            "uniform_dilation": uniform_dilation,
-            "norm_layer": norm_layer,
-            "backbone_options": dict(backbone_options or {}),
-        }
         self.num_classes = num_classes
         self.backbone = backbones.build(
             backbone,
@@ -137,24 +127,13 @@ class FLANet(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Compute the logits of images.
-
-        Args:
-            x: normalised images, (B, 3, H, W).
-
-        Returns:
-            (B, K, H, W) in evaluation mode; in training mode a list of such logits.
-        """
+        """Compute the logits (B, K, H, W) of normalised images; in training a list of them."""
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(x.shape)}")
-        size = x.shape[-2:]
         *earlier, last = self._stages(self.backbone(x))
-        logits = self._resized(self.head(last), size)
-        if not self.training:
-            return logits
-        auxiliary = zip(self.auxiliary, earlier, strict=False)
-        return [logits, *(self._resized(head(feature), size) for head, feature in auxiliary)]
-
-    @staticmethod
-    def _resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
-        return F.interpolate(logits, size, mode="bilinear", align_corners=True)
+        logits = [self.head(last)]
+        if self.training:
+            logits += [head(each) for head, each in zip(self.auxiliary, earlier, strict=False)]
+        size = x.shape[-2:]
+        resized = [F.interpolate(y, size, mode="bilinear", align_corners=True) for y in logits]
+        return resized if self.training else resized[0]

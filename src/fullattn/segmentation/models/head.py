@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,51 +13,33 @@ from fullattn.layers import _checks
 from fullattn.segmentation.models import attention_choices
 from fullattn.segmentation.models.attention_choices import Attention
 
-__all__ = ["OutputHead", "SegmentationHead", "convolution"]
+__all__ = ["Norm", "OutputHead", "SegmentationHead", "convolution"]
+
+Norm: TypeAlias = Callable[..., nn.Module] | None
 
 
-def convolution(
-    in_channels: int, out_channels: int, norm_layer: Callable[..., nn.Module] | None
-) -> nn.Sequential:
+def convolution(in_channels: int, out_channels: int, norm_layer: Norm) -> nn.Sequential:
     """Build a 3x3 convolution with normalisation and ReLU."""
     conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=norm_layer is None)
     nn.init.kaiming_normal_(conv.weight, a=1)
-    steps = OrderedDict[str, nn.Module](conv=conv)
-    if norm_layer is not None:
-        steps["norm"] = norm_layer(out_channels)
-    steps["act"] = nn.ReLU()
-    return nn.Sequential(steps)
+    norm = {} if norm_layer is None else {"norm": norm_layer(out_channels)}
+    return nn.Sequential(OrderedDict(conv=conv, **norm, act=nn.ReLU()))
 
 
-class OutputHead(nn.Module):
-    """Nearest-neighbour x2 upsampling, 3x3 convolution, 2-D dropout and a 1x1 classifier.
-
-    Shape:
-        x: (B, in_channels, H, W).
-        output: (B, num_classes, 2H, 2W).
-    """
+class OutputHead(nn.Sequential):
+    """Nearest-neighbour x2 upsampling, 3x3 convolution, 2-D dropout and a 1x1 classifier."""
 
     def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        channels: int,
-        dropout: float,
-        norm_layer: Callable[..., nn.Module] | None,
+        self, in_channels: int, num_classes: int, channels: int, dropout: float, norm_layer: Norm
     ) -> None:
-        super().__init__()
         if not 0 <= _checks.number(dropout, "dropout") <= 1:
             raise ValueError(f"dropout must be from 0 to 1, got {dropout}")
-        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
-        self.reduce = convolution(in_channels, channels, norm_layer)
-        self.dropout = nn.Dropout2d(dropout)
-        self.classifier = nn.Conv2d(channels, num_classes, 1)
-        nn.init.kaiming_normal_(self.classifier.weight, a=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the logits of a feature map."""
-        y: Tensor = self.classifier(self.dropout(self.reduce(self.upsample(x))))
-        return y
+        steps = OrderedDict[str, nn.Module](upsample=nn.Upsample(scale_factor=2, mode="nearest"))
+        steps["reduce"] = convolution(in_channels, channels, norm_layer)
+        steps["dropout"] = nn.Dropout2d(dropout)
+        steps["classifier"] = classifier = nn.Conv2d(channels, num_classes, 1)
+        nn.init.kaiming_normal_(classifier.weight, a=1)
+        super().__init__(steps)
 
 
 class SegmentationHead(nn.Module):
@@ -114,7 +96,7 @@ class SegmentationHead(nn.Module):
         channels: int = 512,
         out_channels: int = 512,
         dropout: float = 0.1,
-        norm_layer: Callable[..., nn.Module] | None = nn.BatchNorm2d,
+        norm_layer: Norm = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         _checks.positive(in_channels, "in_channels")
