@@ -27,7 +27,7 @@ from fullattn.segmentation.data.dataset import (
 from fullattn.segmentation.data.decode import read_image
 from fullattn.segmentation.data.examples import Examples, collate
 from fullattn.segmentation.data.files import DataError, DatasetReport, FileIssue, Sample
-from fullattn.segmentation.data.layouts import LAYOUTS
+from fullattn.segmentation.data.folder_layouts import LAYOUTS
 from fullattn.segmentation.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Augment, Normalize
 
 DATASETS = tuple(LAYOUTS)

@@ -29,7 +29,12 @@ from fullattn.segmentation.data.files import (
     find_files,
     join_first,
 )
-from fullattn.segmentation.data.layouts import LAYOUTS, MASK_SUFFIXES, find_classes, find_layout
+from fullattn.segmentation.data.folder_layouts import (
+    LAYOUTS,
+    MASK_SUFFIXES,
+    find_classes,
+    find_layout,
+)
 
 __all__ = [
     "ErrorsAsValues",

@@ -18,7 +18,7 @@ from PIL import Image
 from fullattn.segmentation.data import DATASETS, DataError, SegmentationDataset, open_dataset
 from fullattn.segmentation.data.classes import colour, known
 from fullattn.segmentation.data.files import pair
-from fullattn.segmentation.data.layouts import LAYOUTS
+from fullattn.segmentation.data.folder_layouts import LAYOUTS
 from helpers import SHARED_DATA, tiny_data
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -536,9 +536,9 @@ def test_camvid_with_other_classes_raises(tmp_path: Path) -> None:
 
 
 def test_layouts_are_described_in_their_module() -> None:
-    from fullattn.segmentation.data import layouts
+    from fullattn.segmentation.data import folder_layouts
 
-    assert all(f"\n{name} " in (layouts.__doc__ or "") for name in LAYOUTS)
+    assert all(f"\n{name} " in (folder_layouts.__doc__ or "") for name in LAYOUTS)
 
 
 # CamVid itself
