@@ -52,10 +52,19 @@ from torch import nn
 from fullattn.attention import AttentionInputs, Backend, ScoreFunction, dispatch
 from fullattn.attention.backend import FLOATING, Setting, Workspace
 from fullattn.attention.sizes import Size, maximum, minimum
+from fullattn.counters import register_counters
 from fullattn.layers import LAYERS, AttentionLayer, _checks
 from fullattn.layers.protocol import Work
 
-__all__ = ["Cost", "Figures", "cost", "counted_flops", "figures", "inputs_of"]
+__all__ = [
+    "Cost",
+    "Figures",
+    "cost",
+    "counted_flops",
+    "figures",
+    "inputs_of",
+    "register_counters",
+]
 
 
 Shape: TypeAlias = tuple[Size, Size, Size, Size]

@@ -16,7 +16,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, bmm
 
 from fullattn.attention import flops, operators, reference
 from fullattn.attention.backend import (
@@ -112,7 +112,7 @@ def _scores(query: Tensor, key: Tensor, scale: float, buffer: Tensor) -> Tensor:
     """Write softmax(scale · query · keyᵀ) of one block into the front of `buffer`."""
     count, tokens, memory = query.shape[0], query.shape[1], key.shape[1]
     weights = buffer[: count * tokens * memory].view(count, tokens, memory)
-    torch.bmm(query, key.mT, out=weights)
+    bmm(query, key.mT, out=weights)
     if scale != 1.0:
         weights.mul_(scale)
     return torch.softmax(weights, -1, out=weights)
@@ -135,7 +135,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
                 for tokens in _ranges(length, plan.rows):
                     weights = _scores(queries[block, tokens], _of_block(keys, block), scale, buffer)
                     # A block of whole slices is contiguous, as the batched product requires.
-                    torch.bmm(weights, _of_block(values, block), out=result[block, tokens])
+                    bmm(weights, _of_block(values, block), out=result[block, tokens])
             out[image, group].copy_(result)
     return out
 
@@ -168,13 +168,13 @@ def backward(
                     block_key, block_value = _of_block(keys, block), _of_block(values, block)
                     weights = _scores(block_query, block_key, scale, buffer)
                     grad_scores = grad_buffer[: weights.numel()].view(weights.shape)
-                    torch.bmm(block_grad, block_value.mT, out=grad_scores)
+                    bmm(block_grad, block_value.mT, out=grad_scores)
                     torch.ops.aten._softmax_backward_data.out(
                         grad_scores, weights, -1, dtype, grad_input=grad_scores
                     )
                     if scale != 1.0:
                         grad_scores.mul_(scale)
-                    torch.bmm(grad_scores, block_key, out=to_query[block, tokens])
+                    bmm(grad_scores, block_key, out=to_query[block, tokens])
                     _accumulate(to_key, block, grad_scores.mT, block_query)
                     _accumulate(to_value, block, weights.mT, block_grad)
             grad_query[image, group].copy_(to_query)

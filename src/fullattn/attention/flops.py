@@ -20,6 +20,7 @@ __all__ = [
     "axial_channel_attention",
     "axial_channel_attention_backward",
     "register",
+    "registered",
 ]
 
 Shape = Sequence[Any]
@@ -73,7 +74,7 @@ def axial_channel_attention_backward(grad: Shape, x: Shape, *_: Any, **__: Any) 
 
 
 _COUNTER = "torch.utils.flop_counter"
-_waiting: list[tuple[Any, Callable[..., int]]] = []
+_formulas: dict[Any, Callable[..., int]] = {}
 
 
 def register(operator: Any, formula: Callable[..., int]) -> None:
@@ -82,14 +83,18 @@ def register(operator: Any, formula: Callable[..., int]) -> None:
     Importing the counter imports Triton where that is installed, which takes longer than all of
     `import fullattn`; so the formula waits until the program itself imports the counter.
     """
-    _waiting.append((operator, formula))
+    _formulas[operator] = formula
     if _COUNTER in sys.modules:
         _hand_over(sys.modules[_COUNTER])
 
 
+def registered() -> dict[Any, Callable[..., int]]:
+    """Return the formulas of all operators that `register` was called with."""
+    return dict(_formulas)
+
+
 def _hand_over(counter: ModuleType) -> None:
-    while _waiting:
-        operator, formula = _waiting.pop()
+    for operator, formula in _formulas.items():
         if operator not in counter.flop_registry:
             counter.register_flop_formula(operator)(formula)
 
