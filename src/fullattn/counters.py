@@ -7,7 +7,7 @@ formulas of `fullattn.costs`. PyTorch's own FlopCounterMode knows them already.
 | counter | unit | what it is taught |
 | --- | --- | --- |
 | thop, ultralytics-thop | multiply-accumulate | a rule for each layer |
-| ptflops | multiply-accumulate | a hook for each layer (`backend="pytorch"`), the operators (`"aten"`) |
+| ptflops | multiply-accumulate | a hook for each layer, and the operators (`backend="aten"`) |
 | calflops | FLOPs and multiply-accumulate | a hook for each layer |
 | fvcore | multiply-accumulate | PyTorch's fused attention, which its trace holds |
 | mmengine | multiply-accumulate | the same |

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fullattn._cli.conditions import Conditions
+from fullattn._cli.conditions import Conditions, available_bytes
 from fullattn._cli.errors import UsageError, describe
 from fullattn._cli.shapes import Shape
 
-__all__ = ["check_image", "feature_map", "noise", "photograph", "random_like", "through_stem"]
+__all__ = [
+    "check_fits",
+    "check_image",
+    "feature_map",
+    "noise",
+    "photograph",
+    "random_like",
+    "through_stem",
+]
 
 _STRIDE = 8  # of the stem: three convolutions of stride 2
 
@@ -44,6 +54,23 @@ def random_like(x: Tensor, seed: int) -> Tensor:
 def noise(shape: Shape, seed: int) -> Tensor:
     """Draw normal noise, float32 on the CPU."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check_fits(shape: Shape, parameters: int = 0) -> None:
+    """Raise UsageError where an input or parameters, with gradients, exceed the free memory.
+
+    Args:
+        shape: of the input.
+        parameters: elements of a layer's parameters.
+    """
+    free = available_bytes()
+    for what, elements in (("input", math.prod(shape)), ("parameters", parameters)):
+        needed = 2 * 4 * elements
+        if free is not None and needed > free:
+            raise UsageError(
+                f"expected shapes whose {what} and gradient fit into the {free / 2**30:.1f} GiB of "
+                f"free memory, got {shape}, which needs {needed / 2**30:.1f} GiB"
+            )
 
 
 def check_image(path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 from fullattn._cli.errors import UsageError
@@ -79,6 +80,10 @@ def parse_shape(text: str) -> Shape:
         raise UsageError(
             f"expected a shape CxHxW or BxCxHxW of positive numbers, such as 512x97x97, "
             f"or one of {', '.join(NAMED)}, got {text!r}"
+        )
+    if math.prod(sizes) >= 2**63:
+        raise UsageError(
+            f"expected a shape of fewer than 2**63 elements, got {text!r}: {math.prod(sizes):.3g}"
         )
     return Shape(*([1] * (4 - len(sizes)) + sizes))
 

@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from fullattn._cli.conditions import Conditions, Mode, available_bytes, environment
+from fullattn._cli.conditions import Conditions, Mode, environment
 from fullattn._cli.errors import UsageError
-from fullattn._cli.inputs import check_image, feature_map, random_like
+from fullattn._cli.inputs import check_fits, check_image, feature_map, random_like
 from fullattn._cli.output import written_together
 from fullattn._cli.shapes import Shape
 from fullattn.bench import chart, compare, memory
@@ -120,8 +120,11 @@ def measure_all(options: Options) -> Results:
         for shape, _ in options.shapes
     }
     _check_baseline(options.baseline, [each for found in chosen.values() for each in found])
-    for shape in chosen:
-        _check_input_fits(shape)
+    for shape, implementations in chosen.items():
+        # The official implementation has the parameters of "fully".
+        layers = {"fully", *(each.layer for each in implementations if each.layer in LAYERS)}
+        built: list[nn.Module] = [LAYERS[layer](shape.channels, device="meta") for layer in layers]
+        check_fits(shape, max(sum(p.numel() for p in layer.parameters()) for layer in built))
     # The cheapest first: what they leave of their share of the budget goes to the others. Training
     # costs about four times as much as inference.
     groups = sorted(
@@ -162,16 +165,6 @@ def _check_baseline(baseline: str, implementations: list[Implementation]) -> Non
         automatic = [each.layer for each in implementations if each.automatic]
         names = dict.fromkeys([*(each.name for each in implementations), *automatic])
         raise UsageError(f"expected a baseline of {', '.join(names)}, got {baseline!r}")
-
-
-def _check_input_fits(shape: Shape) -> None:
-    """Raise UsageError where the input and its gradient alone exceed the free memory."""
-    needed, free = 2 * 4 * math.prod(shape), available_bytes()
-    if free is not None and needed > free:
-        raise UsageError(
-            f"expected shapes whose input and gradient fit into the {free / 2**30:.1f} GiB of free "
-            f"memory, got {shape}, which needs {needed / 2**30:.1f} GiB"
-        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fullattn.attention import is_autocast_enabled
-from fullattn.attention.tracing import is_jit_traced, plain_shape
+from fullattn.attention.tracing import is_jit_traced, is_transformed, plain_shape
 
 T = TypeVar("T")
 
@@ -52,6 +52,17 @@ def module_factory(
     if value is not None and (not callable(value) or isinstance(value, nn.Module)):
         raise TypeError(f"{name} must be a module class, a callable or None, got {value!r}")
     return value
+
+
+def normalisation(
+    factory: Callable[..., nn.Module],
+    channels: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """Build a normalisation, and move it if a device or dtype was asked for."""
+    module = factory(channels)
+    return module if device is None and dtype is None else module.to(device=device, dtype=dtype)
 
 
 def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Tensor, bool]:
@@ -100,7 +111,7 @@ def feature_map(x: Tensor, channels: int, parameter: Tensor | None) -> tuple[Ten
 
 def like_input(y: Tensor, x: Tensor, unbatched: bool) -> Tensor:
     """Return y in the memory format of x, both (B, C, H, W), without B if x came without."""
-    if is_jit_traced():  # the program may run on maps of another format
+    if is_jit_traced() or is_transformed():  # maps of another format, or formats that are hidden
         pass
     elif x.is_contiguous():
         y = y.contiguous()

@@ -127,7 +127,7 @@ class FullyAttentional(AttentionLayer):
                 channels, channels, 3, padding=1, bias=norm_layer is None, **like
             )
             if norm_layer is not None:
-                steps["norm"] = norm_layer(channels).to(device=device, dtype=dtype)
+                steps["norm"] = _checks.normalisation(norm_layer, channels, device, dtype)
             if act_layer is not None:
                 steps["act"] = act_layer()
             self.project = nn.Sequential(steps)

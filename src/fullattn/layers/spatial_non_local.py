@@ -156,7 +156,7 @@ class SpatialNonLocal(AttentionLayer):
             steps: OrderedDict[str, nn.Module] = OrderedDict()
             steps["conv"] = nn.Conv2d(inner, channels, 1, **like)
             if norm_layer is not None:
-                steps["norm"] = norm_layer(channels).to(device=device, dtype=dtype)
+                steps["norm"] = _checks.normalisation(norm_layer, channels, device, dtype)
             self.output = nn.Sequential(steps)
         else:
             self.gamma = nn.Parameter(torch.empty(1, **like))

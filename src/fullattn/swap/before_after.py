@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fullattn._cli.conditions import Mode, environment
 from fullattn._cli.errors import UsageError
+from fullattn._cli.inputs import check_fits
 from fullattn._text import si
 from fullattn.bench.measure import Plan, measure_group
 from fullattn.bench.results import Measurement
@@ -53,6 +54,7 @@ def compare(network: Network, modes: tuple[Mode, ...], plan: Plan, console: Cons
     Raises:
         UsageError: the network cannot be built, changed or called.
     """
+    check_fits(network.shape)
     changed, report = network.built()
     assert report is not None
     untouched = replace(network, target=None)
