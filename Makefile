@@ -48,8 +48,9 @@ docs: $(READY)  ## the site, into out/site; a broken link or reference fails
 browser: $(READY)  ## the site in Chromium, at the width of a desk and of a phone, light and dark
 	$(TESTS) -m browser tests/docs/test_site.py
 
-tables: $(READY)  ## the tables of README and documentation, out of benchmarks/results
+tables: $(READY)  ## the tables of README and documentation
 	$(BIN)/python benchmarks/tables.py
+	PYTHONPATH=tests $(BIN)/python tests/helpers/tools.py docs/tools.md
 
 lint: $(READY)  ## formatting, lint, spelling and strict types
 	$(BIN)/ruff format --check .
