@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fullattn._cli.inputs import through_stem
 from fullattn.layers import LAYERS, AttentionLayer, ChannelNonLocal
 from fullattn.plot import figures, inputs_of, layers_with_maps, page, similarity
-from fullattn.plot.tokens import has_channel_maps
+from fullattn.plot.layers import has_channel_maps
 from fullattn.segmentation.data.decode import read_scaled
 from fullattn.segmentation.data.files import DataError
 from fullattn.segmentation.evaluation.loop import evaluating, normalised
