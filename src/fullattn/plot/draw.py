@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fullattn.plot import figures
-from fullattn.plot.layers import (
-    channel_map_beside,
-    has_channel_maps,
-    opened,
-    slices_of,
-    weights_at,
-    whole_maps,
-)
+from fullattn.plot.layers import LayerMaps, has_channel_maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,24 +70,25 @@ def similarity(
     if point is not None and channel is not None:
         raise ValueError("expected a point or a channel, got both")
     with torch.no_grad():
-        layer, features, call = opened(layer, x)
+        seen = LayerMaps(layer, x)
+        features = seen.features
         shown = _norms(features) if photograph is None else as_photograph(photograph)
         title = title or type(layer).__name__
         if point is None and channel is None:
             point = shown.shape[2] // 2, shown.shape[1] // 2
         if point is not None:
             column, row = figures.cell_of(point, shown, features)
-        if not has_channel_maps(layer):
+        if not has_channel_maps(seen.layer):
             if point is None:
                 name = type(layer).__name__
                 raise ValueError(f"{name} has a map of positions and none of channels")
-            weights = torch.stack([weights_at(call, b, column, row) for b in call.branches]).sum(0)
+            weights = torch.stack([seen.at(each, column, row) for _, each in seen.branches]).sum(0)
             return figures.draw_positions(shown, weights, point, title=title)
-        maps = {slices_of(branch): whole_maps(call, branch) for branch in call.branches}
+        maps = {slices: seen.whole(branch) for slices, branch in seen.branches}
         if point is not None:
             if "" in maps:
                 return figures.draw_channels(maps[""][0], features[0], title=title)
-            single = channel_map_beside(layer, features, beside)
+            single = seen.beside(beside)
             return figures.draw_slices(shown, maps, single, point, features.shape[2:], title=title)
         if channel is None or not 0 <= channel < features.shape[1]:
             raise ValueError(f"expected a channel from 0 to {features.shape[1] - 1}, got {channel}")

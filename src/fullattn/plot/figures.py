@@ -104,14 +104,8 @@ def draw_slices(
 
     The upper panels show the photograph, with the `distances` of all columns' and rows' maps along
     its edges, and the maps at the point. The lower ones show the single map and the differences.
-
-    Args:
-        photograph: uint8, (3, H, W).
-        maps: by "column" (w, C, C), by "row" (h, C, C), or both.
-        single: the channel layer's map, (C, C).
-        point: x and y in pixels.
-        size: of the feature map, (h, w).
-        title: title of the figure.
+    The photograph is uint8, (3, H, W); the maps are by "column" (w, C, C), by "row" (h, C, C), or
+    both; the single one is (C, C); the point is x and y in pixels; the size is (h, w).
     """
     x, y = cell_of(point, photograph, torch.empty(*size))
     at = {slices: x if slices == "column" else y for slices in maps}
@@ -152,18 +146,17 @@ def _show_distances(
         colours[index] = _MARK
         label = f"distance of each {slices}'s map\nfrom the channel layer's only one"
         if slices == "column":
-            step = width / size[1]
-            panel.add_patch(Rectangle((index * step, 0), step, height, fill=False, edgecolor=_MARK))
+            frame = Rectangle((index * width / size[1], 0), width / size[1], height)
             edge = panel.inset_axes((0, -0.24 / high, 1, 0.2 / high))
             edge.bar(range(count), lengths, width=1, color=colours)
             edge.set(xlim=(-0.5, count - 0.5), ylim=limits, xticks=[])
         else:
-            step = height / size[0]
-            panel.add_patch(Rectangle((0, index * step), width, step, fill=False, edgecolor=_MARK))
+            frame = Rectangle((0, index * height / size[0]), width, height / size[0])
             edge = panel.inset_axes((1 + 0.03 / wide, 0, 0.2 / wide, 1))
             edge.barh(range(count), lengths, height=1, color=colours)
             edge.set(ylim=(count - 0.5, -0.5), xlim=limits, yticks=[])
             label = "of each\nrow's" if "column" in distances else label
+        panel.add_patch(frame).set(fill=False, edgecolor=_MARK)
         edge.set_xlabel(label)
         edge.spines[["top", "right"]].set_visible(False)
         edge.tick_params(labelsize=7)

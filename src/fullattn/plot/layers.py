@@ -11,20 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fullattn import attention, functional
-from fullattn.attention import AttentionCall, Branch
+from fullattn.attention import Branch
 from fullattn.attention.reference import similarity
 from fullattn.layers import LAYERS, AttentionLayer, ChannelNonLocal
 
-__all__ = [
-    "channel_map_beside",
-    "has_channel_maps",
-    "inputs_of",
-    "layers_with_maps",
-    "opened",
-    "slices_of",
-    "weights_at",
-    "whole_maps",
-]
+__all__ = ["LayerMaps", "has_channel_maps", "inputs_of", "layers_with_maps"]
 
 _SLICES = {"": "", "w": "column", "h": "row"}
 
@@ -86,83 +77,80 @@ def inputs_of(
     return inputs
 
 
-def opened(layer: nn.Module, x: Tensor) -> tuple[AttentionLayer, Tensor, AttentionCall]:
-    """Check a layer and its input (C, h, w) or (1, C, h, w); return them and the layer's call.
+def has_channel_maps(layer: AttentionLayer) -> bool:
+    """Return whether a layer compares channels; otherwise it compares positions."""
+    return all(cut.tokens == "c" for cut in layer.operation.cuts)
+
+
+class LayerMaps:
+    """The similarity maps of a layer for its input, (C, h, w) or (1, C, h, w).
+
+    `branches` holds for each branch "column" or "row" if each has a map, "" if there is one for the
+    whole image, and its tensors.
 
     Raises:
         TypeError: not a layer of this package, or not a tensor.
         ValueError: several feature maps, or maps that are neither of channels nor of positions, in
             the image or its columns or rows.
     """
-    if not isinstance(layer, AttentionLayer):
-        hint = ""
-        if inside := layers_with_maps(layer) if isinstance(layer, nn.Module) else {}:
-            names = ", ".join(map(repr, list(inside)[:3]))
-            hint = (
-                f"; layers inside it that have them are {names}: draw one of these with its input"
+
+    def __init__(self, layer: nn.Module, x: Tensor) -> None:
+        if not isinstance(layer, AttentionLayer):
+            hint = ""
+            if inside := layers_with_maps(layer) if isinstance(layer, nn.Module) else {}:
+                hint = (
+                    f"; layers inside it that have them are {', '.join(map(repr, [*inside][:3]))}"
+                )
+                hint += ": draw one of these with its input"
+            *others, last = (each.__name__ for each in LAYERS.values())
+            raise TypeError(
+                f"{type(layer).__name__} has no similarity maps; expected a {', '.join(others)} or "
+                f"{last}{hint}"
             )
-        *others, last = (each.__name__ for each in LAYERS.values())
-        raise TypeError(
-            f"{type(layer).__name__} has no similarity maps; expected a {', '.join(others)} or "
-            f"{last}{hint}"
-        )
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected a feature map (C, h, w), got {type(x).__name__}")
-    features = x.detach()[None] if x.dim() == 3 else x.detach()
-    if features.dim() != 4 or len(features) != 1:
-        raise ValueError(
-            f"expected one feature map, (C, h, w) or (1, C, h, w), got shape {tuple(x.shape)}"
-        )
-    call = layer.attention(layer.check(features)[0])
-    for cut in call.operation.cuts:
-        if (cut.tokens != "c" and "c" not in cut.features) or cut.slices not in _SLICES:
-            raise ValueError(f"cannot draw {cut.name}: expected maps of channels or positions")
-    return layer, features, call
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a feature map (C, h, w), got {type(x).__name__}")
+        features = x.detach()[None] if x.dim() == 3 else x.detach()
+        if features.dim() != 4 or len(features) != 1:
+            raise ValueError(
+                f"expected one feature map, (C, h, w) or (1, C, h, w), got shape {tuple(x.shape)}"
+            )
+        self.layer, self.features = layer, features
+        self.call = layer.attention(layer.check(features)[0])
+        for cut in self.call.operation.cuts:
+            if (cut.tokens != "c" and "c" not in cut.features) or cut.slices not in _SLICES:
+                raise ValueError(f"cannot draw {cut.name}: expected maps of channels or positions")
+        self.branches = [(_SLICES[branch.cut.slices], branch) for branch in self.call.branches]
 
+    def whole(self, branch: Branch) -> Tensor:
+        """Return all maps of a branch, (S, N, M), on the CPU."""
+        query, key, _ = branch.tokens()
+        return similarity(query.float(), key.float(), self.call.scale, self.call.score)[0].cpu()
 
-def has_channel_maps(layer: AttentionLayer) -> bool:
-    """Return whether a layer compares channels; otherwise it compares positions."""
-    return all(cut.tokens == "c" for cut in layer.operation.cuts)
+    def beside(self, layer: ChannelNonLocal | None) -> Tensor:
+        """Return the map (C, C) of a channel layer, by default of one with this layer's scale."""
+        if layer is not None:
+            single: Tensor = layer.similarity(self.features)[0]
+        else:
+            call = functional.channel_call(self.features, scale=self.layer.scale)
+            single = attention.maps(call)[0]
+        return single.float().cpu()
 
+    def at(self, branch: Branch, column: int, row: int) -> Tensor:
+        """Return the weights (h', w') that a position gives to the key's positions.
 
-def slices_of(branch: Branch) -> str:
-    """Return "column" or "row" if each has a map, "" if there is one map for the whole image."""
-    return _SLICES[branch.cut.slices]
-
-
-def whole_maps(call: AttentionCall, branch: Branch) -> Tensor:
-    """Return all maps of a branch for one image, (S, N, M), on the CPU."""
-    query, key, _ = branch.tokens()
-    return similarity(query.float(), key.float(), call.scale, call.score)[0].cpu()
-
-
-def channel_map_beside(
-    layer: AttentionLayer, features: Tensor, beside: ChannelNonLocal | None
-) -> Tensor:
-    """Return the map (C, C) of a channel layer, by default of one with the layer's scale."""
-    if beside is not None:
-        single: Tensor = beside.similarity(features)[0]
-    else:
-        single = attention.maps(functional.channel_call(features, scale=layer.scale))[0]
-    return single.float().cpu()
-
-
-def weights_at(call: AttentionCall, branch: Branch, column: int, row: int) -> Tensor:
-    """Return the weights (h', w') that a position gives to the key's positions.
-
-    The branch compares positions. Weights are 0 outside the position's slice. The whole map, which
-    may be large, is not built.
-    """
-    cut, size = branch.cut, branch.query.shape[2:]
-    query, key, _ = (tokens.float() for tokens in branch.tokens())
-    _, own, token, _ = (cut(_numbered(size)) == row * size[1] + column).nonzero()[0].tolist()
-    keys = key[:, min(own, key.shape[1] - 1)][:, None]
-    weights = similarity(query[:, own, token][:, None, None], keys, call.scale, call.score)
-    if branch.key.dim() == 4:
-        size = branch.key.shape[2:]
-    all_weights = weights.new_zeros(size.numel())
-    all_weights[cut(_numbered(size))[0, own]] = weights.view(-1, 1)
-    return all_weights.view(size)
+        The branch compares positions. Weights are 0 outside the position's slice. The whole map,
+        which may be large, is not built.
+        """
+        cut, size = branch.cut, branch.query.shape[2:]
+        query, key, _ = (tokens.float() for tokens in branch.tokens())
+        _, own, token, _ = (cut(_numbered(size)) == row * size[1] + column).nonzero()[0].tolist()
+        query, key = query[:, own, token], key[:, min(own, key.shape[1] - 1)]
+        weights = similarity(query[:, None, None], key[:, None], self.call.scale, self.call.score)
+        if branch.key.dim() == 4:
+            size = branch.key.shape[2:]
+        all_weights = weights.new_zeros(size.numel())
+        all_weights[cut(_numbered(size))[0, own]] = weights.view(-1, 1)
+        return all_weights.view(size)
 
 
 def _numbered(size: torch.Size) -> Tensor:

@@ -23,13 +23,7 @@ from fullattn.attention import Branch
 from fullattn.layers import ChannelNonLocal
 from fullattn.plot import figures
 from fullattn.plot.draw import as_photograph
-from fullattn.plot.layers import (
-    channel_map_beside,
-    has_channel_maps,
-    opened,
-    slices_of,
-    whole_maps,
-)
+from fullattn.plot.layers import LayerMaps, has_channel_maps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,36 +111,36 @@ def _describe(
     layer: nn.Module, x: Tensor, beside: ChannelNonLocal | None, add: Callable[[Tensor], int]
 ) -> dict[str, Any]:
     """Describe a layer for the script, and add its tensors."""
-    layer, features, call = opened(layer, x)
-    sizes = zip(("channels", "height", "width"), features.shape[1:], strict=True)
-    described: dict[str, Any] = {**dict(sizes), "factor": call.scale}
-    branches = call.branches
-    if not has_channel_maps(layer):
+    seen = LayerMaps(layer, x)
+    sizes = zip(("channels", "height", "width"), seen.features.shape[1:], strict=True)
+    described: dict[str, Any] = {**dict(sizes), "factor": seen.call.scale}
+    if not has_channel_maps(seen.layer):
         return described | {
             "form": "positions",
-            "score": call.score.name.lower(),
-            "branches": [_positions(branch, add) for branch in branches],
+            "score": seen.call.score.name.lower(),
+            "branches": [_positions(*each, add) for each in seen.branches],
         }
-    described["features"] = add(features[0])
-    if not slices_of(branches[0]):
-        return described | {"form": "channels", "map": add(whole_maps(call, branches[0])[0])}
-    single = channel_map_beside(layer, features, beside)
+    described["features"] = add(seen.features[0])
+    (slices, first), *_ = seen.branches
+    if not slices:
+        return described | {"form": "channels", "map": add(seen.whole(first)[0])}
+    single = seen.beside(beside)
     return described | {
         "form": "slices",
         "single": add(single),
         "branches": [
             {
-                "slices": slices_of(branch),
+                "slices": slices,
                 "query": add(branch.query[0]),
                 "key": add(branch.tokens()[1][0]),
-                "distances": add(figures.distances(whole_maps(call, branch), single)),
+                "distances": add(figures.distances(seen.whole(branch), single)),
             }
-            for branch in branches
+            for slices, branch in seen.branches
         ],
     }
 
 
-def _positions(branch: Branch, add: Callable[[Tensor], int]) -> dict[str, Any]:
+def _positions(slices: str, branch: Branch, add: Callable[[Tensor], int]) -> dict[str, Any]:
     """Describe a branch that compares positions: query and key as feature maps, and the slices."""
     key = branch.key
     if key.dim() == 3:  # shared by all slices
@@ -158,7 +152,7 @@ def _positions(branch: Branch, add: Callable[[Tensor], int]) -> dict[str, Any]:
         "tokenFeatures": branch.query.shape[1],
         "keyHeight": key.shape[2],
         "keyWidth": key.shape[3],
-        "within": slices_of(branch) or None,
+        "within": slices or None,
     }
 
 

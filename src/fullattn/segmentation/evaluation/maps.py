@@ -45,17 +45,11 @@ _MIN_SIDE = 16  # pixels; a stem of stride 8 leaves two positions
 
 
 class Photograph(NamedTuple):
-    """A photograph, scaled down if it was large.
-
-    Attributes:
-        path: the file.
-        pixels: uint8, (3, H, W).
-        size: height and width in the file.
-    """
+    """A photograph, scaled down if it was large."""
 
     path: Path
-    pixels: Tensor
-    size: tuple[int, int]
+    pixels: Tensor  # uint8, (3, H, W)
+    size: tuple[int, int]  # height and width in the file
 
     @property
     def scaled(self) -> str | None:
@@ -75,18 +69,11 @@ class Photograph(NamedTuple):
 
 
 class LayerInputs(NamedTuple):
-    """Layers and their inputs for a photograph.
+    """Layers and their inputs for a photograph."""
 
-    Attributes:
-        layers: by name, each with its input, (1, C, h, w).
-        note: a sentence on the origin of the layers and features.
-        beside: channel layer that is drawn beside one of columns and rows; None for one of the same
-            scale.
-    """
-
-    layers: Mapping[str, tuple[nn.Module, Tensor]]
-    note: str
-    beside: ChannelNonLocal | None = None
+    layers: Mapping[str, tuple[nn.Module, Tensor]]  # by name, each with its input, (1, C, h, w)
+    note: str  # a sentence on the origin of the layers and features
+    beside: ChannelNonLocal | None = None  # as in `similarity`
 
 
 def read(path: Path, longest: int) -> Photograph:
