@@ -11,8 +11,8 @@ except ImportError as error:
         f"fullattn.plot needs matplotlib: pip install 'fullattn[plot]' ({error})"
     ) from error
 
-from fullattn.plot.capture import inputs_of, layers_with_maps
 from fullattn.plot.draw import similarity
+from fullattn.plot.layers import inputs_of, layers_with_maps
 from fullattn.plot.pages import page
 
 __all__ = ["inputs_of", "layers_with_maps", "page", "similarity"]

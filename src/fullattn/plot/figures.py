@@ -82,16 +82,11 @@ def draw_positions(
     panel_width = 1.3 * _PANEL
     figure = _figure(title, 2 * panel_width, panel_width * height / width)
     plain, over = figure.subplots(1, 2)
-    _show_photograph(plain, photograph, point)
-    plain.set_title("the point")
-    extent = (0, width, height, 0)
-    grey = photograph.float().mean(0).numpy()
-    over.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=extent)
-    shown = _show_weights(over, weights, extent=extent, alpha=0.75)
-    _mark(over, point)
-    over.set_title("where it looks")
-    over.set_axis_off()
-    _add_weight_bar(figure, shown, [over], weights.numel())
+    _show_photograph(plain, photograph, point, "the point")
+    grey = photograph.float().mean(0, keepdim=True)
+    _show_photograph(over, grey, point, "where it looks", cmap="gray", vmin=0, vmax=255)
+    shown = _show_weights(over, weights, extent=(0, width, height, 0), alpha=0.75)
+    _add_bar(figure, shown, [over], weights.numel())
     return figure
 
 
@@ -109,74 +104,59 @@ def draw_slices(
 
     The upper panels show the photograph, with the `distances` of all columns' and rows' maps along
     its edges, and the maps at the point. The lower ones show the single map and the differences.
-
-    Args:
-        photograph: uint8, (3, H, W).
-        maps: by "column" (w, C, C), by "row" (h, C, C), or both.
-        single: the channel layer's map, (C, C).
-        point: x and y in pixels.
-        size: of the feature map, (h, w).
-        title: title of the figure.
+    The photograph is uint8, (3, H, W); the maps are by "column" (w, C, C), by "row" (h, C, C), or
+    both; the single one is (C, C); the point is x and y in pixels; the size is (h, w).
     """
     x, y = cell_of(point, photograph, torch.empty(*size))
     at = {slices: x if slices == "column" else y for slices in maps}
-    own = [maps[slices][index] for slices, index in at.items()]
+    own = torch.stack([maps[slices][index] for slices, index in at.items()])
     figure = _figure(title, 1.2 * (1 + len(maps)) * _PANEL, 2 * _PANEL)
     (plain, *upper), (one, *lower) = figure.subplots(2, 1 + len(maps))
-    _show_photograph(plain, photograph, point)
-    plain.set_title(f"the point, {' and '.join(f'its {slices}' for slices in maps)}")
-    _frame_slices(plain, photograph, at, size)
-    away = {slices: distances(each, single) for slices, each in maps.items()}
-    _show_distances(plain, photograph, away, at)
+    _show_photograph(
+        plain, photograph, point, "the point, " + " and ".join(f"its {s}" for s in maps)
+    )
+    _show_distances(plain, {s: distances(each, single) for s, each in maps.items()}, at, size)
 
-    norm = weight_norm(torch.stack([*own, single]))
+    norm = weight_norm(torch.cat([own, single[None]]))
     for panel, weights in zip((*upper, one), (*own, single), strict=True):
         shown = _show_map(panel, weights, norm)
     one.set_title("the channel layer's only map")
-    _add_weight_bar(figure, shown, upper, single.shape[1])
-    differences = torch.stack(own) - single
-    norm, cut = difference_norm(differences)
-    for above, below, difference, name in zip(upper, lower, differences, at.items(), strict=True):
+    _add_bar(figure, shown, upper, len(single))
+    norm, cut = difference_norm(own - single)
+    for above, below, weights, name in zip(upper, lower, own, at.items(), strict=True):
         above.set_title("map of {} {}".format(*name))
         below.set_title("{} {} less that map".format(*name))
-        shown = _show_map(below, difference, norm)
-    _add_bar(figure, shown, lower, "difference of weights", extend="both" if cut else "neither")
+        shown = _show_map(below, weights - single, norm)
+    _add_bar(figure, shown, lower, extend="both" if cut else "neither")
     return figure
 
 
-def _frame_slices(
-    panel: Axes, photograph: Tensor, at: Mapping[str, int], size: Sequence[int]
-) -> None:
-    """Frame a column or row of the feature map, or both, in the photograph."""
-    height, width = photograph.shape[1:]
-    high, wide = height / size[0], width / size[1]
-    for slices, index in at.items():
-        corner = (index * wide, 0) if slices == "column" else (0, index * high)
-        extent = (wide, height) if slices == "column" else (width, high)
-        panel.add_patch(Rectangle(corner, *extent, fill=False, edgecolor=_MARK))
-
-
 def _show_distances(
-    panel: Axes, photograph: Tensor, distances: Mapping[str, Tensor], at: Mapping[str, int]
+    panel: Axes, distances: Mapping[str, Tensor], at: Mapping[str, int], size: Sequence[int]
 ) -> None:
-    """Draw distances as bars below the photograph for columns, and beside it for rows."""
+    """Frame a column or row, or both; draw distances below the photograph and beside it."""
+    (_, width), (height, _) = panel.get_xlim(), panel.get_ylim()
     limits = 0, max(*(float(each.max()) for each in distances.values()), 1e-3)
     # The same thickness in inches for any aspect ratio.
-    high, wide = (side / max(photograph.shape[1:]) for side in photograph.shape[1:])
-    for slices, values in distances.items():
-        count, lengths = len(values), values.tolist()
+    high, wide = (side / max(height, width) for side in (height, width))
+    for slices, index in at.items():
+        lengths = distances[slices].tolist()
+        count = len(lengths)
         colours = [BLUE] * count
-        colours[at[slices]] = _MARK
+        colours[index] = _MARK
         label = f"distance of each {slices}'s map\nfrom the channel layer's only one"
         if slices == "column":
+            frame = Rectangle((index * width / size[1], 0), width / size[1], height)
             edge = panel.inset_axes((0, -0.24 / high, 1, 0.2 / high))
             edge.bar(range(count), lengths, width=1, color=colours)
             edge.set(xlim=(-0.5, count - 0.5), ylim=limits, xticks=[])
         else:
+            frame = Rectangle((0, index * height / size[0]), width, height / size[0])
             edge = panel.inset_axes((1 + 0.03 / wide, 0, 0.2 / wide, 1))
             edge.barh(range(count), lengths, height=1, color=colours)
             edge.set(ylim=(count - 0.5, -0.5), xlim=limits, yticks=[])
             label = "of each\nrow's" if "column" in distances else label
+        panel.add_patch(frame).set(fill=False, edgecolor=_MARK)
         edge.set_xlabel(label)
         edge.spines[["top", "right"]].set_visible(False)
         edge.tick_params(labelsize=7)
@@ -193,33 +173,23 @@ def draw_channels(similarity: Tensor, features: Tensor, *, title: str = "") -> F
     panel = parts[0].subplots()
     shown = _show_map(panel, similarity)
     panel.set_title("map of the whole image")
-    _add_weight_bar(parts[0], shown, [panel], len(similarity))
+    _add_bar(parts[0], shown, [panel], len(similarity))
     # Each channel's largest weight for another channel.
     largest, attended = similarity.clone().fill_diagonal_(-torch.inf).max(1)
     pairs = largest.argsort(descending=True)[:_PAIRS].tolist() if len(similarity) > 1 else []
     if pairs:
         panels = parts[1].subplots(len(pairs), 2, squeeze=False)
         for line, channel in zip(panels, pairs, strict=True):
-            for place, shown_channel in zip(line, (channel, int(attended[channel])), strict=True):
-                _show_channel(place, features[shown_channel], shown_channel)
-            line[0].annotate(
-                f"{float(largest[channel]):.2g} →",
-                (1.04, 0.5),
-                xycoords="axes fraction",
-                va="center",
-                fontsize=8,
-                annotation_clip=False,
-            )
+            for place, number in zip(line, (channel, int(attended[channel])), strict=True):
+                place.imshow(features[number].float().numpy(force=True), cmap="gray")
+                place.set(xticks=[], yticks=[])
+                place.spines[:].set_visible(False)
+                place.set_ylabel(f"{number}", rotation=0, ha="right", va="center", fontsize=8)
+            weight, where = f"{float(largest[channel]):.2g} →", line[0].transAxes
+            line[0].text(1.04, 0.5, weight, transform=where, va="center", fontsize=8)
         panels[0][0].set_title("attends", fontsize=9)
         panels[0][1].set_title("attended to", fontsize=9)
     return figure
-
-
-def _show_channel(panel: Axes, channel: Tensor, number: int) -> None:
-    panel.imshow(channel.float().numpy(force=True), cmap="gray")
-    panel.set(xticks=[], yticks=[])
-    panel.spines[:].set_visible(False)
-    panel.set_ylabel(f"{number}", rotation=0, ha="right", va="center", fontsize=8)
 
 
 @styled
@@ -236,8 +206,7 @@ def draw_channel(weights: Tensor, channel: int, *, title: str = "") -> Figure:
     label: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
     for index in values.topk(min(3, len(values))).indices.tolist():
         panel.annotate(str(index), (index, float(values[index])), (0, 2), **label)
-    panel.set_title(f"channel {channel} attends to")
-    panel.set_xlabel("channel")
+    panel.set(title=f"channel {channel} attends to", xlabel="channel")
     panel.set_ylabel(f"attention weight\n(uniform: 1/{len(values)})")
     panel.spines[["top", "right"]].set_visible(False)
     return figure
@@ -264,15 +233,14 @@ def draw_profiles(
         if slices not in weights:
             panel.set_axis_off()
             continue
-        each = weights[slices]
-        labels = {"xlabel": "channel attended to", "ylabel": f"{slices} of the feature map"}
-        if slices == "column":
-            each = each.T
-            labels = {"xlabel": labels["ylabel"], "ylabel": labels["xlabel"]}
+        number = weights[slices].shape[1]
+        labels = ["channel attended to", f"{slices} of the feature map"]
+        across = slices == "column"
+        each = weights[slices].T if across else weights[slices]
         shown = _show_weights(panel, each, norm, aspect="auto")
-        panel.set(title=f"channel {channel} in each {slices}", **labels)
-    number = next(iter(weights.values())).shape[1]
-    _add_weight_bar(figure, shown, [corner], number, location="left")
+        panel.set(title=f"channel {channel} in each {slices}")
+        panel.set(xlabel=labels[across], ylabel=labels[not across])
+    _add_bar(figure, shown, [corner], number, location="left")
     return figure
 
 
@@ -284,19 +252,22 @@ def _figure(title: str, width: float, height: float) -> Figure:
     return figure
 
 
-def _show_photograph(panel: Axes, photograph: Tensor, point: tuple[int, int] | None = None) -> None:
+def _show_photograph(
+    panel: Axes,
+    photograph: Tensor,
+    point: tuple[int, int] | None = None,
+    title: str = "",
+    **options: Any,
+) -> None:
+    """Show a photograph (3 or 1, H, W), with a ring around the centre of a pixel."""
     height, width = photograph.shape[1:]
-    panel.imshow(photograph.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
+    panel.imshow(photograph.permute(1, 2, 0).numpy(), extent=(0, width, height, 0), **options)
+    panel.set_title(title)
     panel.set_axis_off()
-    if point is not None:
-        _mark(panel, point)
-
-
-def _mark(panel: Axes, point: tuple[int, int]) -> None:
-    """Draw a ring around a pixel's centre that is visible on dark and on bright colours."""
-    for colour, width in (("white", 3.2), (_MARK, 1.5)):
-        x, y = point[0] + 0.5, point[1] + 0.5
-        panel.plot(x, y, "o", markersize=13, mfc="none", markeredgecolor=colour, mew=width)
+    if point is not None:  # visible on dark and on bright colours
+        for colour, thick in (("white", 3.2), (_MARK, 1.5)):
+            x, y = point[0] + 0.5, point[1] + 0.5
+            panel.plot(x, y, "o", markersize=13, mfc="none", markeredgecolor=colour, mew=thick)
 
 
 def weight_norm(weights: Tensor) -> Normalize:
@@ -322,8 +293,7 @@ def difference_norm(differences: Tensor) -> tuple[CenteredNorm, bool]:
     sizes = differences.abs()
     most = float(sizes.max())
     off_diagonal = sizes[:, ~torch.eye(sizes.shape[-1], dtype=torch.bool)]
-    half = float(off_diagonal.max()) if off_diagonal.numel() else most
-    half = half or most or 1.0
+    half = (float(off_diagonal.max()) if off_diagonal.numel() else most) or most or 1.0
     return CenteredNorm(halfrange=half), half < most
 
 
@@ -341,15 +311,10 @@ def _show_map(panel: Axes, weights: Tensor, norm: Normalize | None = None) -> Ax
 
 
 def _add_bar(
-    figure: Any, shown: AxesImage, panels: Sequence[Axes], label: str, **options: Any
+    figure: Any, shown: AxesImage, panels: list[Axes], number: int | None = None, **options: Any
 ) -> None:
-    bar = figure.colorbar(shown, ax=list(panels), **options)
-    bar.set_label(label)
+    """Add a colour bar of weights for a number of keys, by default of differences."""
+    uniform = f"attention weight (uniform: 1/{number})"
+    bar = figure.colorbar(shown, ax=panels, **options)
+    bar.set_label("difference of weights" if number is None else uniform)
     bar.outline.set_edgecolor(QUIET)
-
-
-def _add_weight_bar(
-    figure: Any, shown: AxesImage, panels: Sequence[Axes], number: int, location: str = "right"
-) -> None:
-    label = f"attention weight (uniform: 1/{number})"
-    _add_bar(figure, shown, panels, label, location=location)

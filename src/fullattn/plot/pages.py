@@ -11,9 +11,9 @@ import html
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fullattn.attention import Branch
 from fullattn.layers import ChannelNonLocal
 from fullattn.plot import figures
-from fullattn.plot.draw import as_photograph, channel_map_beside, check_layer, one_feature_map
-from fullattn.plot.tokens import branches_of, has_channel_maps, slices_of, whole_maps
+from fullattn.plot.draw import as_photograph
+from fullattn.plot.layers import LayerMaps, has_channel_maps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,19 +31,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["page"]
-
-
-# Tensors of a page, encoded, with their indices in it. Equal tensors are stored once.
-_Tensors: TypeAlias = dict[str, int]
-
-
-def _add(tensors: _Tensors, tensor: Tensor) -> int:
-    little_endian = tensor.float().cpu().contiguous().numpy().astype("<f4")
-    return tensors.setdefault(_base64(little_endian.tobytes()), len(tensors))
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def page(
@@ -87,10 +74,15 @@ def page(
     height, width = size or (picture.shape[1], picture.shape[2])
     x, y = (width // 2, height // 2) if point is None else point
     figures.cell_of((x, y), torch.empty(3, height, width), torch.empty(1, 1))
-    tensors: _Tensors = {}
+    tensors: dict[str, int] = {}  # encoded, with their indices; equal ones are stored once
+
+    def add(tensor: Tensor) -> int:
+        numbers = tensor.float().cpu().contiguous().numpy().astype("<f4")
+        return tensors.setdefault(_base64(numbers.tobytes()), len(tensors))
+
     with torch.no_grad():
         described = [
-            {"title": name, **_describe(layer, features, beside, tensors)}
+            {"title": name, **_describe(layer, features, beside, add)}
             for name, (layer, features) in layers.items()
         ]
     data = {
@@ -116,59 +108,56 @@ def page(
 
 
 def _describe(
-    layer: nn.Module, x: Tensor, beside: ChannelNonLocal | None, tensors: _Tensors
+    layer: nn.Module, x: Tensor, beside: ChannelNonLocal | None, add: Callable[[Tensor], int]
 ) -> dict[str, Any]:
     """Describe a layer for the script, and add its tensors."""
-    layer = check_layer(layer)
-    features = one_feature_map(x)
-    channels, height, width = features.shape[1:]
-    call, branches = branches_of(layer, features)
-    described: dict[str, Any] = {
-        "channels": channels,
-        "height": height,
-        "width": width,
-        "factor": call.scale,
-    }
-    if not has_channel_maps(layer):
+    seen = LayerMaps(layer, x)
+    sizes = zip(("channels", "height", "width"), seen.features.shape[1:], strict=True)
+    described: dict[str, Any] = {**dict(sizes), "factor": seen.call.scale}
+    if not has_channel_maps(seen.layer):
         return described | {
             "form": "positions",
-            "score": call.score.name.lower(),
-            "branches": [_positions(branch, tensors) for branch in branches],
+            "score": seen.call.score.name.lower(),
+            "branches": [_positions(*each, add) for each in seen.branches],
         }
-    described["features"] = _add(tensors, features[0])
-    if not slices_of(branches[0]):
-        maps = whole_maps(call, branches[0])
-        return described | {"form": "channels", "map": _add(tensors, maps[0])}
-    single = channel_map_beside(layer, features, beside)
+    described["features"] = add(seen.features[0])
+    (slices, first), *_ = seen.branches
+    if not slices:
+        return described | {"form": "channels", "map": add(seen.whole(first)[0])}
+    single = seen.beside(beside)
     return described | {
         "form": "slices",
-        "single": _add(tensors, single),
+        "single": add(single),
         "branches": [
             {
-                "slices": slices_of(branch),
-                "query": _add(tensors, branch.query[0]),
-                "key": _add(tensors, branch.tokens()[1][0]),
-                "distances": _add(tensors, figures.distances(whole_maps(call, branch), single)),
+                "slices": slices,
+                "query": add(branch.query[0]),
+                "key": add(branch.tokens()[1][0]),
+                "distances": add(figures.distances(seen.whole(branch), single)),
             }
-            for branch in branches
+            for slices, branch in seen.branches
         ],
     }
 
 
-def _positions(branch: Branch, tensors: _Tensors) -> dict[str, Any]:
+def _positions(slices: str, branch: Branch, add: Callable[[Tensor], int]) -> dict[str, Any]:
     """Describe a branch that compares positions: query and key as feature maps, and the slices."""
     key = branch.key
     if key.dim() == 3:  # shared by all slices
         (count, _, _), size = branch.cut.sizes(branch.query.shape), branch.query.shape[2:]
         key = branch.cut.inverse(key[:, None].expand(-1, count, -1, -1), *size)
     return {
-        "query": _add(tensors, branch.query[0].flatten(1)),
-        "key": _add(tensors, key[0].flatten(1)),
+        "query": add(branch.query[0].flatten(1)),
+        "key": add(key[0].flatten(1)),
         "tokenFeatures": branch.query.shape[1],
         "keyHeight": key.shape[2],
         "keyWidth": key.shape[3],
-        "within": slices_of(branch) or None,
+        "within": slices or None,
     }
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 def _jpeg(photograph: Tensor) -> str:

@@ -18,13 +18,8 @@ _SETTINGS: Any = {  # names that matplotlib lists as literals
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
-    "axes.edgecolor": QUIET,
-    "axes.labelcolor": INK,
-    "xtick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.color": QUIET,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), QUIET),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor", "text.color"), INK),
     "legend.frameon": False,
 }
 

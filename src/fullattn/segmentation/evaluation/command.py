@@ -12,18 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fullattn._cli.arguments import (
-    Adds,
-    Parser,
-    add_device,
-    count,
-    index,
-    number,
-    point,
-    seed,
-    size,
-    words,
-)
+from fullattn._cli import arguments
+from fullattn._cli.arguments import Parser
 from fullattn._cli.conditions import environment, parse_device
 from fullattn._cli.errors import UsageError, describe, sentences
 from fullattn._cli.loading import layer_named
@@ -60,6 +50,14 @@ examples:
 """
 
 
+# Kinds of values that several options take.
+_FILE: Any = {"type": Path, "metavar": "FILE"}
+_FOLDER: Any = {"type": Path, "metavar": "DIR"}
+_POINT: Any = {"type": arguments.point, "metavar": "X,Y"}
+_CHANNEL: Any = {"type": arguments.index, "metavar": "C"}
+_SIZE: Any = {"type": arguments.size, "metavar": "HxW"}
+
+
 def configure_evaluate(parser: Parser) -> None:
     """Add the arguments of `fullattn evaluate`."""
     parser.description = (
@@ -69,32 +67,22 @@ def configure_evaluate(parser: Parser) -> None:
     parser.epilog = _EVALUATE_EXAMPLES
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a file of `fullattn train`")
-    add(
-        "--data",
-        nargs=2,
-        required=True,
-        metavar=("NAME", "ROOT"),
-        help="dataset (cityscapes, ade20k, voc, camvid, folder) and its folder",
-    )
+    data = "dataset (cityscapes, ade20k, voc, camvid, folder) and its folder"
+    add("--data", nargs=2, required=True, metavar=("NAME", "ROOT"), help=data)
     add("--split", default="test", metavar="SPLIT", help="test, val, train or train+val (test)")
     add("--only", metavar="GLOB", help="only images whose file name matches, as 'Seq05VD*'")
     add("--skip-bad", action="store_true", help="leave out and list files that cannot be read")
     add("--output", type=Path, metavar="FILE.json", help="write the scores there too")
-    _add_passes(parser.add_argument_group("segmentation"))
+    _add_passes(parser)
     how = parser.add_argument_group("execution")
-    add_device(how)
-    how.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="precision of convolutions and products (float32)",
-    )
-    how.add_argument(
-        "--batch-size", type=count, default=1, metavar="N", help="images of one size per batch (1)"
-    )
-    how.add_argument(
-        "--workers", type=index, default=0, metavar="N", help="processes that read files (0)"
-    )
+    arguments.add_device(how)
+    add = how.add_argument
+    precisions = ("float32", "bfloat16", "float16")
+    precision = "precision of convolutions and products (float32)"
+    add("--precision", choices=precisions, default="float32", help=precision)
+    batch, workers = "images of one size per batch (1)", "processes that read files (0)"
+    add("--batch-size", type=arguments.count, default=1, metavar="N", help=batch)
+    add("--workers", type=arguments.index, default=0, metavar="N", help=workers)
     parser.set_defaults(run=_evaluate)
 
 
@@ -107,51 +95,70 @@ def configure_predict(parser: Parser) -> None:
     parser.epilog = _PREDICT_EXAMPLES
     add = parser.add_argument
     add("photographs", nargs="+", type=Path, metavar="PHOTO")
-    add(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="a file of `fullattn train`",
-    )
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of the written images")
-    add("--alpha", type=number, default=0.5, help="opacity of the colours, 0 to 1 (0.5)")
+    add("--checkpoint", **_FILE, required=True, help="a file of `fullattn train`")
+    add("--output", **_FOLDER, required=True, help="folder of the written images")
+    add("--alpha", type=arguments.number, default=0.5, help="opacity of the colours, 0 to 1 (0.5)")
     add("--labels", action="store_true", help="write PHOTO_labels.png, the class indices, too")
     maps = parser.add_argument_group("similarity maps of the attention layer")
     maps.add_argument("--maps", action="store_true", help="draw them, at a point or a channel")
     where = maps.add_mutually_exclusive_group()
-    where.add_argument("--point", type=point, metavar="X,Y", help="pixel, from the top left")
-    where.add_argument("--channel", type=index, metavar="C", help="index of a channel, from 0")
-    _add_passes(parser.add_argument_group("segmentation"))
-    add_device(parser)
+    where.add_argument("--point", **_POINT, help="pixel, from the top left")
+    where.add_argument("--channel", **_CHANNEL, help="index of a channel, from 0")
+    _add_passes(parser)
+    arguments.add_device(parser)
     parser.set_defaults(run=_predict)
 
 
-def _add_passes(parser: Adds) -> None:
-    add = parser.add_argument
-    add(
-        "--scales",
-        nargs="+",
-        type=number,
-        default=[1.0],
-        metavar="SCALE",
-        help="average over images scaled by these factors (1)",
+def configure_maps(parser: Parser) -> None:
+    """Add the arguments of `fullattn maps`."""
+    parser.description = (
+        "Draw each layer's similarity maps for a photograph: the positions that a pixel attends "
+        "to, the channels that a channel attends to, and the maps of a column and a row beside the "
+        "channel layer's only map. Writes PHOTO_LAYER.png for each layer, and PHOTO_maps.html, a "
+        "page in which a click on the photograph moves the point. Without --checkpoint, untrained "
+        "layers compare the features without learned weights."
     )
+    parser.epilog = _MAPS_EXAMPLES
+    add = parser.add_argument
+    add("photograph", type=Path, metavar="PHOTO")
+    add("--output", **_FOLDER, default=Path("out/maps"), help="(out/maps)")
+    add("--point", **_POINT, help="pixel of the photograph, from its top left corner (the centre)")
+    add("--channel", **_CHANNEL, help="also draw the channels that this channel attends to")
+    longest = "a photograph with a longer side is scaled down to this (512)"
+    add("--longest", type=arguments.count, default=512, metavar="PIXELS", help=longest)
+    source = parser.add_argument_group("source of the layers").add_mutually_exclusive_group()
+    add = source.add_argument
+    add("--checkpoint", **_FILE, help="draw the layers of a network of `fullattn train`")
+    backbone = "use features of a timm network, with downloaded weights (a random stem)"
+    add("--backbone", metavar="NAME", help=backbone)
+    add = parser.add_argument_group("untrained layers").add_argument
+    add("--weights", **_FILE, help="the backbone's weights, instead of a download")
+    add("--layers", nargs="+", metavar="LAYER", help=f"{', '.join(LAYERS)} (all)")
+    scale = "factor on the scores; the papers use 1 (4/d, softer)"
+    add("--scale", type=arguments.number, help=scale)
+    add("--channels", type=arguments.count, metavar="C", help="channels of the random stem (64)")
+    add("--seed", type=arguments.seed, help="of the random stem (0)")
+    parser.set_defaults(run=_maps)
+
+
+def _add_passes(parser: Parser) -> None:
+    add = parser.add_argument_group("segmentation").add_argument
+    scales = "average over images scaled by these factors (1)"
+    add("--scales", nargs="+", type=arguments.number, default=[1.0], metavar="SCALE", help=scales)
     add("--flip", action="store_true", help="average over images and their mirror images")
-    add("--window", type=size, metavar="HxW", help="size in pixels of a sliding window")
-    add("--stride", type=size, metavar="HxW", help="step of the window (two thirds of it)")
+    add("--window", **_SIZE, help="size in pixels of a sliding window")
+    add("--stride", **_SIZE, help="step of the window (two thirds of it)")
+
+
+def _chosen(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
 
 
 def _passes(args: argparse.Namespace) -> dict[str, Any]:
     """Collect and check the options of `segment`."""
     from fullattn.segmentation.evaluation.passes import check_options
 
-    passes = {
-        "scales": tuple(args.scales),
-        "flip": args.flip,
-        "window": args.window,
-        "stride": args.stride,
-    }
+    passes = {**_chosen(args, "flip", "window", "stride"), "scales": tuple(args.scales)}
     with sentences():
         check_options(**passes)
     return passes
@@ -190,12 +197,9 @@ def _evaluate(args: argparse.Namespace) -> None:
                 dataset,
                 mean=description.mean,
                 std=description.std,
-                batch_size=args.batch_size,
-                workers=args.workers,
                 device=device,
-                precision=args.precision,
-                skip_bad=args.skip_bad,
                 progress=lambda images: progress.advance(task, images),
+                **_chosen(args, "batch_size", "workers", "precision", "skip_bad"),
                 **passes,
             )
         console = Console()
@@ -204,11 +208,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         console.print(table(scores))
         if list(dataset.classes) != list(description.classes):
-            console.print(
-                "Warning: the checkpoint's classes have other names: "
-                f"{', '.join(description.classes)}.",
-                markup=False,
-            )
+            names = ", ".join(description.classes)
+            warning = f"Warning: the checkpoint's classes have other names: {names}."
+            console.print(warning, markup=False)
         if scores.skipped:
             console.print(f"{len(scores.skipped)} files were skipped:")
         for path in scores.skipped:
@@ -225,16 +227,14 @@ def _evaluate(args: argparse.Namespace) -> None:
                 "environment": asdict(environment(device)),
                 "scores": scores.as_dict(),
             }
-            text = json.dumps(report, indent=1, allow_nan=False) + "\n"
-            (folder / args.output.name).write_text(text)
+            text = json.dumps(report, indent=1, allow_nan=False)
+            (folder / args.output.name).write_text(f"{text}\n")
 
 
 def _predict(args: argparse.Namespace) -> None:
-    at = args.point is not None or args.channel is not None
-    if args.maps and not at:
-        raise UsageError("expected --point X,Y or --channel C with --maps")
-    if at and not args.maps:
-        raise UsageError("expected --maps with --point and --channel")
+    if args.maps != (args.point is not None or args.channel is not None):
+        point = "--point X,Y or --channel C with --maps"
+        raise UsageError(f"expected {point if args.maps else '--maps with --point and --channel'}")
     passes = _passes(args)
     device = parse_device(args.device)
     trained = _read_trained(args.checkpoint)
@@ -243,21 +243,11 @@ def _predict(args: argparse.Namespace) -> None:
 
         from fullattn.segmentation.evaluation.predict import predict
     with written_together(args.output) as folder, sentences():
-        written = predict(
-            trained,
-            args.photographs,
-            folder,
-            alpha=args.alpha,
-            labels=args.labels,
-            point=args.point,
-            channel=args.channel,
-            device=device,
-            **passes,
-        )
-        names = [path.name for paths in written for path in paths]
-    console = Console()
-    for name in names:
-        console.print(args.output / name, markup=False, highlight=False, soft_wrap=True)
+        options = _chosen(args, "alpha", "labels", "point", "channel")
+        written = predict(trained, args.photographs, folder, device=device, **options, **passes)
+        made = [args.output / path.name for paths in written for path in paths]
+    for path in made:
+        Console().print(path, markup=False, highlight=False, soft_wrap=True)
 
 
 def _read_trained(path: Path) -> Trained:
@@ -273,70 +263,7 @@ def _read_trained(path: Path) -> Trained:
             ) from error
 
 
-def configure_maps(parser: Parser) -> None:
-    """Add the arguments of `fullattn maps`."""
-    parser.description = (
-        "Draw each layer's similarity maps for a photograph: the positions that a pixel attends "
-        "to, the channels that a channel attends to, and the maps of a column and a row beside the "
-        "channel layer's only map. Writes PHOTO_LAYER.png for each layer, and PHOTO_maps.html, a "
-        "page in which a click on the photograph moves the point. Without --checkpoint, untrained "
-        "layers compare the features without learned weights."
-    )
-    parser.epilog = _MAPS_EXAMPLES
-    parser.add_argument("photograph", type=Path, metavar="PHOTO")
-    parser.add_argument(
-        "--output", type=Path, default=Path("out/maps"), metavar="DIR", help="(out/maps)"
-    )
-    parser.add_argument(
-        "--point",
-        type=point,
-        metavar="X,Y",
-        help="pixel of the photograph, from its top left corner (the centre)",
-    )
-    parser.add_argument(
-        "--channel",
-        type=index,
-        metavar="C",
-        help="also draw the channels that this channel attends to",
-    )
-    parser.add_argument(
-        "--longest",
-        type=count,
-        default=512,
-        metavar="PIXELS",
-        help="a photograph with a longer side is scaled down to this (512)",
-    )
-    source = parser.add_argument_group("source of the layers").add_mutually_exclusive_group()
-    source.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="draw the layers of a network of `fullattn train`",
-    )
-    source.add_argument(
-        "--backbone",
-        metavar="NAME",
-        help="use features of a timm network, with downloaded weights (a random stem)",
-    )
-    untrained = parser.add_argument_group("untrained layers")
-    untrained.add_argument(
-        "--weights", type=Path, metavar="FILE", help="the backbone's weights, instead of a download"
-    )
-    untrained.add_argument(
-        "--layers", nargs="+", metavar="LAYER", help=f"{', '.join(LAYERS)} (all)"
-    )
-    untrained.add_argument(
-        "--scale", type=number, help="factor on the scores; the papers use 1 (4/d, softer)"
-    )
-    untrained.add_argument(
-        "--channels", type=count, metavar="C", help="channels of the random stem (64)"
-    )
-    untrained.add_argument("--seed", type=seed, help="of the random stem (0)")
-    parser.set_defaults(run=_maps)
-
-
-def _maps_layers(args: argparse.Namespace) -> list[str]:
-    """Check that the options fit together, and return the names of the layers."""
+def _maps(args: argparse.Namespace) -> None:
     excluded = {
         "checkpoint": ("weights", "layers", "scale", "channels", "seed"),
         "backbone": ("channels", "seed"),
@@ -347,12 +274,7 @@ def _maps_layers(args: argparse.Namespace) -> list[str]:
                 raise UsageError(f"expected no --{name} with --{source}")
     if args.weights is not None and args.backbone is None:
         raise UsageError("expected --backbone NAME with --weights")
-    layers = [layer_named(layer) for layer in words(args.layers or list(LAYERS))]
-    return list(dict.fromkeys(layers))
-
-
-def _maps(args: argparse.Namespace) -> None:
-    layers = _maps_layers(args)
+    layers = list(dict.fromkeys(map(layer_named, arguments.words(args.layers or list(LAYERS)))))
     with sentences():
         from fullattn.segmentation.evaluation import maps
 

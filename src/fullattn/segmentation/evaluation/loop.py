@@ -93,14 +93,11 @@ def evaluate(
     confusion = confusion_matrix(number, dataset.ignore_index).to(device)
     skipped = [str(problem.path) for problem in dataset.dropped]
 
-    def readable() -> Iterator[tuple[Tensor, Tensor]]:
-        loader = DataLoader(
-            ErrorsAsValues(Subset(dataset, chosen)),
-            batch_size=None,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-        )
-        for item in loader:
+    readable = ErrorsAsValues(Subset(dataset, chosen))
+    pinned = device.type == "cuda"
+
+    def examples() -> Iterator[tuple[Tensor, Tensor]]:
+        for item in DataLoader(readable, None, num_workers=workers, pin_memory=pinned):
             if not isinstance(item, DataError):
                 yield item
             elif skip_bad:
@@ -108,13 +105,11 @@ def evaluate(
             else:
                 raise item
 
-    network = torch.autocast(
-        device.type, dtype=getattr(torch, precision), enabled=precision != "float32"
-    )(model)
-
+    dtype = getattr(torch, precision)
+    network = torch.autocast(device.type, dtype, enabled=precision != "float32")(model)
     images = 0
     with evaluating(model.to(device)), torch.inference_mode():
-        for batch, masks in _batches(readable(), batch_size):
+        for batch, masks in _batches(examples(), batch_size):
             inputs = normalised(batch.to(device), mean, std)
             probabilities = segment(network, inputs, **passes)
             if probabilities.shape[1] != number:

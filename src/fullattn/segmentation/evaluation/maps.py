@@ -1,17 +1,15 @@
 """Similarity maps of a photograph: the layers' inputs for it, and figures of their maps.
 
-The layers are those of a trained network, or untrained ones that compare the features as they are
-(`AttentionLayer.untrained`). The features then come from a backbone of timm or from a small random
-convolutional stem.
+The layers are those of a trained network, or untrained ones (`AttentionLayer.untrained`) that
+compare the features of a timm backbone or of a small random convolutional stem as they are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from fullattn._cli.inputs import through_stem
 from fullattn.layers import LAYERS, AttentionLayer, ChannelNonLocal
 from fullattn.plot import figures, inputs_of, layers_with_maps, page, similarity
-from fullattn.plot.tokens import has_channel_maps
+from fullattn.plot.layers import has_channel_maps
 from fullattn.segmentation.data.decode import read_scaled
 from fullattn.segmentation.data.files import DataError
 from fullattn.segmentation.evaluation.loop import evaluating, normalised
@@ -46,19 +44,12 @@ _SHARPNESS = 4.0
 _MIN_SIDE = 16  # pixels; a stem of stride 8 leaves two positions
 
 
-@dataclass(frozen=True)
-class Photograph:
-    """A photograph, scaled down if it was large.
-
-    Attributes:
-        path: the file.
-        pixels: uint8, (3, H, W).
-        size: height and width in the file.
-    """
+class Photograph(NamedTuple):
+    """A photograph, scaled down if it was large."""
 
     path: Path
-    pixels: Tensor
-    size: tuple[int, int]
+    pixels: Tensor  # uint8, (3, H, W)
+    size: tuple[int, int]  # height and width in the file
 
     @property
     def scaled(self) -> str | None:
@@ -77,20 +68,12 @@ class Photograph:
         return figures.cell_of(point, torch.empty(3, *self.size), self.pixels)
 
 
-@dataclass(frozen=True)
-class LayerInputs:
-    """Layers and their inputs for a photograph.
+class LayerInputs(NamedTuple):
+    """Layers and their inputs for a photograph."""
 
-    Attributes:
-        layers: by name, each with its input, (1, C, h, w).
-        note: a sentence on the origin of the layers and features.
-        beside: channel layer that is drawn beside one of columns and rows; None for one of the same
-            scale.
-    """
-
-    layers: Mapping[str, tuple[nn.Module, Tensor]]
-    note: str
-    beside: ChannelNonLocal | None = None
+    layers: Mapping[str, tuple[nn.Module, Tensor]]  # by name, each with its input, (1, C, h, w)
+    note: str  # a sentence on the origin of the layers and features
+    beside: ChannelNonLocal | None = None  # as in `similarity`
 
 
 def read(path: Path, longest: int) -> Photograph:
@@ -100,12 +83,10 @@ def read(path: Path, longest: int) -> Photograph:
         DataError: it cannot be read or is too small.
     """
     pixels, size = read_scaled(path, longest)
-    if min(pixels.shape[1:]) < _MIN_SIDE:
-        raise DataError(
-            f"{path} is {pixels.shape[2]}x{pixels.shape[1]} pixels here; expected at least "
-            f"{_MIN_SIDE} each way",
-            path,
-        )
+    height, width = pixels.shape[1:]
+    if min(height, width) < _MIN_SIDE:
+        message = f"{path} is {width}x{height} pixels here; expected at least {_MIN_SIDE} each way"
+        raise DataError(message, path)
     return Photograph(path, pixels, size)
 
 
@@ -146,9 +127,8 @@ def of_network(trained: Trained, photograph: Photograph) -> LayerInputs:
         ValueError: the network has no layers with maps.
     """
     described = trained.description
-    layers = {
-        name or _layer_name(layer): layer for name, layer in attention_layers(trained).items()
-    }
+    found = attention_layers(trained)
+    layers = {name or str(layer.layer_name): layer for name, layer in found.items()}
     with evaluating(trained.model):
         images = normalised(photograph.pixels[None], described.mean, described.std)
         inputs = inputs_of(trained.model, layers, images)
@@ -159,22 +139,12 @@ def of_network(trained: Trained, photograph: Photograph) -> LayerInputs:
     return LayerInputs({name: (layer, inputs[name]) for name, layer in layers.items()}, note)
 
 
-def _layer_name(layer: nn.Module) -> str:
-    assert isinstance(layer, AttentionLayer)
-    return layer.layer_name
-
-
 def of_stem(
     photograph: Photograph, layers: Sequence[str], channels: int, scale: float | None, seed: int
 ) -> LayerInputs:
-    """Build untrained layers, by their registered names, with features from a random stem.
+    """Build untrained layers, by their registered names, with C features from a random stem.
 
-    Args:
-        photograph: the stem's input.
-        layers: names of registered layers.
-        channels: C of the features.
-        scale: the layers' factor on their scores; None for 4/d, with d the features compared.
-        seed: seed of the stem's weights.
+    `scale` is the layers' factor on their scores; None for 4/d, with d the features compared.
     """
     pixels = photograph.pixels.float()
     images = (pixels - pixels.mean()) / pixels.std().clamp(min=1e-3)
@@ -190,14 +160,10 @@ def of_backbone(
     weights: Path | None,
     scale: float | None,
 ) -> LayerInputs:
-    """Build untrained layers with a backbone's features, of stride 8 or the nearest.
+    """Build untrained layers, as `of_stem`, with features of a timm backbone.
 
-    Args:
-        photograph: the backbone's input.
-        layers: names of registered layers.
-        name: the backbone's name in timm.
-        weights: a file of the backbone's weights; None for those that timm downloads.
-        scale: as in `of_stem`.
+    The features are those of stride 8 or the nearest. The weights are of a file, or else downloaded
+    by timm.
 
     Raises:
         CheckpointError: the file does not hold weights of this backbone.
@@ -232,14 +198,12 @@ def _untrained(
 ) -> LayerInputs:
     # Mean 0 and deviation 1 in each channel, so that none dominates the scores.
     features = F.batch_norm(features, None, None, training=True)
-    channels = features.shape[1]
 
     def untrained(layer: type[AttentionLayer]) -> Any:
-        if scale is not None:
-            return layer.untrained(channels, scale)
         # For several branches, the geometric mean of their lengths.
         lengths = [cut.sizes(features.shape)[2] for cut in layer.operation.cuts]
-        return layer.untrained(channels, _SHARPNESS / math.prod(lengths) ** (1 / len(lengths)))
+        softer = _SHARPNESS / math.prod(lengths) ** (1 / len(lengths))
+        return layer.untrained(features.shape[1], softer if scale is None else scale)
 
     note += " Layers without trained weights, which compare the features as they are; scale "
     note += f"{_SHARPNESS:g}/d." if scale is None else f"{scale:g}."
@@ -255,41 +219,38 @@ def write(
     point: tuple[int, int] | None = None,
     channel: int | None = None,
 ) -> list[Path]:
-    """Write a figure of each layer's maps at a point, and one page of all layers.
+    """Write a figure of each layer's maps at a point (the middle), and one page of all layers.
 
     For street.jpg these are street_spatial.png, street_channel.png and so on, by the layers' names,
     and street_maps.html; with a channel also street_fully_channel_5.png and so on for the layers
-    with maps of channels.
-
-    Args:
-        seen: the layers and their inputs.
-        photograph: drawn under the maps.
-        folder: the output folder.
-        point: x and y in pixels of the file; None for the middle.
-        channel: index of a channel.
+    with maps of channels. The point is in pixels of the file.
 
     Raises:
         ValueError: the point is outside or the channel does not exist.
     """
     height, width = photograph.size
-    point = (width // 2, height // 2) if point is None else point
+    x, y = point = (width // 2, height // 2) if point is None else point
     name, stem = photograph.path.name, photograph.path.stem
+    scaled, made = photograph.scale_point(point), {}
 
-    def figure(key: str, title: str = "", **options: Any) -> Any:
-        layer, x = seen.layers[key]
-        title = f"{type(layer).__name__}, {name}{title}"
-        return similarity(layer, x, photograph.pixels, title=title, **options)
+    def draw(key: str, file: str, at: str = "", **options: Any) -> None:
+        layer, features = seen.layers[key]
+        title = f"{type(layer).__name__}, {name}{at}"
+        figure = similarity(layer, features, photograph.pixels, title=title, **options)
+        made[folder / f"{stem}_{file}.png"] = figure
 
-    at = {"point": photograph.scale_point(point), "beside": seen.beside}
-    made = {
-        f"{stem}_{key}.png": figure(key, f", point {point[0]},{point[1]}", **at)
-        for key in seen.layers
-    }
+    for key in seen.layers:
+        draw(key, key, f", point {x},{y}", point=scaled, beside=seen.beside)
     if channel is not None:
         for key in with_channel_maps({key: layer for key, (layer, _) in seen.layers.items()}):
-            made[f"{stem}_{key}_channel_{channel}.png"] = figure(key, channel=channel)
+            draw(key, f"{key}_channel_{channel}", channel=channel)
+    # By the type of each layer, followed by its name in the network if that differs.
+    headed = {
+        type(each[0]).__name__ + ("" if key in LAYERS else f" {key}"): each
+        for key, each in seen.layers.items()
+    }
     text = page(
-        {_heading(key, layer): (layer, x) for key, (layer, x) in seen.layers.items()},
+        headed,
         photograph.pixels,
         point=point,
         size=photograph.size,
@@ -297,14 +258,8 @@ def write(
         title=f"Similarity maps, {name}",
         notes=[note for note in (seen.note, photograph.scaled) if note],
     )
-    for file, drawn in made.items():
-        drawn.savefig(folder / file)
+    for path, figure in made.items():
+        figure.savefig(path)
     html = folder / f"{stem}_maps.html"
     html.write_text(text, "utf-8")
-    return [*(folder / file for file in made), html]
-
-
-def _heading(key: str, layer: nn.Module) -> str:
-    """Return a layer's type, followed by its name in the network if that differs."""
-    kind = type(layer).__name__
-    return kind if key in LAYERS else f"{kind} {key}"
+    return [*made, html]

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["overlay", "palette_image"]
 
-_TEXT = "#222222"
-_EDGE = "#888888"
+_TEXT, _EDGE = "#222222", "#888888"
 _MIN_FONT_SIZE = 12  # pixels; smaller letters are not legible
 
 
@@ -65,15 +64,13 @@ def overlay(
     labels = labels.long()
     known = (labels >= 0) & (labels < len(classes))
     colours = torch.tensor([list(colour) for colour in palette], dtype=torch.float32)
-    photograph = image.permute(1, 2, 0)
-    blended = (1 - alpha) * photograph[known] + alpha * colours[labels[known]]
-    pixels = photograph.clone()
+    pixels = image.permute(1, 2, 0).clone()
+    blended = (1 - alpha) * pixels[known] + alpha * colours[labels[known]]
     pixels[known] = blended.round().to(torch.uint8)
-
-    shares = torch.bincount(labels[known], minlength=len(classes)) / labels.numel()
+    shares = (torch.bincount(labels[known], minlength=len(classes)) / labels.numel()).tolist()
     entries = [
-        (f"{name} {_percent(share)}", tuple(colour))
-        for name, colour, share in zip(classes, palette, shares.tolist(), strict=True)
+        (f"{name} {'<1%' if share < 0.01 else f'{share:.0%}'}", tuple(colour))
+        for name, colour, share in zip(classes, palette, shares, strict=True)
         if share
     ]
     return _above_legend(Image.fromarray(pixels.numpy()), entries)
@@ -89,14 +86,9 @@ def palette_image(labels: Tensor, palette: Sequence[Sequence[int]]) -> Image:
     from PIL import Image
 
     # With fewer than 256 colours Pillow writes fewer bits, and 255 becomes another index.
-    colours = [*palette, *[(0, 0, 0)] * (256 - len(palette))]
     image = Image.fromarray(labels.to(torch.uint8).numpy())
-    image.putpalette([value for colour in colours for value in colour])
+    image.putpalette(b"".join(map(bytes, palette)).ljust(3 * 256, b"\0"))
     return image
-
-
-def _percent(share: float) -> str:
-    return "<1%" if share < 0.01 else f"{share:.0%}"
 
 
 def _above_legend(image: Image, entries: Sequence[tuple[str, tuple[int, ...]]]) -> Image:
@@ -107,7 +99,7 @@ def _above_legend(image: Image, entries: Sequence[tuple[str, tuple[int, ...]]]) 
     font = ImageFont.load_default(letters)
     widths = [letters * 3 + round(font.getlength(text)) for text, _ in entries]
     width = max([image.width, *(letters + width for width in widths)])
-    places: list[tuple[int, int]] = []
+    places = []
     x, y = letters, image.height + letters
     for wide in widths:
         if x + wide > width and x > letters:
@@ -118,6 +110,6 @@ def _above_legend(image: Image, entries: Sequence[tuple[str, tuple[int, ...]]]) 
     sheet.paste(image)
     draw = ImageDraw.Draw(sheet)
     for (text, colour), (left, top) in zip(entries, places, strict=True):
-        draw.rectangle((left, top, left + letters, top + letters), tuple(colour), _EDGE)
+        draw.rectangle((left, top, left + letters, top + letters), colour, _EDGE)
         draw.text((left + letters * 3 // 2, top), text, _TEXT, font)
     return sheet

@@ -41,18 +41,14 @@ def check_options(
     if not scales:
         raise ValueError("expected at least one scale, got none")
     for scale in scales:
-        if not (math.isfinite(scale) and scale > 0):
+        if not 0 < scale < math.inf:
             raise ValueError(f"expected scales above 0, got {scale}")
     if stride is not None and window is None:
         raise ValueError("expected a window for the stride, got none")
-    if window is None:
-        return
-    for name, pair in (("window", window), ("stride", stride or _default_stride(window))):
-        if len(pair) != 2 or any(length < 1 for length in pair):
+    for name, pair in (("window", window), ("stride", stride)):
+        if pair is not None and (len(pair) != 2 or min(pair) < 1):
             raise ValueError(f"expected a {name} of two lengths of at least 1, got {pair}")
-    if stride is not None and any(
-        step > length for step, length in zip(stride, window, strict=True)
-    ):
+    if window and stride and (stride[0] > window[0] or stride[1] > window[1]):
         raise ValueError(
             f"a stride of {stride} over windows of {window} would leave pixels out: expected one "
             "not longer than the window"
@@ -99,17 +95,19 @@ def segment(
     check_options(scales, flip, window, stride)
     if images.dim() != 4 or 0 in images.shape:
         raise ValueError(f"expected images of shape (B, 3, H, W), got {tuple(images.shape)}")
-    size = images.shape[2], images.shape[3]
+    size = images.shape[2:]
     total: Tensor | None = None
     with torch.no_grad():
         for scale in scales:
-            scaled = _scaled(images, scale)
+            scaled = images
+            if (scaled_size := [max(1, round(side * scale)) for side in size]) != [*size]:
+                scaled = F.interpolate(images, scaled_size, mode="bilinear", antialias=True)
             for flipped in (False, True) if flip else (False,):
                 logits = _logits(model, scaled.flip(3) if flipped else scaled, window, stride)
                 if flipped:
                     logits = logits.flip(3)
                 if logits.shape[2:] != size:
-                    logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
+                    logits = F.interpolate(logits, size, mode="bilinear")
                 probabilities = logits.softmax(1)
                 total = probabilities if total is None else total.add_(probabilities)
     assert total is not None
@@ -130,17 +128,6 @@ def starts(size: int, window: int, stride: int) -> list[int]:
     return [*range(0, size - window, stride), size - window]
 
 
-def _default_stride(window: tuple[int, int]) -> tuple[int, int]:
-    return max(1, window[0] * 2 // 3), max(1, window[1] * 2 // 3)
-
-
-def _scaled(images: Tensor, scale: float) -> Tensor:
-    size = max(1, round(images.shape[2] * scale)), max(1, round(images.shape[3] * scale))
-    if size == images.shape[2:]:
-        return images
-    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-
-
 def _logits(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -150,8 +137,8 @@ def _logits(
     """Compute logits at the images' size, (B, K, H, W), at least float32."""
     if window is None:
         return _checked(model(images), images)
-    height, width = min(window[0], images.shape[2]), min(window[1], images.shape[3])
-    down, right = stride or _default_stride(window)
+    height, width = map(min, window, images.shape[2:])
+    down, right = stride or (max(1, length * 2 // 3) for length in window)
     total: Tensor | None = None
     seen = images.new_zeros(images.shape[2:], dtype=torch.float32)
     for top in starts(images.shape[2], height, down):
@@ -167,6 +154,7 @@ def _logits(
 
 
 def _checked(logits: object, images: Tensor) -> Tensor:
+    """Check the model's output; return it in float32 at least."""
     if not isinstance(logits, Tensor):
         raise ValueError(
             f"expected logits from the network, got {type(logits).__name__}; call its eval() "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 
@@ -59,41 +59,6 @@ def predict(
             before the first file is written.
     """
     check_options(**passes)
-    _check(photographs, alpha, point)
-    layers = {} if point is None and channel is None else attention_layers(trained)
-    if channel is not None:
-        layers = {name: layers[name] for name in with_channel_maps(layers)}
-    maps = f"channel_{channel}" if point is None else f"point_{point[0]}_{point[1]}"
-    description = trained.description
-    model = trained.model.to(device)
-    with evaluating(model):
-        for path in photographs:
-            photograph = read_image(path)
-            images = normalised(photograph[None].to(device), description.mean, description.std)
-            found = segment(model, images, **passes)[0].argmax(0).cpu()
-            written = [folder / f"{path.stem}_overlay.png"]
-            overlay(photograph, found, description.palette, description.classes, alpha).save(
-                written[-1]
-            )
-            if labels:
-                written.append(folder / f"{path.stem}_labels.png")
-                palette_image(found, description.palette).save(written[-1])
-            for name, features in (inputs_of(model, layers, images) if layers else {}).items():
-                figure = similarity(
-                    layers[name],
-                    features,
-                    photograph,
-                    point=point,
-                    channel=channel,
-                    title=f"{type(layers[name]).__name__}, {path.name}",
-                )
-                suffix = f"_{name}" if name else ""
-                written.append(folder / f"{path.stem}_{maps}{suffix}.png")
-                figure.savefig(written[-1])
-            yield written
-
-
-def _check(photographs: Sequence[Path], alpha: float, point: tuple[int, int] | None) -> None:
     if not 0 <= alpha <= 1:
         raise ValueError(f"expected alpha from 0 to 1, got {alpha}")
     first: dict[str, Path] = {}
@@ -110,3 +75,26 @@ def _check(photographs: Sequence[Path], alpha: float, point: tuple[int, int] | N
                 figures.cell_of(point, photograph, photograph)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
+    layers = {} if point is None and channel is None else attention_layers(trained)
+    if channel is not None:
+        layers = {name: layers[name] for name in with_channel_maps(layers)}
+    maps = f"channel_{channel}" if point is None else f"point_{point[0]}_{point[1]}"
+    description, model = trained.description, trained.model.to(device)
+    with evaluating(model):
+        for path in photographs:
+            photograph = read_image(path)
+            images = normalised(photograph[None].to(device), description.mean, description.std)
+            found = segment(model, images, **passes)[0].argmax(0).cpu()
+            written = [folder / f"{path.stem}_overlay.png"]
+            drawn = overlay(photograph, found, description.palette, description.classes, alpha)
+            drawn.save(written[-1])
+            if labels:
+                written.append(folder / f"{path.stem}_labels.png")
+                palette_image(found, description.palette).save(written[-1])
+            for name, features in (inputs_of(model, layers, images) if layers else {}).items():
+                title = f"{type(layers[name]).__name__}, {path.name}"
+                at: Any = {"point": point, "channel": channel, "title": title}
+                suffix = f"{maps}_{name}" if name else maps
+                written.append(folder / f"{path.stem}_{suffix}.png")
+                similarity(layers[name], features, photograph, **at).savefig(written[-1])
+            yield written

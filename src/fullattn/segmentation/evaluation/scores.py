@@ -94,12 +94,11 @@ class Scores:
                 f"{tuple(self.confusion.shape)}"
             )
         for group, members in self.groups.items():
-            for member in members:
-                if member not in self.classes:
-                    raise ValueError(
-                        f"expected classes of {', '.join(self.classes)} in group {group!r}, "
-                        f"got {member!r}"
-                    )
+            for member in (each for each in members if each not in self.classes):
+                raise ValueError(
+                    f"expected classes of {', '.join(self.classes)} in group {group!r}, "
+                    f"got {member!r}"
+                )
 
     @property
     def iou(self) -> Tensor:
@@ -138,8 +137,7 @@ class Scores:
     @property
     def group_means(self) -> dict[str, float]:
         """Mean IoU of each group's classes."""
-        iou = self.iou
-        indices = {name: index for index, name in enumerate(self.classes)}
+        iou, indices = self.iou, {name: index for index, name in enumerate(self.classes)}
         return {
             group: float(iou[[indices[member] for member in members]].nanmean())
             for group, members in self.groups.items()
@@ -147,13 +145,7 @@ class Scores:
 
     def as_dict(self) -> dict[str, Any]:
         """Convert the scores to plain values for JSON, with None for nan."""
-        rows = zip(
-            self.classes,
-            self.iou.tolist(),
-            self.accuracy.tolist(),
-            self.pixels.tolist(),
-            strict=True,
-        )
+        columns = (self.iou.tolist(), self.accuracy.tolist(), self.pixels.tolist())
         return {
             "mean_iou": _or_none(self.mean_iou),
             "pixel_accuracy": _or_none(self.pixel_accuracy),
@@ -161,7 +153,7 @@ class Scores:
             "groups": {group: _or_none(mean) for group, mean in self.group_means.items()},
             "classes": {
                 name: {"iou": _or_none(iou), "accuracy": _or_none(accuracy), "pixels": pixels}
-                for name, iou, accuracy, pixels in rows
+                for name, iou, accuracy, pixels in zip(self.classes, *columns, strict=True)
             },
             "images": self.images,
             "skipped": list(self.skipped),
