@@ -756,16 +756,16 @@ def torchinfo(name: str) -> None:
 
 HEAD = """# What works with what
 
-Written by `make tables` from the checks in `tests/helpers/tools.py`; `make test` runs every cell, with
-PyTorch 2.13 on a CPU. ✓ means that the results or gradients were compared, in a network of a
-convolution, the layer and a convolution. deepspeed's profiler was not tried. CUDA graphs need a GPU and
+Written by `make tables` from the checks in `tests/helpers/tools.py`; `make test` runs every cell,
+with PyTorch 2.13 on a CPU. ✓ means that results or gradients were compared, in a network of a
+convolution, the layer and a convolution. deepspeed's profiler and CUDA graphs, which need a GPU,
 were not tried.
 
-The layers choose by themselves what each tool needs. While a program is traced or exported they run
-PyTorch's own operators alone, so the program loads where this package is not installed. Derivatives
-beyond the first, torch.func transforms and forward-mode differentiation go through the definition of
-the layer: they give the same numbers, but build the similarity maps, and take their time and memory
-(see the [cost explorer](costs.md), backend `reference`).
+The layers choose by themselves what each tool needs. While a program is traced or exported they
+run PyTorch's own operators alone, so the program loads where this package is not installed.
+Derivatives beyond the first, torch.func transforms and forward-mode differentiation go through the
+definition of the layer: they give the same numbers, but build the similarity maps, and take their
+time and memory (see the [cost explorer](costs.md), backend `reference`).
 
 `fullattn.costs.register_counters()` teaches the FLOP counters that are installed; without it, they
 count too little. A multiply-accumulate (MAC) is 2 FLOPs.
