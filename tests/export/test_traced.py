@@ -63,6 +63,7 @@ def test_a_trace_is_right_at_sizes_never_seen_without_our_operators(
         near(found, expected, 1e-4)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_unbatched_trace_and_one_of_half_precision_are_right() -> None:
     layer = built("fully")
     near(torch.jit.trace(layer, images(16, 9, 12))(images(16, 5, 7)), layer(images(16, 5, 7)))

@@ -686,6 +686,22 @@ def test_the_gradients_of_the_layer(layout: str) -> None:
         assert_near(one, other, torch.float32, size=1.0)
 
 
+def test_second_derivatives_of_the_layer() -> None:
+    found = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        layer = fullattn.FullyAttentional(8, project=False, gamma_init=0.7, backend=backend)
+        layer = layer.to(DEVICE)
+        x = torch.randn(1, 8, 5, 6).contiguous(memory_format=torch.channels_last)
+        x = x.to(DEVICE).requires_grad_()
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), [x, *layer.parameters()]))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(
+            ours, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()
+        )
+
+
 @pytest.mark.parametrize("numbers", [(), (1,), (1, 5, 1, 1)], ids=str)
 def test_gammas_of_other_forms(numbers: tuple[int, ...]) -> None:
     # One for each channel is added outside of the kernels.

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fullattn.attention.triton.launch import Launch, on_device_of
 
@@ -23,8 +22,7 @@ _TILE_P, _TILE_C = 64, 64
 class AxialMeans(torch.autograd.Function):
     """Return the map, (B, H, C) and (B, W, C) for a map (B, C, H, W) in channels_last.
 
-    The gradient of the returned map is added to that of the means in the same pass. The function
-    can be differentiated once.
+    The gradient of the returned map is added to that of the means in the same pass.
     """
 
     @staticmethod
@@ -45,9 +43,11 @@ class AxialMeans(torch.autograd.Function):
         return x.view_as(x), column, row
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_column: Tensor, grad_row: Tensor) -> Tensor:
         """Add the gradients of the map and of both means."""
+        if torch.is_grad_enabled():  # this gradient will be differentiated
+            columns = grad_column.transpose(1, 2).unsqueeze(3) / ctx.shape[3]
+            return grad + columns + grad_row.transpose(1, 2).unsqueeze(2) / ctx.shape[2]
         from fullattn.attention.triton import tuning
 
         batch, channels, height, width = ctx.shape
