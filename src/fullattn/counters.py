@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,12 @@ def register_counters() -> list[str]:
     ]
 
 
+def _load(name: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # thop reads versions with distutils
+        return importlib.import_module(name)
+
+
 def _flops(layer: AttentionLayer, inputs: tuple[Tensor, ...]) -> int:
     """Count a forward of a layer, from what it is called with."""
     from fullattn import costs
@@ -61,7 +68,7 @@ def _flops(layer: AttentionLayer, inputs: tuple[Tensor, ...]) -> int:
 
 
 def _thop() -> None:
-    profile = importlib.import_module("thop.profile")
+    profile = _load("thop.profile")
 
     def rule(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         layer.total_ops += _flops(layer, inputs) / 2
@@ -78,9 +85,9 @@ def _ptflops() -> None:
         layer.__flops__ += _flops(layer, inputs) // 2
 
     ensure_importable()  # ptflops imports torchvision
-    modules = importlib.import_module("ptflops.pytorch_ops").MODULES_MAPPING
+    modules = _load("ptflops.pytorch_ops").MODULES_MAPPING
     modules.update(dict.fromkeys(LAYERS.values(), hook))
-    operators = importlib.import_module("ptflops.aten_ops").ATEN_OPS_MAPPING
+    operators = _load("ptflops.aten_ops").ATEN_OPS_MAPPING
     for operator, formula in flops.registered().items():
 
         def of_arguments(inputs: Any, outputs: Any, formula: Callable[..., int] = formula) -> int:
@@ -96,7 +103,7 @@ def _calflops() -> None:
         layer.__flops__ += attention
         layer.__macs__ += attention // 2
 
-    mapping = importlib.import_module("calflops.pytorch_ops").MODULE_HOOK_MAPPING
+    mapping = _load("calflops.pytorch_ops").MODULE_HOOK_MAPPING
     mapping.update(dict.fromkeys(LAYERS.values(), hook))
 
 
@@ -106,14 +113,12 @@ def _of_traced_attention(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _fvcore() -> None:
-    table = importlib.import_module("fvcore.nn.flop_count")._DEFAULT_SUPPORTED_OPS
+    table = _load("fvcore.nn.flop_count")._DEFAULT_SUPPORTED_OPS
     table.setdefault("aten::scaled_dot_product_attention", _of_traced_attention)
 
 
 def _mmengine() -> None:
-    table = importlib.import_module(
-        "mmengine.analysis.complexity_analysis"
-    )._DEFAULT_SUPPORTED_FLOP_OPS
+    table = _load("mmengine.analysis.complexity_analysis")._DEFAULT_SUPPORTED_FLOP_OPS
     table.setdefault("aten::scaled_dot_product_attention", _of_traced_attention)
 
 

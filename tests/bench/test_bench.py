@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import signal
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -376,6 +377,13 @@ def test_another_output_than_the_inputs_shape_is_an_error(result: object) -> Non
 
 
 # Memory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forkserver_of_its_own() -> Iterator[None]:
+    forkserver._forkserver._stop()  # it may have been started for something else
+    yield
+    forkserver._forkserver._stop()
 
 
 def _module_file(folder: Path, init: str = "pass", forward: str = "x", name: str = "mine") -> str:

@@ -69,7 +69,8 @@ def test_an_unbatched_trace_and_one_of_half_precision_are_right() -> None:
     near(torch.jit.trace(layer, images(16, 9, 12))(images(16, 5, 7)), layer(images(16, 5, 7)))
     layer = layer.bfloat16()
     x = images(2, 16, 9, 12).bfloat16()
-    near(torch.jit.trace(layer, x)(x).float(), layer(x).float(), 0.02)
+    # Its own check compares with 1e-5, half precision or not.
+    near(torch.jit.trace(layer, x, check_trace=False)(x).float(), layer(x).float(), 0.02)
 
 
 @each_form

@@ -5,6 +5,7 @@ The processes are forked from a server that imported Lightning and computed noth
 
 from __future__ import annotations
 
+import functools
 import io
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,8 +36,10 @@ SETTINGS = (
 )
 
 
+@functools.cache
 def processes() -> Any:
     """Return a multiprocessing context whose server has imported the slow modules."""
+    forkserver._forkserver._stop()  # it may have been started for something else
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fullattn.segmentation.training.train", "timm"])
     return context

@@ -47,7 +47,8 @@ class AxialMeans(torch.autograd.Function):
         """Add the gradients of the map and of both means."""
         if torch.is_grad_enabled():  # this gradient will be differentiated
             columns = grad_column.transpose(1, 2).unsqueeze(3) / ctx.shape[3]
-            return grad + columns + grad_row.transpose(1, 2).unsqueeze(2) / ctx.shape[2]
+            rows = grad_row.transpose(1, 2).unsqueeze(2) / ctx.shape[2]
+            return torch.add(grad + columns, rows)
         from fullattn.attention.triton import tuning
 
         batch, channels, height, width = ctx.shape
