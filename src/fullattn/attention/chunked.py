@@ -31,6 +31,8 @@ from fullattn.attention.sizes import Size, at_least, less, maximum, minimum, whe
 
 __all__ = ["BACKEND", "attend", "backward", "forward"]
 
+# `bmm` by this name: counters of FLOPs replace `torch.bmm`, and count the operator here as well.
+
 # Map elements in one block: 2 MB of float32, which fit the second-level caches of two cores. On
 # Zen 4, at 1x512x97x97 and 4x128x64x64, the time is the same between 1 and 4 MB.
 _BLOCK = 2**19

@@ -158,7 +158,7 @@ class AttentionLayer(nn.Module):
             x: feature map, (B, C, H, W) or (C, H, W).
 
         Returns:
-            A tensor of x's shape and memory format.
+            A tensor of x's shape and memory format; a traced program leaves the format open.
         """
         if isinstance(x, fx.Proxy):
             return _one_call(self, x)

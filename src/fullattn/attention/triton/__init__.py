@@ -33,6 +33,7 @@ from fullattn.attention.backend import (
 )
 from fullattn.attention.residual import scaled_residual
 from fullattn.attention.sizes import Size
+from fullattn.attention.tracing import is_jit_traced, is_transformed
 from fullattn.attention.triton import launch
 from fullattn.attention.triton.configurations import MOST_FEATURES
 from fullattn.reshape import COLUMNS, ROWS
@@ -281,8 +282,8 @@ def axial_means(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         or not (x.is_cuda or _INTERPRETED)
         or not x.is_contiguous(memory_format=torch.channels_last)
         or x.numel() == 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
+        or is_jit_traced()
+        or is_transformed()
         or _reasons(x.device.type, x.dtype, 1)
     ):
         return None
