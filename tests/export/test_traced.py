@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fullattn
+from fullattn.attention import native
 from helpers.tools import images, near, own_operators
 
 fully = partial(fullattn.FullyAttentional, gamma_init=0.7)
@@ -33,6 +34,8 @@ for mode in ("embedded_gaussian", "gaussian", "dot_product", "concatenation"):
         FORMS[f"danet-{mode}-{subsample}"] = partial(form, project=False, gamma_init=0.7)
 
 UNSEEN = ((1, 16, 5, 7), (3, 16, 20, 11), (5, 16, 33, 8))
+if native._unavailable() is not None:
+    del FORMS["fully-native"]  # refused by name, traced or not
 each_form = pytest.mark.parametrize("form", FORMS)
 
 

@@ -10,9 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fullattn
+from fullattn.attention import native
 from helpers.cases import FULLY_ATTENTIONAL, SOFTMAX_CASES, Case
 
-BACKENDS = ["native", "chunked", "sdpa", None]
+NATIVE = pytest.param(
+    FULLY_ATTENTIONAL,
+    "native",
+    id="native",
+    marks=pytest.mark.skipif(native._unavailable() is not None, reason="needs the native kernel"),
+)
+each_case_and_backend = pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        NATIVE,
+        *(
+            pytest.param(case, backend, id=f"{case.name}-{backend}")
+            for case in SOFTMAX_CASES
+            for backend in ("chunked", "sdpa", None)
+        ),
+    ],
+)
 
 
 def gradient(case: Case, backend: str | None, x: torch.Tensor, dtype: torch.dtype) -> Any:
@@ -25,14 +42,10 @@ def gradient(case: Case, backend: str | None, x: torch.Tensor, dtype: torch.dtyp
     return x.grad.double()
 
 
-@pytest.mark.parametrize("case", SOFTMAX_CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_case_and_backend
 def test_gradients_are_as_good_as_the_definitions_at_any_score(
     case: Case, backend: str | None
 ) -> None:
-    if backend == "native" and case is not FULLY_ATTENTIONAL:
-        pytest.skip("native runs FullyAttentional alone")
-
     @given(
         factor=st.floats(-2, 6).map(lambda n: 10.0**n),
         size=st.tuples(st.integers(2, 12), st.integers(2, 9), st.integers(2, 9)),
@@ -64,15 +77,12 @@ def test_the_gaussian_form_at_the_scores_where_pytorchs_kernel_fails(factor: flo
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("case", SOFTMAX_CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_case_and_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_reaches_the_result_as_in_the_definition(
     case: Case, backend: str | None, dtype: torch.dtype, bad: float
 ) -> None:
-    if backend == "native" and case is not FULLY_ATTENTIONAL:
-        pytest.skip("native runs FullyAttentional alone")
     layer = case.build(8, dtype).eval()
     x = torch.randn(2, 8, 6, 6).to(dtype)
     x[0, 3, 2, 1] = bad
