@@ -9,7 +9,7 @@ from fullattn import checkpoints, functional
 from fullattn._version import __version__ as __version__
 from fullattn.attention import BackendError, backend
 from fullattn.layers import ChannelNonLocal, FullyAttentional, SpatialNonLocal
-from fullattn.swap import insert, remove, swap
+from fullattn.swap import insert, remove, replay, swap
 
 if TYPE_CHECKING:
     from fullattn import models, plot
@@ -26,6 +26,7 @@ __all__ = [
     "models",
     "plot",
     "remove",
+    "replay",
     "swap",
 ]
 

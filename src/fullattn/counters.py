@@ -17,10 +17,12 @@ torchinfo multiplies the sizes of weights alone and cannot be taught.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from torch import Tensor
@@ -32,10 +34,13 @@ from fullattn.layers import LAYERS, AttentionLayer
 __all__ = ["register_counters"]
 
 
-def register_counters() -> list[str]:
+def register_counters(only: Container[str] | None = None) -> list[str]:
     """Give every FLOP counter that is installed the formulas of the layers.
 
     Call it after your own layers are registered, and before counting. Calling it twice is harmless.
+
+    Args:
+        only: names of the counters, as this function returns them; None for all.
 
     Returns:
         Names of the counters that were found.
@@ -47,7 +52,9 @@ def register_counters() -> list[str]:
     return [
         name
         for name, teach in _COUNTERS.items()
-        if importlib.util.find_spec(name) is not None and teach() is None
+        if (only is None or name in only)
+        and importlib.util.find_spec(name) is not None
+        and teach() is None
     ]
 
 
@@ -75,9 +82,20 @@ def _thop() -> None:
         # If a layer is profiled alone, what is inside it would be added once more.
         for inner in layer.modules():
             if inner is not layer and hasattr(inner, "total_ops"):
-                inner.total_ops.zero_()
+                inner.total_ops *= 0  # a tensor in thop, a number in ultralytics-thop
 
     profile.register_hooks.update(dict.fromkeys(LAYERS.values(), rule))
+    package, count = _load("thop"), profile.profile
+    if "stride" in inspect.signature(count).parameters and package.profile is count:
+
+        @functools.wraps(count)
+        def exact(model: Any, *args: Any, **kwargs: Any) -> Any:
+            # Ultralytics extrapolates from small images, by the area alone.
+            if any(isinstance(module, AttentionLayer) for module in model.modules()):
+                kwargs.pop("stride", None)
+            return count(model, *args, **kwargs)
+
+        package.profile = exact
 
 
 def _ptflops() -> None:

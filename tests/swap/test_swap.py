@@ -331,12 +331,14 @@ def test_remove_moves_the_old_module_to_the_models_dtype_and_mode() -> None:
     assert model(image(dtype=torch.float64))["out"].isfinite().all()
 
 
-def test_changes_are_undone_in_reverse_order() -> None:
+def test_replacements_are_undone_in_reverse_order() -> None:
     model = net()
     before = model(image())["out"]
-    first = insert(model, ChannelNonLocal, after="context", gamma_init=0.5)
-    second = insert(model, FullyAttentional, after="context")
-    with pytest.raises(ValueError, match="Inserted at 'context', got Inserted; remove later"):
+    first = swap(model, "context", ChannelNonLocal, gamma_init=0.5)
+    second = swap(model, "context", FullyAttentional)
+    with pytest.raises(
+        ValueError, match="ChannelNonLocal at 'context', got FullyAttentional; remove later"
+    ):
         remove(first)
     remove(second)
     remove(first)
@@ -345,6 +347,133 @@ def test_changes_are_undone_in_reverse_order() -> None:
         remove(first)
     with pytest.raises(TypeError, match="expected the report of swap or insert, got str"):
         remove("context")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("after", ["context", "body"])
+def test_insertions_at_one_module_follow_each_other_and_are_undone_in_any_order(after: str) -> None:
+    model = net()
+    before = snapshot(model)
+    kinds = (ChannelNonLocal, FullyAttentional, ChannelNonLocal)
+    reports = [insert(model, kind, after=after, gamma_init=0.5) for kind in kinds]
+    names = [report.changes[0].layer_name for report in reports]
+    assert names == [
+        f"{after}.channel_non_local",
+        f"{after}.fully_attentional",
+        f"{after}.channel_non_local_2",
+    ]
+    called: list[nn.Module] = []
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda m, args, y: called.append(m))
+    model(image())
+    assert called == [report.layers[0] for report in reports]
+    for report in (reports[1], reports[0], reports[2]):
+        remove(report)
+    before[3] = torch.get_rng_state()
+    assert same(snapshot(model), before)
+    assert not model.context._forward_hooks
+
+
+def test_an_insertion_that_something_else_took_away_is_an_error() -> None:
+    model = net()
+    report = insert(model, ChannelNonLocal, after="context")
+    del model.context.channel_non_local
+    with pytest.raises(
+        ValueError, match="ChannelNonLocal is no longer at 'context.channel_non_local'"
+    ):
+        remove(report)
+    with pytest.raises(AttributeError, match="channel_non_local"):  # not silently without the layer
+        model(image())
+
+
+class Iterates(nn.Module):
+    """Calls its children itself, whatever they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+class Adds(Iterates):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + sum(child(x) for child in self.children())
+
+
+class Pools(nn.Sequential):
+    """As torchvision's ASPPPooling."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        for module in self:
+            x = module(x)
+        return nn.functional.interpolate(x, size=size)
+
+
+class Dense(nn.ModuleDict):
+    """As DenseNet's block, whose layers take a list."""
+
+    def __init__(self) -> None:
+        super().__init__({"one": self.Layer(8, 4), "two": self.Layer(12, 4)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self.values():
+            features.append(layer(features))
+        return torch.cat(features, 1)
+
+    class Layer(nn.Module):
+        def __init__(self, channels: int, out: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(channels, out, 1)
+
+        def forward(self, features: list[Tensor]) -> Tensor:
+            return self.conv(torch.cat(features, 1))
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (Iterates, "block.channel_non_local"),
+        (lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU()), "block.channel_non_local"),
+        (lambda: nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 1))), "block.channel_non_local"),
+        (lambda: nn.Conv2d(8, 8, 1), "block.channel_non_local"),
+        (Adds, "block.second.channel_non_local"),
+        (lambda: Pools(nn.Conv2d(8, 8, 1), nn.ReLU()), "block.1.channel_non_local"),
+        (lambda: Pools(nn.Sequential(nn.Conv2d(8, 8, 1))), "block.0.0.channel_non_local"),
+        (Dense, "block.two.channel_non_local"),
+    ],
+    ids=[
+        *("iterates", "sequential", "nested", "convolution"),
+        *("adds", "pools", "pools nested", "dense"),
+    ],
+)
+@pytest.mark.parametrize("given", [True, False], ids=["sample", "alone"])
+def test_an_inserted_layer_is_called_once_and_last_wherever_it_lives(
+    module: Callable[[], nn.Module], name: str, given: bool
+) -> None:
+    model = nn.Sequential()
+    model.add_module("block", module())
+    model.add_module("after", nn.Tanh())
+    x = torch.randn(2, 8, 6, 5)
+    before = model.block(x)
+    names = [*dict(model.named_modules()), name]
+    report = insert(
+        model, ChannelNonLocal, after="block", gamma_init=0.5, sample_input=x if given else None
+    )
+    assert report.changes[0].layer_name == name
+    assert {n for n in dict(model.named_modules()) if not n.startswith(f"{name}.")} == set(names)
+    called: list[Any] = []
+    report.layers[0].register_forward_hook(lambda m, args, y: called.append(args[0]))
+    y = model(x)
+    assert [torch.equal(taken, before) for taken in called] == [True]
+    assert torch.equal(y, report.layers[0](before).tanh())
+    remove(report)
+    assert torch.equal(model(x), before.tanh())
 
 
 def test_inferring_shapes_does_not_change_the_model() -> None:
@@ -403,28 +532,33 @@ def test_weights_saved_before_the_insertion_load() -> None:
     trained = Net().eval()
     result = model.load_state_dict(trained.state_dict(), strict=False)
     assert not result.unexpected_keys
-    assert {key.partition(".layer.")[0] for key in result.missing_keys} == {"context", "body.0"}
+    added = ("context.fully_attentional.", "body.0.channel_non_local.")
+    assert sorted(result.missing_keys) == sorted(n for n in model.state_dict() if n.startswith(added))
+    names = [name for name, _ in model.named_parameters() if not name.startswith(added)]
+    assert names == [name for name, _ in trained.named_parameters()]
     assert torch.equal(model(image())["out"], trained(image())["out"])
     own = model.state_dict()
     assert model.load_state_dict(own, strict=True)
-    with pytest.raises(RuntimeError, match=r"Missing key.*context.layer.gamma"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*context.fully_attentional.gamma"):
         model.load_state_dict(trained.state_dict(), strict=True)
 
 
-def test_an_inserted_pair_has_the_attributes_and_items_of_its_module() -> None:
+def test_the_module_before_an_inserted_layer_stays_in_its_place() -> None:
     model = net()
-    old = model.body
-    insert(model, ChannelNonLocal, after="body")
-    assert len(model.body) == 3
-    assert model.body[0] is old[0]
-    assert list(model.body) == list(old)
+    modules = {name: id(module) for name, module in model.named_modules()}
     insert(model, ChannelNonLocal, after="first")
-    assert model.first.out_channels == 8
-    assert bool(model.first)
-    with pytest.raises(AttributeError, match="nonsense"):
-        _ = model.first.nonsense
-    with pytest.raises(TypeError):
-        len(model.first)
+    insert(model, ChannelNonLocal, after="context")
+    assert modules.items() <= {name: id(m) for name, m in model.named_modules()}.items()
+    assert isinstance(model.first, nn.Conv2d)
+
+
+def test_a_replica_of_a_changed_model_calls_its_own_layer() -> None:
+    model = net()
+    report = insert(model, ChannelNonLocal, after="context", gamma_init=0.5)
+    replica = copy.copy(model.context)  # as torch.nn.parallel.replicate does
+    replica._modules = dict(model.context._modules, channel_non_local=nn.Identity())
+    x = torch.randn(1, 16, 4, 5)
+    assert torch.equal(report.layers[0](replica(x)), model.context(x))
 
 
 @pytest.mark.slow
@@ -670,6 +804,21 @@ def test_old_weight_normalisation_is_copied() -> None:
     with pytest.warns(FutureWarning, match="weight_norm"):
         model = nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 1)), nn.ReLU())
     assert insert(model, ChannelNonLocal, after="1", sample_input=X).changes[0].in_channels == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", ["body", "context"])
+def test_a_compiled_model_follows_later_changes(after: str) -> None:
+    model = net()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    before = compiled(image())["out"]
+    report = insert(model, ChannelNonLocal, after=after, gamma_init=0.5)
+    changed = compiled(image())["out"]
+    torch.testing.assert_close(changed, model(image())["out"])
+    assert not torch.allclose(changed, before)
+    remove(report)
+    torch.testing.assert_close(compiled(image())["out"], before)
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow

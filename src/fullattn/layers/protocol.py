@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
@@ -107,6 +109,18 @@ class AttentionLayer(nn.Module):
     scale: float | None = 1.0
     backend: str | None = None
     gamma: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        if "transformers.modeling_utils" in sys.modules:
+            # Its networks initialise parameters by classes that they know, ours not among them.
+            import_module("fullattn.integrations.transformers").register()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "ultralytics.nn.tasks" in sys.modules:
+            # Otherwise resuming would build the network of a checkpoint without its layers.
+            import_module("fullattn.integrations.ultralytics").register()
 
     def attention(self, x: Tensor) -> AttentionCall:
         """Compute queries, keys and values with the layer's own modules.

@@ -3,8 +3,8 @@
 `fullattn.swap` is the function; import what else this package has with `from fullattn.swap import`.
 """
 
-from fullattn.swap.operations import insert, remove, swap
+from fullattn.swap.operations import insert, remove, replay, swap
 from fullattn.swap.report import Change, Report
 from fullattn.swap.shapes import count_flops
 
-__all__ = ["Change", "Report", "count_flops", "insert", "remove", "swap"]
+__all__ = ["Change", "Report", "count_flops", "insert", "remove", "replay", "swap"]

@@ -1,73 +1,110 @@
-"""The pair that replaces a module when a layer is inserted after it."""
+"""A layer inserted after a module: a child of the module, called with the module's result."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+import sys
+from dataclasses import dataclass
+from functools import reduce
+from itertools import count
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["Inserted"]
+__all__ = ["Home", "InsertedLayer", "Insertion"]
 
 
-class Inserted(nn.Module):
-    """A module followed by a layer.
+@dataclass(frozen=True)
+class Home:
+    """Where an inserted layer is registered.
 
-    Attributes, items and length are the module's, for code that inspects the model.
-
-    Args:
-        module: the module.
-        layer: called with the module's result.
-
-    Shape:
-        input: the module's input.
-        output: the module's output.
-
-    Example:
-        >>> from torch import nn
-        >>> pair = Inserted(nn.Conv2d(3, 8, 1), nn.Identity())
-        >>> pair.out_channels
-        8
+    Attributes:
+        path: names that lead from the module to the one whose child the layer becomes; none for
+            the module itself.
+        hooked: whether a forward hook of the module calls the layer. It does not where the module
+            calls its children in order, as `nn.Sequential` does.
     """
 
-    def __init__(self, module: nn.Module, layer: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.layer = layer
-        self.training = module.training
+    path: tuple[str, ...] = ()
+    hooked: bool = True
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, then the layer on its result."""
-        return self.layer(self.module(*args, **kwargs))
+    def within(self, module: nn.Module) -> nn.Module:
+        """Return the module whose child the layer becomes."""
+        return reduce(getattr, self.path, module)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # `_modules` is missing while the pair is unpickled or copied.
-            modules = self.__dict__.get("_modules", {})
-            if "module" not in modules:
-                raise
-            return getattr(modules["module"], name)
 
-    def __getitem__(self, key: Any) -> Any:
-        return self.module[key]  # type: ignore[index]
+@dataclass(frozen=True, eq=False)
+class InsertedLayer:
+    """Forward hook of a module: call the layer that was inserted after it.
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.module)  # type: ignore[no-any-return, call-overload]
+    The layer is looked up in the module that is called, which may be a copy or a replica.
 
-    def __len__(self) -> int:
-        return len(self.module)  # type: ignore[arg-type]
+    Attributes:
+        path: names that lead from the module to the layer.
+    """
 
-    def __bool__(self) -> bool:
-        return bool(self.module)
+    path: tuple[str, ...]
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        # Accept weights that were saved before the insertion.
-        given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        if given and given <= set(self.module.state_dict()) and not given <= set(self.state_dict()):
-            for key in given:
-                state_dict[f"{prefix}module.{key}"] = state_dict.pop(prefix + key)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def __call__(self, module: nn.Module, args: Any, result: Any) -> Any:
+        """Return the layer's result for the module's."""
+        return reduce(getattr, self.path, module)(result)
+
+
+@dataclass(eq=False)
+class Insertion:
+    """A layer and the module after which it is inserted.
+
+    Attributes:
+        module: the module; it stays in its place, under its name.
+        layer: called with the module's result.
+        home: where the layer is registered.
+        name: of the layer in its home, while it is attached.
+        hook: the module's forward hook that calls the layer, if the module does not.
+    """
+
+    module: nn.Module
+    layer: nn.Module
+    home: Home
+    name: str = ""
+    hook: InsertedLayer | None = None
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Names that lead from the module to the layer."""
+        return (*self.home.path, self.name)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the layer is in its home, and called."""
+        children = self.home.within(self.module)._modules
+        hooks = self.module._forward_hooks.values()
+        return children.get(self.name) is self.layer and (
+            not self.home.hooked or any(hook is self.hook for hook in hooks)
+        )
+
+    def attach(self) -> None:
+        """Register the layer under a free name, and the hook that calls it."""
+        home = self.home.within(self.module)
+        given = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self.layer).__name__).lower()
+        names = (f"{given}_{number}" if number > 1 else given for number in count(1))
+        self.name = next(name for name in names if not hasattr(home, name))
+        home.add_module(self.name, self.layer)
+        if self.home.hooked:
+            self.hook = InsertedLayer(self.path)
+            self.module.register_forward_hook(self.hook)
+            _forget_compiled_code()
+
+    def detach(self) -> None:
+        """Take the layer and its hook away."""
+        del self.home.within(self.module)._modules[self.name]
+        hooks = self.module._forward_hooks
+        for key in [key for key, hook in hooks.items() if hook is self.hook]:
+            del hooks[key]
+            _forget_compiled_code()
+
+
+def _forget_compiled_code() -> None:
+    """Have torch.compile compile again, since its guards do not see a module's hooks."""
+    if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
+        torch.compiler.reset()

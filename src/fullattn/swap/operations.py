@@ -1,22 +1,23 @@
-"""Swap, insert and remove layers. All layers are built and tried before the model is changed."""
+"""Swap, insert, remove and replay. All layers are built and tried before the model is changed."""
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fullattn.swap import shapes
-from fullattn.swap.inserted import Inserted
+from fullattn.swap import rebuilt, recorded, shapes
+from fullattn.swap.inserted import Home, Insertion
 from fullattn.swap.report import Change, Report, count_parameters
 from fullattn.swap.shapes import Call
 from fullattn.swap.targets import Site, Target, find
 
-__all__ = ["insert", "remove", "swap"]
+__all__ = ["apply", "insert", "remove", "replay", "replay_unkept", "swap"]
 
 
 def swap(
@@ -74,7 +75,7 @@ def swap(
         >>> model[1]
         Conv2d(64, 32, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
-    return _apply("swap", model, target, replacement, sample_input, options)
+    return _change_targets("swap", model, target, replacement, sample_input, options)
 
 
 def insert(
@@ -89,9 +90,10 @@ def insert(
 
     The layer is built as `replacement(channels, **options)` with the module's number of output
     channels. With `project=False` (or `SpatialNonLocal`, whose output starts at 0) the model's
-    results are unchanged bit for bit until training changes the layer. The module's name then
-    refers to the pair: ".module." comes into the names of its own parameters, ".layer." into those
-    of the layer. Earlier weights still load, with `strict=False` because they lack the layer's.
+    results are unchanged bit for bit until training changes the layer. The layer becomes a child of
+    the module, named after its class ("layer4.fully_attentional"): the last step of an
+    `nn.Sequential`, otherwise called by a forward hook of the module. All other names stay, so that
+    earlier weights load, with `strict=False` because they lack the layer's.
 
     Args:
         model: the model; changed in place.
@@ -117,7 +119,7 @@ def insert(
         >>> torch.equal(model(x), y)
         True
     """
-    return _apply("insert", model, after, replacement, sample_input, options)
+    return _change_targets("insert", model, after, replacement, sample_input, options)
 
 
 def remove(report: Report) -> None:
@@ -156,19 +158,128 @@ def remove(report: Report) -> None:
                     f"cannot remove this {report.action}: expected {type(change.new).__name__} at "
                     f"{change.name!r}, got {type(found).__name__}; remove later changes first"
                 )
+        if change.insertion is not None and not change.insertion.attached:
+            raise ValueError(
+                f"cannot remove this {report.action}: {type(change.layer).__name__} is no longer "
+                f"at {change.layer_name!r}"
+            )
     # In reverse order, because a later change may contain an earlier one.
     for change in reversed(report.changes):
-        if not change.inserted:
+        if change.insertion is None:
             x = _first_floating(change.new)
             if x is not None:
                 change.old.to(x.device, x.dtype)
             if change.old.training != change.new.training:
                 change.old.train(change.new.training)
-        change.site.set(change.old)
+        change.undo()
     report.removed = True
+    rebuilt.forget(report)
 
 
-def _apply(
+def replay(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    strict: bool = True,
+) -> Report:
+    """Make a saved change again, in a newly built model.
+
+    The layers go to the modules of the saved names, with the saved channels and options, so that
+    weights saved after the change load. The model does not run. Make several changes in the order
+    in which they were made first.
+
+    Args:
+        model: the model; changed in place.
+        source: a file written by `Report.save`, or the result of `Report.to_dict`.
+        strict: whether the model must have the saved class and names of modules. Otherwise the
+            changed modules alone are compared: their names, classes and shapes of parameters.
+
+    Returns:
+        A report of the changes, as `swap` and `insert` return it.
+
+    Raises:
+        ValueError: not a saved change, one of a newer version, or of another architecture; a module
+            is missing, of another class or has other channels; a class cannot be imported. The
+            model is then unchanged.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> import torch, fullattn
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.ReLU())
+        >>> first, second = build(), build()
+        >>> change = insert(first, fullattn.FullyAttentional, after="0", gamma_init=0.5).to_dict()
+        >>> report = replay(second, change)
+        >>> second.load_state_dict(first.state_dict())
+        <All keys matched successfully>
+    """
+    report = replay_unkept(model, source, strict=strict)
+    rebuilt.keep(report)
+    return report
+
+
+def replay_unkept(
+    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True
+) -> Report:
+    """Make a saved change, in a network whose framework has a record of it."""
+    _check_model(model)
+    saved = recorded.read(source)
+    action: Literal["swap", "insert"] = "insert" if "insert" in saved else "swap"
+    here = recorded.architecture(model)
+    if strict and here != saved["model"]:
+        raise ValueError(
+            f"cannot replay this {action}: expected the architecture that it was saved from, "
+            f"{_architecture(saved['model'])}, got {_architecture(here)}; strict=False compares "
+            "the changed modules alone"
+        )
+    sites, observed = [], []
+    for at in saved["at"]:
+        site = _saved_site(model, at, action)
+        height_and_width = at["input"][2:]
+        call = Call(
+            torch.Size((at["input"][0], at["in_channels"], *height_and_width)),
+            torch.Size((at["input"][0], at["out_channels"], *height_and_width)),
+        )
+        home = Home(tuple(at["home"]), at["hooked"]) if action == "insert" else None
+        sites.append(site)
+        observed.append(([call] if home is None else [Call(call.output, call.output)], home))
+    options = {name: recorded.decode(value) for name, value in saved["options"].items()}
+    replacement = recorded.layer_class(saved[action])
+    return apply(action, model, sites, replacement, options, observed)
+
+
+def _architecture(saved: Mapping[str, Any]) -> str:
+    return f"{saved['class']} of {saved['modules']} modules ({saved['names']})"
+
+
+def _saved_site(model: nn.Module, at: Mapping[str, Any], action: str) -> Site:
+    failed = f"cannot replay this {action}"
+    name, channels = at["name"], at["out_channels"]
+    try:
+        (site,) = find(model, name, outermost=False)
+    except ValueError as error:
+        raise ValueError(f"{failed}: {error}") from error
+    if (got := recorded.class_name(type(site.module))) != at["module"]:
+        raise ValueError(f"{failed}: expected a {at['module']} at {name!r}, got a {got}")
+    if recorded.parameter_shapes(model, name) != at["parameters"]:
+        try:
+            ((call, *_), _) = _observe_alone(site.module, inserting=False)
+            got = f"{call.output[1]} channels" if isinstance(call.output, torch.Size) else ""
+        except ValueError:
+            got = ""
+        raise ValueError(
+            f"{failed}: expected {name!r} to have {channels} channels and the saved shapes of "
+            f"parameters, got {got if got and got != f'{channels} channels' else 'other shapes'}"
+        )
+    return site
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module as model, got {type(model).__name__}")
+
+
+def _change_targets(
     action: Literal["swap", "insert"],
     model: nn.Module,
     target: Target,
@@ -176,9 +287,8 @@ def _apply(
     sample_input: Any,
     options: dict[str, Any],
 ) -> Report:
-    """Build and try all layers, then put all of them into the model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module as model, got {type(model).__name__}")
+    """Find the modules and their channels, and change them."""
+    _check_model(model)
     if isinstance(replacement, nn.Module) or not callable(replacement):
         raise TypeError(
             "expected a layer class or a callable of the channel count, such as "
@@ -186,31 +296,72 @@ def _apply(
         )
     if given := {"device", "dtype"} & set(options):
         raise TypeError(f"{' and '.join(sorted(given))} come from the model and cannot be options")
-    sites = find(model, target, outermost=action == "swap")
-    observed = None if sample_input is None else shapes.observe(model, sites, sample_input)
+    inserting = action == "insert"
+    sites = find(model, target, outermost=not inserting)
+    rebuilt.check(model, sites, action)
+    observed = None if sample_input is None else _observe(model, sites, sample_input, inserting)
+    report = apply(action, model, sites, replacement, options, observed)
+    rebuilt.keep(report)
+    return report
+
+
+def apply(
+    action: Literal["swap", "insert"],
+    model: nn.Module,
+    sites: list[Site],
+    replacement: Callable[..., nn.Module],
+    options: dict[str, Any],
+    observed: list[tuple[list[Call], Home | None]] | None,
+) -> Report:
+    """Build and try all layers, then put all of them into the model."""
     build, changes = partial(replacement, **options), []
     for index, site in enumerate(sites):
         try:
-            calls = observed[index] if observed else [_call_alone(site.module)]
-            changes.append(_change(site, calls, build, model, inserted=action == "insert"))
+            calls, home = (
+                observed[index] if observed else _observe_alone(site.module, action == "insert")
+            )
+            changes.append(_change(site, calls, home, build, model))
         except ValueError as error:
-            failed = "replace" if action == "swap" else "insert after"
+            failed = "insert after" if action == "insert" else "replace"
             where = f"{site.name!r} ({type(site.module).__name__})"
             raise ValueError(f"cannot {failed} {where}: {error}") from error
-    before = count_parameters(model)
+    before, architecture = count_parameters(model), recorded.architecture(model)
+    done: list[Change] = []
     try:
         for change in changes:
-            change.site.set(change.new)
+            change.make()
+            done.append(change)
     except BaseException:
-        for change in reversed(changes):
-            change.site.set(change.old)
+        for change in reversed(done):
+            change.undo()
         raise
-    return Report(action, tuple(changes), before, count_parameters(model))
+    return Report(
+        action,
+        model,
+        replacement,
+        options,
+        architecture,
+        tuple(changes),
+        before,
+        count_parameters(model),
+    )
 
 
-def _call_alone(module: nn.Module) -> Call:
+def _observe(
+    model: nn.Module, sites: list[Site], sample_input: Any, inserting: bool
+) -> list[tuple[list[Call], Home | None]]:
+    if inserting:
+        return list(shapes.find_homes(model, sites, sample_input))
+    return [(calls, None) for calls in shapes.observe(model, sites, sample_input)]
+
+
+def _observe_alone(module: nn.Module, inserting: bool) -> tuple[list[Call], Home | None]:
+    """Run a module on a trial input without the model around it."""
     try:
-        return shapes.call_alone(module)
+        x = shapes.trial_input(module)
+        if inserting:
+            return shapes.find_homes(module, [Site(("it",), module, ())], x)[0]
+        return [Call(x.shape, shapes.output_of(module, x.shape))], None
     except ValueError as error:
         raise ValueError(f"cannot infer its channels without sample_input: {error}") from error
 
@@ -218,14 +369,13 @@ def _call_alone(module: nn.Module) -> Call:
 def _change(
     site: Site,
     calls: list[Call],
+    home: Home | None,
     build: Callable[[int], nn.Module],
     model: nn.Module,
-    *,
-    inserted: bool,
 ) -> Change:
     """Build the layer for one site, and check that it fits."""
     outputs = _feature_maps("return", [call.output for call in calls])
-    inputs = outputs if inserted else _feature_maps("take", [call.input for call in calls])
+    inputs = outputs if home else _feature_maps("take", [call.input for call in calls])
     for taken, returned in zip(inputs, outputs, strict=True):
         if taken[2:] != returned[2:]:
             raise ValueError(
@@ -245,9 +395,11 @@ def _change(
             f"expected {type(layer).__name__} to return {tuple(shape)} for an input of that shape, "
             f"got {output if isinstance(output, str) else tuple(output)}"
         )
-    change = Change(site, layer, layer, inserted, in_channels, shape[1], tuple(inputs[0]))
-    if inserted:
-        change.new = Inserted(site.module, layer)
+    change = Change(site, layer, layer, in_channels, shape[1], tuple(inputs[0]))
+    change.parameter_shapes = recorded.parameter_shapes(model, site.name)
+    if home is not None:
+        change.new = site.module
+        change.insertion = Insertion(site.module, layer, home)
         return change
     change.hooks = tuple(_hooks(site))
     if in_channels != shape[1]:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fullattn import costs
-from fullattn.swap.inserted import Inserted
+from fullattn.swap.inserted import Home
 from fullattn.swap.targets import Site
 
-__all__ = ["Call", "call_alone", "count_flops", "observe", "output_of"]
+__all__ = ["Call", "count_flops", "find_homes", "observe", "output_of", "trial_input"]
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # args and kwargs
 
@@ -134,25 +134,55 @@ def _run_a_copy(
     ) from failure
 
 
-class _Recorder(Inserted):
-    """Replaces a module in a copy of a model, and records the calls that reach it there."""
+class _Probe(nn.Module):
+    """A child that shows whether a module calls all of its children."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module, nn.Identity())
+    calls = 0
+    result: Any = None
+
+    def forward(self, x: Any) -> Any:
+        """Return x."""
+        self.calls += 1
+        self.result = x
+        return x
+
+
+class _Watch:
+    """Records the calls of one module in a copy of a model.
+
+    Args:
+        module: the module in the copy.
+        home: names that lead from it to the one that gets a probe; None for no probe.
+    """
+
+    def __init__(self, module: nn.Module, home: tuple[str, ...] | None) -> None:
         self.calls: list[Call] = []
-        self.module_calls = 0  # also through references that the recorder did not replace
-        module.register_forward_pre_hook(self._count)
+        self.elsewhere = 0  # calls through references that `stand_in` did not replace
+        self.probe = _Probe()
+        self.in_order = home == ()
+        self.module = module
+        if home is not None:
+            Home(home).within(module).add_module("fullattn_probe", self.probe)
+            self.module.register_forward_hook(self._record, with_kwargs=True)
+
+    def stand_in(self) -> nn.Module:
+        """Return a shallow copy to call in the module's place."""
+        module = copy.copy(self.module)
+        for name, value in vars(module).items():
+            if "_hooks" in name and isinstance(value, dict):
+                vars(module)[name] = value.copy()
+        module.register_forward_hook(self._record, with_kwargs=True)
+        self.module.register_forward_pre_hook(self._count)
+        return module
 
     def _count(self, module: nn.Module, args: Any) -> None:
-        self.module_calls += 1
+        self.elsewhere += 1
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module and record the shapes."""
-        result = self.module(*args, **kwargs)
+    def _record(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         alone = len(args) == 1 and not kwargs
         given = _shape(args[0]) if alone else _describe_arguments((args, kwargs))
         self.calls.append(Call(given, _shape(result)))
-        return result
+        self.in_order &= self.probe.calls == len(self.calls) and self.probe.result is result
 
 
 def observe(model: nn.Module, sites: Sequence[Site], sample_input: Any) -> list[list[Call]]:
@@ -164,31 +194,88 @@ def observe(model: nn.Module, sites: Sequence[Site], sample_input: Any) -> list[
             through a reference that the site does not have.
     """
     given = _arguments(sample_input)
-    recorders: list[_Recorder] = []
+    watches: list[_Watch] = []
 
-    def record(copied: nn.Module, memo: dict[int, Any]) -> None:
-        recorders[:] = [_Recorder(memo[id(site.module)]) for site in sites]
-        for site, recorder in zip(sites, recorders, strict=True):
+    def watch(copied: nn.Module, memo: dict[int, Any]) -> None:
+        watches[:] = [_Watch(memo[id(site.module)], None) for site in sites]
+        for site, watching in zip(sites, watches, strict=True):
+            stand_in = watching.stand_in()
             for reference in site.references:
-                dataclasses.replace(reference, owner=memo[id(reference.owner)]).set(recorder)
+                dataclasses.replace(reference, owner=memo[id(reference.owner)]).set(stand_in)
 
-    copied, moved, _ = _run_a_copy(model, given, record)
-    if not all(recorder.calls for recorder in recorders):
-        # For a module that only training calls, such as an auxiliary head.
-        with contextlib.suppress(Exception):
-            _run(copied.train(), moved)
-    for site, recorder in zip(sites, recorders, strict=True):
-        if recorder.module_calls > len(recorder.calls):
+    _run_until_called(model, given, watch, watches)
+    for site, watching in zip(sites, watches, strict=True):
+        if watching.elsewhere:
             raise ValueError(
                 f"cannot replace {site.name!r}: the model calls it through a reference that is not "
                 "a registered submodule (for example a closure or tuple)"
             )
-        if not recorder.calls:
-            raise ValueError(
-                f"cannot replace {site.name!r}: the model does not call {site.name!r} when it runs "
-                f"on {_describe_arguments(given)}"
-            )
-    return [recorder.calls for recorder in recorders]
+    return [_called(site, watching, given) for site, watching in zip(sites, watches, strict=True)]
+
+
+def find_homes(
+    model: nn.Module, sites: Sequence[Site], sample_input: Any
+) -> list[tuple[list[Call], Home]]:
+    """Run a copy of a model, record the calls of each site and find where a layer can live there.
+
+    A child of a module is no place for the layer if the module calls all of its children in its own
+    way, as DenseNet's blocks do. The layer then becomes a child of the module's last child.
+
+    Raises:
+        TypeError: the sample input has no tensor in it.
+        ValueError: the model does not run on the sample input, or does not call a module.
+    """
+    given = _arguments(sample_input)
+    paths: list[tuple[str, ...]] = [()] * len(sites)
+    watches: list[_Watch] = []
+
+    def watch(copied: nn.Module, memo: dict[int, Any]) -> None:
+        modules = (memo[id(site.module)] for site in sites)
+        watches[:] = map(_Watch, modules, paths)
+
+    while True:
+        failure: ValueError | None = None
+        watches.clear()
+        try:
+            _run_until_called(model, given, watch, watches)
+        except ValueError as error:  # a probe may have got what only the other children can take
+            failure = error
+        moved = False
+        for index, (site, watching) in enumerate(zip(sites, watches, strict=False)):
+            if watching.probe.calls and (failure or not watching.in_order):
+                children = list(Home(paths[index]).within(site.module)._modules)
+                if children:
+                    paths[index] = (*paths[index], children[-1])
+                    moved = True
+        if failure is not None and not moved:
+            raise failure
+        if not moved:
+            break
+    return [
+        (_called(site, watching, given), Home(path, hooked=not watching.in_order))
+        for site, watching, path in zip(sites, watches, paths, strict=True)
+    ]
+
+
+def _run_until_called(
+    model: nn.Module,
+    given: Arguments,
+    prepare: Callable[[nn.Module, dict[int, Any]], object],
+    watches: list[_Watch],
+) -> None:
+    copied, moved, _ = _run_a_copy(model, given, prepare)
+    if not all(watching.calls for watching in watches):
+        # For a module that only training calls, such as an auxiliary head.
+        with contextlib.suppress(Exception):
+            _run(copied.train(), moved)
+
+
+def _called(site: Site, watching: _Watch, given: Arguments) -> list[Call]:
+    if not watching.calls:
+        raise ValueError(
+            f"the model does not call {site.name!r} when it runs on {_describe_arguments(given)}"
+        )
+    return watching.calls
 
 
 def output_of(module: nn.Module, shape: Sequence[int]) -> torch.Size | str:
@@ -205,25 +292,21 @@ def _feature_map(module: nn.Module, shape: Sequence[int]) -> Arguments:
     return (torch.zeros(*shape, dtype=next(dtypes, torch.float32)),), {}
 
 
-def call_alone(module: nn.Module) -> Call:
-    """Infer the shapes of a module without the model around it, at a trial size.
+def trial_input(module: nn.Module) -> Tensor:
+    """Make a feature map on which a module can run without the model around it.
 
     Raises:
-        ValueError: no submodule states its channels, the module takes several arguments, or it
-            does not run.
+        ValueError: no submodule states its channels, or the module takes several arguments.
     """
-    called = module
-    while isinstance(called, Inserted):
-        called = called.module
-    parameters = list(inspect.signature(called.forward).parameters.values())
+    parameters = list(inspect.signature(module.forward).parameters.values())
     if len(parameters) != 1 or parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
         raise ValueError(f"its forward takes ({', '.join(map(str, parameters))})")
     stated = (getattr(m, name, None) for m in module.modules() for name in _CHANNEL_ATTRIBUTES)
     channels = next((c for c in stated if type(c) is int and c > 0), None)
     if channels is None:
         raise ValueError(f"neither it nor a submodule has {' or '.join(_CHANNEL_ATTRIBUTES)}")
-    shape = torch.Size((1, channels, _TRIAL_SIZE, _TRIAL_SIZE))
-    return Call(shape, output_of(module, shape))
+    ((x,), _) = _feature_map(module, (1, channels, _TRIAL_SIZE, _TRIAL_SIZE))
+    return x  # type: ignore[no-any-return]
 
 
 def count_flops(module: nn.Module, shape: Sequence[int]) -> int | None:
