@@ -38,6 +38,7 @@ COMMANDS = {
         "fullattn.segmentation.evaluation.command:configure_maps",
         "see what the layers attend to in a photograph",
     ),
+    "yolo": ("fullattn.integrations.command:configure", "Ultralytics' command, with the layers"),
     "info": ("fullattn._cli.info:configure", "say which backend runs, and why the others do not"),
 }
 

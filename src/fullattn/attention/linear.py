@@ -25,7 +25,7 @@ __all__ = ["BACKEND", "attend"]
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:
     """Compute scale · query · (keyᵀ · value) / M, (B, S, N, E), in the query's dtype."""
     dtype = work_dtype(query.dtype)
-    context = key.to(dtype).transpose(-2, -1) @ value.to(dtype) * (scale / key.shape[-2])
+    context = key.to(dtype).transpose(-2, -1) @ value.to(dtype) * scale / key.shape[-2]
     return (query.to(dtype) @ context).to(query.dtype)
 
 

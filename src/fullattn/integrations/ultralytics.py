@@ -34,6 +34,7 @@ from fullattn.swap import recorded, shapes
 from fullattn.swap.inserted import InsertedLayer
 from fullattn.swap.operations import apply, replay_unkept
 from fullattn.swap.rebuilt import Description
+from fullattn.swap.report import Report
 from fullattn.swap.targets import Site, find
 
 __all__ = ["register"]
@@ -134,7 +135,7 @@ def _input_channels(
 
 def _parsing(parse_model: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(parse_model)
-    def parse(d: dict[str, Any], ch: int, *args: Any, **kwargs: Any) -> Any:
+    def parse(d: dict[str, Any], ch: int, verbose: bool = True) -> Any:
         names = {layer.__name__ for layer in LAYERS.values()}
         rows = [
             [f, n, m, ["args", "ch", "f", "i", "width", "max_channels", own] if m in names else own]
@@ -143,8 +144,8 @@ def _parsing(parse_model: Callable[..., Any]) -> Callable[..., Any]:
         split = len(d["backbone"])
         changes = d.get(_KEY) or ()
         d = {**d, "backbone": rows[:split], "head": rows[split:]}
-        model, save = parse_model(d, ch, *args, **kwargs)
-        _make_changes(model, changes, ch)
+        model, save = parse_model(d, ch, verbose)
+        _make_changes(model, changes, ch, verbose)
         return model, save
 
     return parse
@@ -170,22 +171,29 @@ class _Network(nn.Module):
         return x
 
 
-def _make_changes(rows: nn.Sequential, changes: Any, channels: int) -> None:
+def _make_changes(rows: nn.Sequential, changes: Any, channels: int, verbose: bool) -> None:
     """Make the changes of the YAML's key in the rows of a network."""
+    from ultralytics.utils import LOGGER
+
     if not isinstance(changes, (list, tuple)):
         raise ValueError(f"key {_KEY!r} in the YAML: expected a list, got {changes!r}")
     for number, change in enumerate(changes):
         where = f"key {_KEY!r} in the YAML, entry {number}"
         try:
             if isinstance(change, Mapping) and "format" in change:
-                replay_unkept(rows, change, strict=False)
+                report = replay_unkept(rows, change, strict=False)
             else:
-                _insert(rows, change, channels)
+                report = _insert(rows, change, channels)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from error
+        for made in report.changes:
+            row: Any = rows.get_submodule(made.name.partition(".")[0])
+            row.np = sum(p.numel() for p in row.parameters())  # as `parse_model` counted before
+            if verbose:
+                LOGGER.info(f"{_KEY}: row {made.layer_name}: {made.layer}")
 
 
-def _insert(rows: nn.Sequential, change: Any, channels: int) -> None:
+def _insert(rows: nn.Sequential, change: Any, channels: int) -> Report:
     if not isinstance(change, Mapping) or not (
         {"layer", "after"} <= set(change) <= {"layer", "after", "options"}
     ):
@@ -197,7 +205,8 @@ def _insert(rows: nn.Sequential, change: Any, channels: int) -> None:
     check_change(rows, sites, "insert")
     observed = shapes.find_homes(_Network(rows), sites, torch.zeros(1, channels, 64, 64))
     options = {name: recorded.decode(v) for name, v in dict(change.get("options") or {}).items()}
-    apply("insert", rows, sites, recorded.layer_class(change["layer"]), options, list(observed))
+    layer = recorded.layer_class(change["layer"])
+    return apply("insert", rows, sites, layer, options, list(observed))
 
 
 def _training(train: Callable[..., Any]) -> Callable[..., Any]:
