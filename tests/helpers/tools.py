@@ -668,7 +668,7 @@ def flop_counter(name: str) -> None:
     true_macs(name)
 
 
-@tool("Counters (after `costs.register_counters()`)", "thop (MACs)", needs=("thop",))
+@tool("Counters (after `costs.register_counters()`)", "ultralytics-thop (MACs)", needs=("thop",))
 def thop(name: str) -> None:
     """Count a network, and a layer alone."""
     import thop

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from fullattn import counters
+from fullattn.attention.backend import ScoreFunction
 from fullattn.layers import LAYERS
 from fullattn.swap import recorded, shapes
 from fullattn.swap.inserted import InsertedLayer
@@ -65,7 +66,7 @@ def register() -> None:
         row = type(name, (_Row,), {"__module__": "fullattn", "layer": layer})
         vars(tasks).setdefault(name, row)
     if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([*layers.values(), InsertedLayer])
+        torch.serialization.add_safe_globals([*layers.values(), InsertedLayer, ScoreFunction])
     counters.register_counters(only=["thop"])
     if not _registered():
         tasks.parse_model = _parsing(tasks.parse_model)
@@ -114,20 +115,17 @@ def _row_arguments(own: Sequence[Any], row: str) -> tuple[int | None, dict[str, 
 
 
 def _input_channels(
-    stated: int | None, ch: Any, f: Any, i: int, width: float, max_channels: float, cls: type
+    stated: int | None, ch: Any, f: int, i: int, width: float, max_channels: float, cls: type
 ) -> int:
     """Return the channels of the row's input, and check what the row states."""
     from ultralytics.utils.ops import make_divisible
 
-    row = f"row {i} ({cls.__name__})"
-    if not isinstance(f, int):
-        raise ValueError(f"{row}: expected one input row, got {f}")
     channels = int(ch[f])
     if stated is not None:
         scaled = int(make_divisible(min(stated, max_channels) * width, 8))
         if channels not in (stated, scaled):
             raise ValueError(
-                f"{row}: expected {channels} channels, those of its input, got {stated} "
+                f"row {i} ({cls.__name__}): expected {channels} channels, those of its input, got {stated} "
                 f"({scaled} at this scale); leave the number out"
             )
     return channels
@@ -137,10 +135,13 @@ def _parsing(parse_model: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(parse_model)
     def parse(d: dict[str, Any], ch: int, verbose: bool = True) -> Any:
         names = {layer.__name__ for layer in LAYERS.values()}
-        rows = [
-            [f, n, m, ["args", "ch", "f", "i", "width", "max_channels", own] if m in names else own]
-            for f, n, m, own in (*d["backbone"], *d["head"])
-        ]
+        rows = []
+        for number, (f, n, m, own) in enumerate((*d["backbone"], *d["head"])):
+            if m in names:
+                if not isinstance(f, int):
+                    raise ValueError(f"row {number} ({m}): expected one input row, got {f}")
+                own = ["args", "ch", "f", "i", "width", "max_channels", own]
+            rows.append([f, n, m, own])
         split = len(d["backbone"])
         changes = d.get(_KEY) or ()
         d = {**d, "backbone": rows[:split], "head": rows[split:]}
@@ -270,6 +271,13 @@ def _owners(model: nn.Module, name: str) -> Iterable[nn.Module]:
         module = model.get_submodule(".".join(parts[:length]))
         if length < len(parts) or type(module).__module__ == "ultralytics.nn.modules.head":
             yield module
+
+
+def replace(old: nn.Module, new: nn.Module) -> None:
+    """Give the replacement of a row the row's number, inputs and name."""
+    if type(vars(old).get("i")) is int and "f" in vars(old):
+        for name in ("i", "f", "type", "np"):
+            setattr(new, name, vars(old)[name])
 
 
 def description(model: nn.Module) -> Description | None:

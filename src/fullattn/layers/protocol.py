@@ -8,6 +8,7 @@ documentation's cost explorer are derived from that, through `LAYERS`.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -116,7 +117,13 @@ class AttentionLayer(nn.Module):
             # Its networks initialise parameters by classes that they know, ours not among them.
             import_module("fullattn.integrations.transformers").register()
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionLayer:
+        twin: AttentionLayer = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # unpickled, not copied
         super().__setstate__(state)
         if "ultralytics.nn.tasks" in sys.modules:
             # Otherwise resuming would build the network of a checkpoint without its layers.

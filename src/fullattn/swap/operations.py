@@ -406,6 +406,7 @@ def _change(
         change.adapter = _match(nn.Conv2d(in_channels, shape[1], 1), site.module, model)
         change.new = nn.Sequential(OrderedDict(adapter=change.adapter, layer=layer))
         change.new.training = layer.training
+    rebuilt.replace(site.module, change.new)
     return change
 
 

@@ -5,6 +5,10 @@ functions, and is imported where the framework is:
 
     check_change(model, sites, action)   raises ValueError if the framework would break the change
     description(model)                   the Description of a network of the framework, or None
+
+and may have
+
+    replace(old, new)                    gives a module's replacement what the framework reads from it
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from fullattn.swap.targets import Site
 if TYPE_CHECKING:
     from fullattn.swap.report import Report
 
-__all__ = ["Description", "check", "forget", "keep"]
+__all__ = ["Description", "check", "forget", "keep", "replace"]
 
 _FRAMEWORKS = ("segmentation_models_pytorch", "transformers", "ultralytics")
 
@@ -53,6 +57,13 @@ def check(model: nn.Module, sites: Sequence[Site], action: Literal["swap", "inse
     """Raise ValueError if a framework's own code would break a change."""
     for integration in _integrations():
         integration.check_change(model, sites, action)
+
+
+def replace(old: nn.Module, new: nn.Module) -> None:
+    """Give a replacement the attributes that a framework reads from the module."""
+    for integration in _integrations():
+        if hasattr(integration, "replace"):
+            integration.replace(old, new)
 
 
 def keep(report: Report) -> None:

@@ -71,7 +71,7 @@ def record(report: Report) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "fullattn": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "model": report.architecture,
         report.action: layer,
         "options": encoded,
