@@ -82,7 +82,7 @@ def _changes_to_make(model: Any) -> list[dict[str, Any]]:
     changes = [
         change
         for change in getattr(model.config, _KEY, ())
-        if change["model"]["class"] == recorded.class_name(type(model))
+        if change["model"]["class"] == type(model).__qualname__
     ]
     return changes[vars(model).get("_fullattn_changes_made", 0) :]
 

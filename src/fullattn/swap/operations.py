@@ -259,7 +259,7 @@ def _saved_site(model: nn.Module, at: Mapping[str, Any], action: str) -> Site:
         (site,) = find(model, name, outermost=False)
     except ValueError as error:
         raise ValueError(f"{failed}: {error}") from error
-    if (got := recorded.class_name(type(site.module))) != at["module"]:
+    if (got := type(site.module).__qualname__) != at["module"]:
         raise ValueError(f"{failed}: expected a {at['module']} at {name!r}, got a {got}")
     if recorded.parameter_shapes(model, name) != at["parameters"]:
         try:

@@ -1,8 +1,8 @@
 """Changes as plain data: what `swap` or `insert` did, written to a file and made again.
 
 A record holds the layer's class and options, and of each site its name, its module's class, its
-channels and a digest of the shapes of its parameters. Two digests of names tell the architecture of
-the model. Nothing but subclasses of `torch.nn.Module` is imported from a record.
+channels and a digest of the shapes of its parameters. The class of the model and a digest of the
+names in it tell its architecture. Nothing but subclasses of `torch.nn.Module` is imported from a record.
 """
 
 from __future__ import annotations
@@ -25,15 +25,26 @@ from fullattn.layers import LAYERS
 if TYPE_CHECKING:
     from fullattn.swap.report import Report
 
-__all__ = ["architecture", "class_name", "decode", "layer_class", "parameter_shapes", "read", "record", "write"]
+__all__ = [
+    "architecture",
+    "decode",
+    "layer_class",
+    "parameter_shapes",
+    "read",
+    "record",
+    "write",
+]
 
 _FORMAT = 1
 
 
 def architecture(model: nn.Module) -> dict[str, Any]:
-    """Describe a model by its class and the names of its modules."""
+    """Describe a model by its class and the names of its modules.
+
+    Of a class the name alone counts, since libraries move classes between modules.
+    """
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    return {"class": class_name(type(model)), "modules": len(names), "names": _digest(names)}
+    return {"class": type(model).__qualname__, "modules": len(names), "names": _digest(names)}
 
 
 def parameter_shapes(model: nn.Module, name: str) -> str:
@@ -47,11 +58,6 @@ def parameter_shapes(model: nn.Module, name: str) -> str:
 
 def _digest(lines: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def class_name(of: Any) -> str:
-    """Name a class by its module and qualified name."""
-    return f"{of.__module__}.{of.__qualname__}"
 
 
 def record(report: Report) -> dict[str, Any]:
@@ -78,7 +84,7 @@ def record(report: Report) -> dict[str, Any]:
         "at": [
             {
                 "name": change.name,
-                "module": class_name(type(change.old)),
+                "module": type(change.old).__qualname__,
                 "in_channels": change.in_channels,
                 "out_channels": change.out_channels,
                 "input": list(change.input),
@@ -195,7 +201,7 @@ def _encode_class(value: Any) -> str:
         value.__module__.partition(".")[0] == "fullattn"
     ):
         return value.__name__
-    name = class_name(value)
+    name = f"{value.__module__}.{value.__qualname__}"
     if _import_class(name) is not value:
         raise ValueError(f"expected a module class that can be imported by name, got {value!r}")
     return name
