@@ -3,17 +3,23 @@
 A config selects a layer by a dict, {"type": "FullyAttentional", ...}. mmcv's plugins pass the
 channel count as `in_channels`, which is its name in the registered classes. Other arguments and
 weights are the layers' own.
+
+The Runner builds a network from its config, without what `fullattn.insert` and `swap` did to an
+earlier one. `{"type": "Changed", "model": {...}, "changes": ["change.json"]}` builds the network of
+`model` and makes saved changes in it, before the optimiser is built and weights are loaded.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from fullattn.layers import LAYERS, AttentionLayer
+from fullattn.swap import replay
 
-__all__ = ["register"]
+__all__ = ["changed", "register"]
 
 
 @cache
@@ -36,8 +42,32 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def changed(model: Any, changes: Any, **overrides: Any) -> Any:
+    """Build a network and make saved changes in it; registered as "Changed".
+
+    Args:
+        model: config of the network.
+        changes: a file written by `Report.save`, or a list of such files or of the results of
+            `Report.to_dict`, in the order in which the changes were made.
+        overrides: entries of the network's config, such as the `train_cfg` that mmsegmentation's
+            `init_model` sets.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: a change does not fit the network.
+    """
+    from mmengine.registry import MODELS
+
+    network = MODELS.build({**model, **overrides})
+    for change in [changes] if isinstance(changes, (str, Mapping)) else changes:
+        replay(network, change)
+    return network
+
+
 def register() -> None:
-    """Register the layers in `mmengine.registry.MODELS`; repeated calls do nothing.
+    """Register the layers and "Changed" in `mmengine.registry.MODELS`; repeated calls do nothing.
 
     Raises:
         ImportError: mmengine is not installed.
@@ -54,3 +84,5 @@ def register() -> None:
         module = _with_in_channels(layer)  # type: ignore[arg-type]
         if MODELS.get(layer.__name__) is not module:
             MODELS.register_module(name=layer.__name__, module=module)
+    if MODELS.get("Changed") is not changed:
+        MODELS.register_module(name="Changed", module=changed)

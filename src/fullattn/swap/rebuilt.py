@@ -13,6 +13,7 @@ and may have
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -93,7 +94,19 @@ def forget(report: Report) -> None:
 
 
 def _descriptions(model: nn.Module) -> Iterator[Description]:
+    if _is_in_its_constructor(model):
+        return  # the class makes the change itself, whenever it is built
     for integration in _integrations():
         description = integration.description(model)
         if description is not None:
             yield description
+
+
+def _is_in_its_constructor(model: nn.Module) -> bool:
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__init__" and frame.f_locals.get(code.co_varnames[0]) is model:
+            return True
+        frame = frame.f_back
+    return False
