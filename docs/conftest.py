@@ -20,7 +20,12 @@ collect_ignore = [
 ]
 
 # The library that a guide is about, where it is not the guide's own name.
-ABOUT = {"export": "onnxruntime", "flanet": "timm", "mmsegmentation": "mmseg"}
+ABOUT = {
+    "export": "onnxruntime",
+    "flanet": "timm",
+    "mmsegmentation": "mmseg",
+    "replay": "lightning",
+}
 
 
 @pytest.fixture(autouse=True)

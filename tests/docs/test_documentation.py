@@ -34,7 +34,7 @@ import torch
 from packaging.requirements import Requirement
 
 from fullattn._cli.main import COMMANDS, main, parser_of
-from helpers import ROOT, tiny_data
+from helpers import ROOT, tiny_data, yolo
 from helpers.networks import NEEDS, load, missing
 from helpers.tiny_training import processes
 
@@ -55,6 +55,12 @@ INSTEAD = {
         "fullattn.models.FLANet(19)": "fullattn.models.FLANet(19, 'test_resnet', "
         "channels=8, out_channels=8)"
     },
+    "docs/guides/replay.md": {  # test_rebuilt_networks trains, in a process of its own
+        "trainer.fit(module, torch.utils.data.DataLoader(torch.randn(20, 3, 16, 16)))": (
+            "trainer.strategy.connect(module)"
+        )
+    },
+    "docs/guides/ultralytics.md": {"epochs=3": f"epochs=1, **{yolo.BATCH}"},
     "docs/guides/export.md": {  # compiling with optimisation takes half a minute
         'package_path="layer.pt2")': 'package_path="layer.pt2", inductor_configs={'
         '"aot_inductor.compile_wrapper_opt_level": "O0", "cpp.simdlen": 1, "cpp.vec_isa_ok": True})'
@@ -174,6 +180,10 @@ def provide(name: str, data: str = "camvid") -> None:
         checkpoint(path, data)
     elif path.name == "flanet_cityscapes.pth":
         official_weights(path)
+    elif path.name == "yolo11n.pt":
+        load("ultralytics").YOLO("yolo11n.yaml").save(path)
+    elif path.name == "coco8.yaml":
+        yolo.draw(Path("coco8").absolute()).rename(path)
     elif path.name == "backbone.pth":
         timm = load("timm")
         torch.save(timm.create_model("test_resnet", pretrained=False).state_dict(), path)
@@ -260,6 +270,9 @@ def run_fullattn(arguments: list[str], environment: Mapping[str, str]) -> None:
         assert main(arguments) == 0
         return
     args = parser_of(*arguments[:1]).parse_args(arguments)
+    if args.command == "yolo":
+        run_yolo(arguments)
+        return
     for text in [*(getattr(args, "shapes", None) or ()), getattr(args, "shape", None) or "4x4x4"]:
         from fullattn._cli.shapes import parse_shape
 
@@ -277,6 +290,28 @@ def run_fullattn(arguments: list[str], environment: Mapping[str, str]) -> None:
         subprocess.run(command, env=os.environ | environment, check=True)
     else:
         assert main(words) == 0, words
+
+
+def run_yolo(arguments: list[str]) -> None:
+    """Run `fullattn yolo` in a process of its own, as it reads the process's arguments."""
+    for _, _, value in (word.partition("=") for word in arguments):
+        provide(value)
+        if value == "yolo11n-fully.yaml":
+            from ultralytics.nn.tasks import yaml_model_load
+            from ultralytics.utils import YAML
+
+            change = {"layer": "FullyAttentional", "after": 10}
+            YAML.save(value, {**yaml_model_load("yolo11n.yaml"), "fullattn": [change]})
+    small = [f"{name}={value}" for name, value in yolo.BATCH.items() if arguments[1] == "train"]
+    words = [word for word in arguments if not word.startswith("epochs=")] + small
+    program = (
+        "import sys\nfrom helpers import yolo\nyolo.ready()\nfrom fullattn._cli.main import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    epochs = ["epochs=1"] * (arguments[1] == "train")
+    command = [sys.executable, "-c", program, *words, *epochs]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
 def call(arguments: list[str], folder: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fullattn
 from fullattn.integrations.torchvision import ensure_importable
 from fullattn.swap import Report
+from helpers import yolo
 
 CLASSES = 5
 
@@ -30,6 +31,8 @@ NEEDS = {
     "transformers": ("transformers", "torchvision"),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
     "mmcv": ("mmcv", "mmengine", "torchvision"),
+    "lightning": ("lightning", "torchvision"),
+    "ultralytics": ("ultralytics", "onnx", "onnxruntime", "torchvision"),
     "mmseg": ("mmseg", "mmcv", "mmengine", "ftfy", "regex", "torchvision"),
 }
 
@@ -51,6 +54,8 @@ def load(package: str) -> Any:
         if package == "mmseg":
             _stand_in_for_compiled_operators()
             return importlib.import_module("mmseg.models")
+        if package == "ultralytics":
+            return yolo.ready()
         if package == "mmcv":
             return importlib.import_module("mmcv.cnn")
         if package == "torchvision":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from fullattn.integrations.torchvision import ensure_importable
@@ -21,31 +22,32 @@ NETWORKS = {
     "pose": ("yolo11n-pose.yaml",),
 }
 BATCH: dict[str, Any] = {
-    **{"imgsz": 64, "batch": 4, "workers": 0, "device": "cpu"},
-    **{"plots": False, "verbose": False, "exist_ok": True},
+    "imgsz": 64,
+    "batch": 4,
+    "workers": 0,
+    "device": "cpu",
+    "plots": False,
+    "verbose": False,
+    "exist_ok": True,
 }
 
 
-def load() -> Any:
-    """Import ultralytics, without its settings of this machine, or skip the test."""
-    pytest.importorskip("ultralytics", reason="ultralytics is not installed", exc_type=ImportError)
-    return ready()
-
-
 def ready() -> Any:
-    """Import ultralytics, offline, with settings of its own and an NMS that needs no kernel."""
+    """Import ultralytics, offline, with settings of its own and an NMS that needs no kernel.
+
+    Its import sets how NumPy and PyTorch print; both are set back.
+    """
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="yolo"))
     os.environ["YOLO_OFFLINE"] = "true"
     ensure_importable()
-    with warnings.catch_warnings():
+    printing = copy.copy(torch._tensor_str.PRINT_OPTS)
+    with np.printoptions(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torchvision
         import ultralytics
         from ultralytics.utils.nms import TorchNMS
-
+    torch._tensor_str.PRINT_OPTS = printing
     try:
-        import torch
-
         torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except RuntimeError:  # torchvision's compiled operators are for another PyTorch
         torchvision.ops.nms = TorchNMS.nms
@@ -65,7 +67,9 @@ def draw(folder: Path, task: str = "detect", train: int = 8, val: int = 4) -> Pa
                 w, h = (int(size) for size in rng.integers(16, 30, 2))
                 x, y = int(rng.integers(0, 64 - w)), int(rng.integers(0, 64 - h))
                 shape = int(rng.integers(2))
-                (pen.rectangle if shape else pen.ellipse)((x, y, x + w, y + h), (250, 60 * shape, 0))
+                (pen.rectangle if shape else pen.ellipse)(
+                    (x, y, x + w, y + h), (250, 60 * shape, 0)
+                )
                 lines.append(_label(task, shape, x / 64, y / 64, w / 64, h / 64))
             image.save(folder / "images" / split / f"{number}.png")
             (folder / "labels" / split / f"{number}.txt").write_text("\n".join(lines))

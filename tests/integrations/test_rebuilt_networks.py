@@ -163,7 +163,8 @@ def test_what_pretrained_weights_lack_is_initialised_inside_transformers(tmp_pat
             def __init__(self, config):
                 super().__init__(config)
                 self.extra = fullattn.FullyAttentional(32)
-                self.nested = nn.ModuleDict({"layer": fullattn.FullyAttentional(16, gamma_init=0.5)})
+                nested = fullattn.FullyAttentional(16, gamma_init=0.5)
+                self.nested = nn.ModuleDict({"layer": nested})
                 for layer in (fullattn.SpatialNonLocal, fullattn.ChannelNonLocal,
                               fullattn.FullyAttentional):
                     options = {"project": False} if layer is fullattn.FullyAttentional else {}
@@ -436,5 +437,3 @@ def test_to_empty_and_reset_parameters_initialise_every_layer() -> None:
                 module.reset_parameters()
         assert model(torch.randn(2, 3, 4, 5)).isfinite().all()
         assert all(x.isfinite().all() for x in model.state_dict().values())
-
-

@@ -161,7 +161,12 @@ def same(record: dict[str, Any]) -> dict[str, Any]:
 
 
 REFUSED: dict[str, tuple[Any, Callable[[dict[str, Any]], Any], bool, str]] = {
-    "another class": (Other, same, True, r"expected the architecture .* Net of 15 modules .* got Other of"),
+    "another class": (
+        Other,
+        same,
+        True,
+        r"expected the architecture .* Net of 15 modules .* got Other of",
+    ),
     "deeper": (lambda: seeded(0, depth=3), same, True, r"Net of 15 modules \(\w+\), got Net of 20"),
     "a moved name": (lambda: renamed({}), same, True, "expected the architecture"),
     "a moved name, not strict": (

@@ -378,7 +378,7 @@ def test_an_insertion_that_something_else_took_away_is_an_error() -> None:
     report = insert(model, ChannelNonLocal, after="context")
     del model.context.channel_non_local
     with pytest.raises(
-        ValueError, match="ChannelNonLocal is no longer at 'context.channel_non_local'"
+        ValueError, match=r"ChannelNonLocal is no longer at 'context\.channel_non_local'"
     ):
         remove(report)
     with pytest.raises(AttributeError, match="channel_non_local"):  # not silently without the layer
@@ -533,7 +533,9 @@ def test_weights_saved_before_the_insertion_load() -> None:
     result = model.load_state_dict(trained.state_dict(), strict=False)
     assert not result.unexpected_keys
     added = ("context.fully_attentional.", "body.0.channel_non_local.")
-    assert sorted(result.missing_keys) == sorted(n for n in model.state_dict() if n.startswith(added))
+    assert sorted(result.missing_keys) == sorted(
+        n for n in model.state_dict() if n.startswith(added)
+    )
     names = [name for name, _ in model.named_parameters() if not name.startswith(added)]
     assert names == [name for name, _ in trained.named_parameters()]
     assert torch.equal(model(image())["out"], trained(image())["out"])

@@ -43,8 +43,7 @@ def register() -> None:
         >>> model.save_pretrained("segformer")  # doctest: +SKIP
         >>> again = type(model).from_pretrained("segformer")  # doctest: +SKIP
     """
-    from transformers.modeling_utils import PreTrainedModel
-
+    PreTrainedModel = _base_class()  # noqa: N806
     if hasattr(PreTrainedModel.post_init, "__wrapped__"):
         return
     post_init, initialise = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
@@ -75,6 +74,12 @@ def register() -> None:
     PreTrainedModel.post_init = changed
     PreTrainedModel._initialize_weights = initialised
     PreTrainedModel.from_pretrained = classmethod(loaded)
+
+
+def _base_class() -> Any:
+    from transformers.modeling_utils import PreTrainedModel
+
+    return PreTrainedModel
 
 
 def _changes_to_make(model: Any) -> list[dict[str, Any]]:
@@ -112,10 +117,9 @@ def check_change(model: nn.Module, sites: Sequence[Any], action: str) -> None:
 
 def description(model: nn.Module) -> Description | None:
     """Return the changes in the configuration of a network of transformers."""
-    from transformers.modeling_utils import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, _base_class()):
         return None
-    if not hasattr(model.config, _KEY):
-        model.config.fullattn = []
-    return Description(model.config.fullattn)
+    config: Any = model.config
+    if not hasattr(config, _KEY):
+        config.fullattn = []
+    return Description(config.fullattn)

@@ -57,7 +57,6 @@ def register() -> None:
         ... )
         >>> yolo.train(data="coco8.yaml", epochs=3)  # doctest: +SKIP
     """
-    from ultralytics.engine.model import Model
     from ultralytics.nn import tasks
     from ultralytics.utils import dist
 
@@ -70,8 +69,16 @@ def register() -> None:
     counters.register_counters(only=["thop"])
     if not _registered():
         tasks.parse_model = _parsing(tasks.parse_model)
-        Model.train = _training(Model.train)
+        wrapper: Any = _wrapper_class()
+        wrapper.train = _training(wrapper.train)
         dist.generate_ddp_file = _generating(dist.generate_ddp_file)
+
+
+def _wrapper_class() -> Any:
+    """Return the base class of `YOLO`."""
+    from ultralytics.engine.model import Model
+
+    return Model
 
 
 def _registered() -> bool:
@@ -125,8 +132,8 @@ def _input_channels(
         scaled = int(make_divisible(min(stated, max_channels) * width, 8))
         if channels not in (stated, scaled):
             raise ValueError(
-                f"row {i} ({cls.__name__}): expected {channels} channels, those of its input, got {stated} "
-                f"({scaled} at this scale); leave the number out"
+                f"row {i} ({cls.__name__}): expected {channels} channels, those of its input, "
+                f"got {stated} ({scaled} at this scale); leave the number out"
             )
     return channels
 
@@ -282,11 +289,13 @@ def replace(old: nn.Module, new: nn.Module) -> None:
 
 def description(model: nn.Module) -> Description | None:
     """Return the changes in the YAML of a network of Ultralytics, or of a `YOLO` that holds one."""
-    from ultralytics.engine.model import Model
     from ultralytics.nn.tasks import BaseModel
 
-    network, prefix = (model.model, "model.") if isinstance(model, Model) else (model, "")
-    if not isinstance(network, BaseModel) or not isinstance(getattr(network, "yaml", None), dict):
+    network, prefix = model, ""
+    if isinstance(model, _wrapper_class()):
+        network, prefix = model.model, "model."
+    yaml: Any = getattr(network, "yaml", None)
+    if not isinstance(network, BaseModel) or not isinstance(yaml, dict):
         return None
     warning = None
     if not _registered():
@@ -294,7 +303,7 @@ def description(model: nn.Module) -> Description | None:
             f"training will build {type(network).__name__} again from its YAML, without this "
             f"change; call {__name__}.register() first"
         )
-    changes = network.yaml.get(_KEY)
+    changes = yaml.get(_KEY)
     if not isinstance(changes, list):
-        changes = network.yaml[_KEY] = []
+        changes = yaml[_KEY] = []
     return Description(changes, prefix + "model.", warning)

@@ -111,8 +111,8 @@ class AttentionLayer(nn.Module):
     backend: str | None = None
     gamma: nn.Parameter | None
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         if "transformers.modeling_utils" in sys.modules:
             # Its networks initialise parameters by classes that they know, ours not among them.
             import_module("fullattn.integrations.transformers").register()
@@ -124,7 +124,7 @@ class AttentionLayer(nn.Module):
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # unpickled, not copied
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if "ultralytics.nn.tasks" in sys.modules:
             # Otherwise resuming would build the network of a checkpoint without its layers.
             import_module("fullattn.integrations.ultralytics").register()

@@ -8,7 +8,7 @@ functions, and is imported where the framework is:
 
 and may have
 
-    replace(old, new)                    gives a module's replacement what the framework reads from it
+    replace(old, new)                    gives a replacement what the framework reads from a module
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def forget(report: Report) -> None:
     """Take a change that was undone out of the description."""
     for description in _descriptions(report.model):
         if report.kept in description.changes:
-            description.changes.remove(report.kept)  # type: ignore[arg-type]
+            description.changes.remove(report.kept)
 
 
 def _descriptions(model: nn.Module) -> Iterator[Description]:

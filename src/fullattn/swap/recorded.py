@@ -2,7 +2,8 @@
 
 A record holds the layer's class and options, and of each site its name, its module's class, its
 channels and a digest of the shapes of its parameters. The class of the model and a digest of the
-names in it tell its architecture. Nothing but subclasses of `torch.nn.Module` is imported from a record.
+names in it tell its architecture. Of what a record names, nothing but subclasses of
+`torch.nn.Module` is used.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def record(report: Report) -> dict[str, Any]:
     Raises:
         ValueError: the layer is no class that can be imported, or an option is no JSON value.
     """
-    replacement, options = report.replacement, dict(report.options)
+    replacement: Any = report.replacement
+    options = dict(report.options)
     while isinstance(replacement, partial) and not replacement.args:
         replacement, options = replacement.func, {**replacement.keywords, **options}
     try:
@@ -156,7 +158,7 @@ def layer_class(name: Any) -> type[nn.Module]:
     """
     for layer in LAYERS.values():
         if name in (layer.__name__, layer.layer_name):
-            return layer  # type: ignore[no-any-return]
+            return layer
     return _import_class(name)
 
 
@@ -197,9 +199,7 @@ def _encode(value: Any) -> Any:
 def _encode_class(value: Any) -> str:
     if not (isinstance(value, type) and issubclass(value, nn.Module)):
         raise ValueError(f"expected a module class that can be imported by name, got {value!r}")
-    if LAYERS.get(getattr(value, "layer_name", None)) is value and (
-        value.__module__.partition(".")[0] == "fullattn"
-    ):
+    if value in LAYERS.values() and value.__module__.partition(".")[0] == "fullattn":
         return value.__name__
     name = f"{value.__module__}.{value.__qualname__}"
     if _import_class(name) is not value:
