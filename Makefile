@@ -29,7 +29,7 @@ quick: $(READY)  ## every test but those that compile or time something
 
 networks: $(READY)  ## other people's networks compiled and exported too: the table in docs
 	$(TESTS) tests/integrations/test_networks.py tests/export/test_exported_networks.py \
-	    tests/export/test_aot_inductor.py --networks-table docs/networks.md
+	    tests/export/test_aot_inductor.py tests/export/test_openvino.py --networks-table docs/networks.md
 
 deep: $(READY)  ## the same tests as `make test`, with many more hypothesis examples
 	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600
