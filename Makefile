@@ -1,7 +1,9 @@
-# `make bench` and `make test` are all that a newcomer needs; both create .venv first.
+# `make bench` and `make test` are all that a newcomer needs; both create .venv first, the first with
+# what the benchmark needs alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
+BENCH := .venv/.bench
 READY := .venv/.ready
 JOBS ?= 2
 # One thread a test process: the processes already fill the cores.
@@ -11,12 +13,19 @@ INTERPRETED := tests/attention/triton/test_triton.py tests/attention/test_poison
 
 .PHONY: bench test quick networks deep camvid docs browser tables lint format clean
 
-$(READY): pyproject.toml constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+$(BENCH): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench,test,lint]'
+	$(PIP) -e '.[bench]'
 	touch $@
 
-bench: $(READY)  ## compare the layers and their backends: a table, out/bench/bench.json, bench.png
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e '.[bench,test,lint]'
+	touch $(BENCH) $@
+
+bench: $(BENCH)  ## compare the layers and their backends: a table, out/bench/bench.json, bench.png
 	$(BIN)/fullattn bench --output out/bench
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen from the start.

@@ -315,6 +315,12 @@ def test_an_insertion_is_noted_in_the_yaml_and_taken_out_with_the_layer() -> Non
     assert list(built(network.model.yaml).state_dict()) == list(built("yolo11n.yaml").state_dict())
 
 
+def test_a_change_of_the_rows_alone_warns() -> None:
+    net = built("yolo11n.yaml")
+    with pytest.warns(UserWarning, match=r"rows alone have no YAML: change the YOLO or its \.model"):
+        fullattn.insert(net.model, fullattn.ChannelNonLocal, after="9")
+
+
 def test_a_layer_that_cannot_be_written_down_warns() -> None:
     net = built("yolo11n.yaml")
     with pytest.warns(UserWarning, match=r"cannot save this insert: .* the change is lost when"):

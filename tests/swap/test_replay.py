@@ -6,7 +6,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -182,10 +182,16 @@ REFUSED: dict[str, tuple[Any, Callable[[dict[str, Any]], Any], bool, str]] = {
         "expected 'body.0' to have 8 channels and the saved shapes of parameters, got 16 channels",
     ),
     "another module": (
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 1)),
-        altered(at=[{"name": "0", "module": "Y", "out_channels": 8}]),
-        False,
-        "expected a Y at '0', got a Conv2d",
+        Net,
+        lambda record: {**record, "at": [{**record["at"][0], "module": "Y"}]},
+        True,
+        r"expected a Y at 'body\.0', got a Block",
+    ),
+    "another home": (
+        Net,
+        lambda record: {**record, "at": [{**record["at"][0], "home": ["nowhere"]}]},
+        True,
+        "cannot replay this insert: .*nowhere",
     ),
     "a newer format": (Net, altered(format=2), True, r"\(format 2\), and this is fullattn .* 1\)"),
     "a newer version": (Net, altered(fullattn="99.0.1"), True, "saved by fullattn 99.0.1"),
@@ -214,6 +220,30 @@ def test_a_change_that_does_not_fit_leaves_the_model_unchanged(case: Any) -> Non
     assert repr(model) == repr(before)
     assert list(model.state_dict()) == list(before.state_dict())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_damaged_record_is_one_sentence() -> None:
+    record = CHANGES["module"](seeded(0)).to_dict()
+
+    def damaged(value: Any) -> Iterator[Any]:
+        """Yield the value with one part at a time missing, or of another type."""
+        yield from (None, 3, "x", [], {})
+        if isinstance(value, dict):
+            for key in value:
+                yield {k: v for k, v in value.items() if k != key}
+                yield from ({**value, key: part} for part in damaged(value[key]))
+        elif isinstance(value, list) and value:
+            yield from ([part, *value[1:]] for part in damaged(value[0]))
+
+    refused = 0
+    for part in damaged(record):
+        model = seeded(0)
+        try:
+            replay(model, part if isinstance(part, dict) else {"x": part})
+        except (TypeError, ValueError):
+            refused += 1
+            assert list(model.state_dict()) == list(seeded(0).state_dict())
+    assert refused > 80
 
 
 def test_channels_of_a_module_without_parameters_are_compared_around_it() -> None:

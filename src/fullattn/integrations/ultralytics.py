@@ -296,6 +296,8 @@ def description(model: nn.Module) -> Description | None:
         network, prefix = model.model, "model."
     yaml: Any = getattr(network, "yaml", None)
     if not isinstance(network, BaseModel) or not isinstance(yaml, dict):
+        if any({"i", "f", "type"} <= set(vars(child)) for child in model.children()):
+            return Description([], "", "rows alone have no YAML: change the YOLO or its .model")
         return None
     warning = None
     if not _registered():

@@ -241,6 +241,11 @@ def replay_unkept(
             torch.Size((at["input"][0], at["out_channels"], *height_and_width)),
         )
         home = Home(tuple(at["home"]), at["hooked"]) if action == "insert" else None
+        if home is not None:
+            try:
+                home.within(site.module)
+            except AttributeError as error:
+                raise ValueError(f"cannot replay this {action}: {error}") from error
         sites.append(site)
         observed.append(([call] if home is None else [Call(call.output, call.output)], home))
     options = {name: recorded.decode(value) for name, value in saved["options"].items()}

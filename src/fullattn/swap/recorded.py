@@ -132,10 +132,7 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
             found = json.loads(Path(source).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"cannot replay {where}: not a saved change ({error})") from error
-    expected = {"format", "fullattn", "model", "options", "at"}
-    if not isinstance(found, dict) or not (
-        expected <= set(found) and {"insert", "swap"} & set(found) and found["at"]
-    ):
+    if not _is_record(found):
         raise ValueError(f"cannot replay {where}: expected a change saved by Report.save")
     if found["format"] != _FORMAT or _numbers(found["fullattn"]) > _numbers(__version__):
         raise ValueError(
@@ -143,6 +140,32 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
             f"{found['format']}), and this is fullattn {__version__} (format {_FORMAT})"
         )
     return found
+
+
+def _is_record(found: Any) -> bool:
+    """Whether a value has the form that `record` returns."""
+    if not isinstance(found, dict) or len({"insert", "swap"} & set(found)) != 1:
+        return False
+    model, options, at = (found.get(key) for key in ("model", "options", "at"))
+    return (
+        {"format", "fullattn"} <= set(found)
+        and isinstance(model, dict)
+        and {"class", "modules", "names"} <= set(model)
+        and isinstance(options, dict)
+        and isinstance(at, (list, tuple))
+        and bool(at)
+        and all(isinstance(each, dict) and _is_site(each, "insert" in found) for each in at)
+    )
+
+
+def _is_site(at: dict[str, Any], inserted: bool) -> bool:
+    sizes = [at.get("in_channels"), at.get("out_channels"), *(at.get("input") or ())]
+    return (
+        len(sizes) == 6
+        and all(type(size) is int and size > 0 for size in sizes)
+        and {"name", "module", "parameters"} <= set(at)
+        and (not inserted or (isinstance(at.get("home"), list) and "hooked" in at))
+    )
 
 
 def _numbers(version: Any) -> list[int]:
