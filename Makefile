@@ -11,7 +11,7 @@ TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 PYTEST := $(TESTS) -m 'not network and not browser'
 INTERPRETED := tests/attention/triton/test_triton.py tests/attention/test_poisoned_memory.py
 
-.PHONY: bench test quick networks deep camvid docs browser tables lint format clean
+.PHONY: bench test quick networks versions deep camvid docs browser tables lint format clean
 
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -39,6 +39,9 @@ quick: $(READY)  ## every test but those that compile or time something
 networks: $(READY)  ## other people's networks compiled and exported too: the table in docs
 	$(TESTS) tests/integrations/test_networks.py tests/export/test_exported_networks.py \
 	    tests/export/test_aot_inductor.py tests/export/test_openvino.py --networks-table docs/networks.md
+
+versions:  ## the core suite on old and new PyTorch and Python: docs/versions.md (several GB)
+	$(PYTHON) benchmarks/versions.py
 
 deep: $(READY)  ## the same tests as `make test`, with many more hypothesis examples
 	HYPOTHESIS_PROFILE=deep $(PYTEST) --timeout 3600
