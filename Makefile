@@ -8,7 +8,8 @@ READY := .venv/.ready
 JOBS ?= 2
 # One thread a test process: the processes already fill the cores.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
-PYTEST := $(TESTS) -m 'not network and not browser'
+PYTEST := $(TESTS) -m 'not network and not browser and not isolated'
+ISOLATED := tests/integrations/test_ultralytics.py tests/export/test_openvino.py tests/docs
 INTERPRETED := tests/attention/triton/test_triton.py tests/attention/test_poisoned_memory.py
 
 .PHONY: bench test quick networks versions deep camvid docs browser tables lint format clean
@@ -31,10 +32,11 @@ bench: $(BENCH)  ## compare the layers and their backends: a table, out/bench/be
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen from the start.
 test: $(READY)  ## every test but those of `make networks` and `make browser`
 	$(PYTEST)
+	$(TESTS) -m 'isolated and not network' $(ISOLATED)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
 
 quick: $(READY)  ## every test but those that compile or time something
-	$(PYTEST) -m 'not slow and not network and not browser'
+	$(TESTS) -m 'not slow and not network and not browser and not isolated'
 
 networks: $(READY)  ## other people's networks compiled and exported too: the table in docs
 	$(TESTS) tests/integrations/test_networks.py tests/export/test_exported_networks.py \

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 from importlib import import_module
 
 import pytest
@@ -17,9 +19,13 @@ import fullattn
 IMPORT_SECONDS = 0.15
 
 
-def printed_by(program: str) -> list[str]:
+def printed_by(program: str, **environment: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **environment},
     )
     return done.stdout.split()
 
@@ -37,6 +43,7 @@ def test_public_names() -> None:
         "models",
         "plot",
         "remove",
+        "replay",
         "swap",
     ]
     for name in fullattn.__all__:
@@ -81,7 +88,7 @@ def test_import_brings_in_nothing_but_torch_einops_and_the_standard_library() ->
 
 
 @pytest.mark.slow
-def test_import_is_quick() -> None:
+def test_import_is_quick(tmp_path: Path) -> None:
     program = (
         "import time, torch, einops\n"
         "start = time.process_time()\n"
@@ -90,7 +97,9 @@ def test_import_is_quick() -> None:
     )
     # Processor time, since other programs are at work too. Noise only ever adds, so one run within
     # the limit shows that the import is.
-    times = []
+    times: list[float] = []
+    # As an installed package has them, the first run writes the files of bytecode.
+    bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     while len(times) < 7 and min(times, default=1.0) > IMPORT_SECONDS:
-        times.append(float(printed_by(program)[0]))
+        times.append(float(printed_by(program, **bytecode)[0]))
     assert min(times) <= IMPORT_SECONDS, times

@@ -47,6 +47,7 @@ PATHS = [
     *sorted((ROOT / "benchmarks" / "results").rglob("README.md")),
 ]
 LANGUAGES = ("pycon", "python", "sh", "text")
+ISOLATED_PAGES = ("docs/guides/ultralytics.md",)
 SLOW_PAGES = ("docs/guides/export.md",)
 
 # Text of a page's Python, and what runs in its place.
@@ -486,7 +487,11 @@ def with_blocks(*languages: str) -> Any:
     return pytest.mark.parametrize(
         "page",
         [
-            pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_PAGES))
+            pytest.param(
+                name,
+                marks=[pytest.mark.slow] * (name in SLOW_PAGES)
+                + [pytest.mark.isolated] * (name in ISOLATED_PAGES),
+            )
             for name, blocks in PAGES.items()
             if any(block.language in languages for block in blocks)
         ],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 
 openvino: Any = pytest.importorskip("openvino", reason="openvino is not installed")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.isolated, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 CHANNELS = 16
 LAYERS: dict[str, Any] = {

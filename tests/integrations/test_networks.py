@@ -156,13 +156,14 @@ def test_torch_compile_without_graph_breaks(network: Network) -> None:
 def test_a_swap_in_a_resnet50_takes_under_50_milliseconds() -> None:
     (network,) = (network for network in NETWORKS if "deeplabv3_resnet50" in network.name)
     model = network.built()
-    times = []
-    for _ in range(10):
+    times: list[float] = []
+    # Other programs are at work too; noise only ever adds, so one within the limit is enough.
+    while len(times) < 40 and min(times, default=1.0) >= 0.05:
         start = time.perf_counter()
         report = fullattn.swap(model, "classifier.0", fullattn.FullyAttentional, project=False)
         times.append(time.perf_counter() - start)
         fullattn.remove(report)
-    assert min(times) < 0.05  # the best of them, as this machine may have other work
+    assert min(times) < 0.05, times
 
 
 @each_network

@@ -22,7 +22,11 @@ from fullattn import costs
 from helpers import yolo
 from helpers.networks import load
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.isolated,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.timeout(240),
+]
 
 IDENTITY: dict[type[nn.Module], dict[str, Any]] = {
     fullattn.FullyAttentional: {"project": False},
