@@ -153,17 +153,17 @@ def test_torch_compile_without_graph_breaks(network: Network) -> None:
 
 
 @pytest.mark.slow
-def test_a_swap_in_a_resnet50_takes_under_50_milliseconds() -> None:
+def test_a_swap_in_a_resnet50_takes_under_100_milliseconds() -> None:
     (network,) = (network for network in NETWORKS if "deeplabv3_resnet50" in network.name)
     model = network.built()
     times: list[float] = []
     # Other programs are at work too; noise only ever adds, so one within the limit is enough.
-    while len(times) < 40 and min(times, default=1.0) >= 0.05:
+    while len(times) < 40 and min(times, default=1.0) >= 0.1:
         start = time.perf_counter()
         report = fullattn.swap(model, "classifier.0", fullattn.FullyAttentional, project=False)
         times.append(time.perf_counter() - start)
         fullattn.remove(report)
-    assert min(times) < 0.05, times
+    assert min(times) < 0.1, times
 
 
 @each_network

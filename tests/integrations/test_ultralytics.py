@@ -321,7 +321,9 @@ def test_an_insertion_is_noted_in_the_yaml_and_taken_out_with_the_layer() -> Non
 
 def test_a_change_of_the_rows_alone_warns() -> None:
     net = built("yolo11n.yaml")
-    with pytest.warns(UserWarning, match=r"rows alone have no YAML: change the YOLO or its \.model"):
+    with pytest.warns(
+        UserWarning, match=r"rows alone have no YAML: change the YOLO or its \.model"
+    ):
         fullattn.insert(net.model, fullattn.ChannelNonLocal, after="9")
 
 
