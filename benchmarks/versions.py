@@ -46,9 +46,7 @@ class Versions:
     einops: str = "0.8.2"
 
     def __str__(self) -> str:
-        return (
-            f"Python {self.python}, torch {self.torch}, numpy {self.numpy}, einops {self.einops}"
-        )
+        return f"Python {self.python}, torch {self.torch}, numpy {self.numpy}, einops {self.einops}"
 
 
 MATRIX = (
