@@ -57,7 +57,7 @@ def test_a_converted_network_equals_eager_at_unseen_sizes(layer: str, through: s
         free = {0: dim("b", max=64), 2: dim("h", min=4, max=64), 3: dim("w", min=4, max=64)}
         program = torch.export.export(net, (x,), dynamic_shapes=(free,))
         if layer == "fully scaled":  # 1/√H of a free H
-            with pytest.raises(Exception, match="No conversion rule found for operations: .*pow"):
+            with pytest.raises(Exception, match=r"No conversion rule found for operations: .*pow"):
                 openvino.convert_model(program)
             return
         model = openvino.convert_model(program)

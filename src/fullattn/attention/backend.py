@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fullattn._versions import is_exporting
 from fullattn.attention.sizes import Size, less, maximum
 from fullattn.attention.tracing import statically_true
 from fullattn.reshape import Cut
@@ -317,7 +318,7 @@ class Workspace:
 
 def _exceeds(size: int, most: int) -> bool:
     # torch.compile may guard on a limit and trace again beyond it; an exported program may not.
-    return statically_true(size > most) if torch.compiler.is_exporting() else size > most
+    return statically_true(size > most) if is_exporting() else size > most
 
 
 def _always_available() -> str | None:
@@ -373,7 +374,7 @@ class Backend:
             reasons.append(f"runs {runs}, not {described(inputs)}")
         if self.devices is not None and inputs.device not in self.devices:
             reasons.append(f"runs on {', '.join(sorted(self.devices))}, not on {inputs.device}")
-        dtypes = self.dtypes.get(inputs.device, self.dtypes.get("*", frozenset()))
+        dtypes = self.dtypes.get(inputs.device, self.dtypes.get("*", ()))
         if inputs.dtype not in dtypes and not (self.devices and reasons):
             names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
             name = str(inputs.dtype).removeprefix("torch.")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fullattn._versions import is_exporting
 from fullattn.attention import chunked, flops, operators, reference
 from fullattn.attention.backend import (
     FLOATING,
@@ -68,7 +69,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Ten
     query, key = _pad_features(query, features), _pad_features(key, features)
     value = _pad_features(value, value_padded)
     key, value = _of_every_slice(key, slices), _of_every_slice(value, slices)
-    if query.device.type == "cpu" and not torch.compiler.is_exporting():
+    if query.device.type == "cpu" and not is_exporting():
         out: Tensor = _attend_on_cpu(query, key, value, scale)[0]
     elif query.device.type == "cuda" and statically_true(query.shape[0] * slices > _CUDA_GRID):
         out = _in_parts(query, key, value, scale)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fullattn._versions import is_exporting
+
 __all__ = [
     "inverse_root",
     "is_exported",
@@ -35,7 +37,7 @@ def is_jit_traced() -> bool:
 
 def is_exported() -> bool:
     """Return whether the program that is recorded can be loaded without this package."""
-    return torch.compiler.is_exporting() or is_jit_traced()
+    return is_exporting() or is_jit_traced()
 
 
 def is_transformed() -> bool:

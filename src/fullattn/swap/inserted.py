@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from functools import reduce
 from itertools import count
 from typing import Any
 
-import torch
 from torch import nn
+
+from fullattn._versions import reset_compiler
 
 __all__ = ["Home", "InsertedLayer", "Insertion"]
 
@@ -93,7 +93,7 @@ class Insertion:
         if self.home.hooked:
             self.hook = InsertedLayer(self.path)
             self.module.register_forward_hook(self.hook)
-            _forget_compiled_code()
+            reset_compiler()  # its guards do not see a module's hooks
 
     def detach(self) -> None:
         """Take the layer and its hook away."""
@@ -101,10 +101,4 @@ class Insertion:
         hooks = self.module._forward_hooks
         for key in [key for key, hook in hooks.items() if hook is self.hook]:
             del hooks[key]
-            _forget_compiled_code()
-
-
-def _forget_compiled_code() -> None:
-    """Have torch.compile compile again, since its guards do not see a module's hooks."""
-    if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
-        torch.compiler.reset()
+            reset_compiler()  # its guards do not see a module's hooks

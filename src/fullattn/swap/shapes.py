@@ -11,7 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fullattn import costs
+from fullattn._versions import eager
 from fullattn.swap.inserted import Home
 from fullattn.swap.targets import Site
 
@@ -94,8 +94,7 @@ def _copy(
 def _run(module: nn.Module, given: Arguments) -> Any:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        if "torch._dynamo" in sys.modules:  # otherwise nothing has been compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eager())
         if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(given)):
             # Tensors that a forward pass creates without a device go there as well.
             stack.enter_context(torch.device("meta"))
