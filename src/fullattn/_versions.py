@@ -4,16 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
+import types
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-__all__ = ["eager", "is_exporting", "reset_compiler"]
+__all__ = [
+    "eager",
+    "is_exporting",
+    "is_known_size",
+    "is_known_true",
+    "local",
+    "reset_compiler",
+]
+
+_VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 # PyTorch 2.4 to 2.6 cannot tell an export from a compilation: both then hold PyTorch's own
 # operators alone, which is right for both and slower than need be for a compilation.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+# Dynamo of PyTorch 2.4 and 2.5 does not see the attributes of a thread-local object: what compiled
+# code reads is then one for all threads.
+local: type = threading.local if _VERSION >= (2, 6) else types.SimpleNamespace
+
+
+def is_known_true(condition: Any) -> bool:
+    """Whether a condition on sizes holds for every size, while Dynamo traces."""
+    if _VERSION >= (2, 6):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return condition is True  # in 2.4 and 2.5 a condition on a symbolic size is no bool
+
+
+def is_known_size(size: Any) -> bool:
+    """Whether a size is not symbolic, while Dynamo traces."""
+    if _VERSION >= (2, 6):
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        return has_static_value(size)
+    return (size > 2) is True or (size <= 2) is True
 
 
 def eager() -> AbstractContextManager[Any]:

@@ -28,6 +28,7 @@ from fullattn.attention.backend import (
     BranchSizes,
     Operation,
     ScoreFunction,
+    branches_of,
 )
 from fullattn.attention.dispatch import BackendError, backend, backend_names, choose
 from fullattn.attention.residual import scaled_residual
@@ -106,7 +107,7 @@ def run(
             return whole(*tensors, scale, gamma), True
         return whole(*tensors, scale), False
     attend = chosen.attend[score]
-    first, *others = call.branches
+    first, *others = branches_of(call)
     attended = first.put_back(attend(*first.tokens(), scale))
     for branch in others:
         attended = attended + branch.put_back(attend(*branch.tokens(), scale))

@@ -25,6 +25,7 @@ __all__ = [
     "ScoreFunction",
     "Setting",
     "Workspace",
+    "branches_of",
     "described",
     "work_dtype",
 ]
@@ -117,9 +118,13 @@ class AttentionCall(NamedTuple):
     @property
     def branches(self) -> list[Branch]:
         """The branches of the operation, with the tensors of this call."""
-        operation = self.operation
-        compared = operation.branches(*self.tensors)
-        return [Branch(cut, *each) for cut, each in zip(operation.cuts, compared, strict=True)]
+        return branches_of(self)
+
+
+def branches_of(call: AttentionCall) -> list[Branch]:
+    """Return `call.branches`, which torch.compile of PyTorch 2.4 does not find on a named tuple."""
+    cuts, compared = call.operation.cuts, call.operation.branches(*call.tensors)
+    return [Branch(cut, *each) for cut, each in zip(cuts, compared, strict=True)]
 
 
 class AttentionInputs(NamedTuple):

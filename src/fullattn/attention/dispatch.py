@@ -16,13 +16,13 @@ forward-mode differentiation the definition runs, which alone PyTorch can transf
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
+from fullattn._versions import local
 from fullattn.attention import chunked, linear, native, reference, sdpa, triton
 from fullattn.attention.backend import AttentionInputs, Backend, described
 from fullattn.attention.tracing import (
@@ -73,7 +73,7 @@ _ENVIRONMENT = "FULLATTN_BACKEND"
 _override: ContextVar[str | None] = ContextVar("fullattn_backend", default=None)
 
 
-class _Overrides(threading.local):
+class _Overrides(local):
     """The overrides of this thread, for torch.compile, which cannot trace a context variable.
 
     Attributes:

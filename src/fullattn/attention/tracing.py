@@ -9,14 +9,14 @@ which only those have a formula.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fullattn._versions import is_exporting
+from fullattn._versions import is_exporting, is_known_size, is_known_true
 
 __all__ = [
     "inverse_root",
@@ -47,12 +47,13 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-@contextmanager
-def with_plain_sizes() -> Iterator[None]:
+def with_plain_sizes() -> AbstractContextManager[None]:
     """Let sizes be integers in the block, also while torch.jit.trace would record them."""
-    if not is_jit_traced():
-        yield
-        return
+    return _without_recording() if is_jit_traced() else nullcontext()
+
+
+@contextmanager
+def _without_recording() -> Iterator[None]:
     functions: Any = torch._C  # its stubs lack the setter
     state = functions._get_tracing_state()
     functions._set_tracing_state(None)
@@ -77,9 +78,7 @@ def statically_true(condition: Any) -> bool:
     an export with dynamic sizes fails. A condition that may not hold for some size is then False.
     """
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-        return statically_known_true(condition)
+        return is_known_true(condition)
     # While torch.jit.trace records sizes, a comparison is a tensor.
     return not isinstance(condition, Tensor) and bool(condition)
 
@@ -87,9 +86,7 @@ def statically_true(condition: Any) -> bool:
 def is_symbolic(size: Any) -> bool:
     """Whether a size is symbolic in a program that is being traced."""
     if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-
-        return not has_static_value(size)
+        return not is_known_size(size)
     return isinstance(size, Tensor)
 
 
