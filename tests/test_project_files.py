@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from fullattn.attention import native
 from helpers import ROOT
 
+tomllib = pytest.importorskip("tomllib")  # Python 3.11
 yaml = pytest.importorskip("yaml")
 
 pytestmark = pytest.mark.skipif(
