@@ -69,7 +69,7 @@ tables: $(READY)  ## the tables of README and documentation
 lint: $(READY)  ## formatting, lint, spelling and strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/codespell -D- -D spelling.txt src tests benchmarks docs README.md CHANGELOG.md
+	$(BIN)/codespell -D- -D spelling.txt src tests benchmarks docs *.md
 	$(BIN)/mypy
 
 format: $(READY)
