@@ -28,7 +28,7 @@ is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compili
 
 # Dynamo of PyTorch 2.4 and 2.5 does not see the attributes of a thread-local object: what compiled
 # code reads is then one for all threads.
-local: type = threading.local if _VERSION >= (2, 6) else types.SimpleNamespace
+local: Any = threading.local if _VERSION >= (2, 6) else types.SimpleNamespace
 
 
 def is_known_true(condition: Any) -> bool:
@@ -54,8 +54,10 @@ def eager() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # otherwise nothing has been compiled
         return contextlib.nullcontext()
     if hasattr(torch.compiler, "set_stance"):  # from 2.6
-        return torch.compiler.set_stance("force_eager")
-    return torch._dynamo.config.patch(disable=True)  # type: ignore[attr-defined, no-any-return]
+        stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return stance
+    patch: Any = torch._dynamo.config.patch
+    return patch(disable=True)  # type: ignore[no-any-return]
 
 
 def reset_compiler() -> None:

@@ -73,7 +73,7 @@ _ENVIRONMENT = "FULLATTN_BACKEND"
 _override: ContextVar[str | None] = ContextVar("fullattn_backend", default=None)
 
 
-class _Overrides(local):
+class _Overrides(local):  # type: ignore[misc]
     """The overrides of this thread, for torch.compile, which cannot trace a context variable.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, TypeAlias, Unpack, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from fullattn.segmentation.evaluation.passes import PassOptions, check_options, 
 from fullattn.segmentation.evaluation.scores import Scores, confusion_matrix
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
+
     from fullattn.segmentation.data import SegmentationDataset
 
 __all__ = ["PRECISIONS", "Precision", "evaluate", "evaluating", "normalised"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from fullattn.segmentation.evaluation.maps import attention_layers, with_channel
 from fullattn.segmentation.evaluation.overlay import overlay, palette_image
 from fullattn.segmentation.evaluation.passes import PassOptions, check_options, segment
 from fullattn.segmentation.models.files import Trained
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
 
 __all__ = ["predict"]
 
