@@ -40,7 +40,9 @@ quick: $(READY)  ## every test but those that compile or time something
 
 networks: $(READY)  ## other people's networks compiled and exported too: the table in docs
 	$(TESTS) tests/integrations/test_networks.py tests/export/test_exported_networks.py \
-	    tests/export/test_aot_inductor.py tests/export/test_openvino.py --networks-table docs/networks.md
+	    tests/export/test_aot_inductor.py tests/export/test_openvino.py \
+	    'tests/docs/test_documentation.py::test_python_runs[docs/guides/export.md]' \
+	    --networks-table docs/networks.md
 
 versions:  ## the core suite on old and new PyTorch and Python: docs/versions.md (several GB)
 	$(PYTHON) benchmarks/versions.py

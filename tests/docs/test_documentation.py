@@ -48,7 +48,8 @@ PATHS = [
 ]
 LANGUAGES = ("pycon", "python", "sh", "text")
 ISOLATED_PAGES = ("docs/guides/ultralytics.md",)
-SLOW_PAGES = ("docs/guides/export.md",)
+# Compiled ahead of time; the doctests of the page run with `make test`.
+NETWORK_PAGES = ("docs/guides/export.md",)
 
 # Text of a page's Python, and what runs in its place.
 INSTEAD = {
@@ -489,7 +490,7 @@ def with_blocks(*languages: str) -> Any:
         [
             pytest.param(
                 name,
-                marks=[pytest.mark.slow] * (name in SLOW_PAGES)
+                marks=[pytest.mark.slow, pytest.mark.network] * (name in NETWORK_PAGES)
                 + [pytest.mark.isolated] * (name in ISOLATED_PAGES),
             )
             for name, blocks in PAGES.items()

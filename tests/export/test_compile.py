@@ -29,17 +29,31 @@ from helpers.compiled import assert_same, images, output_and_gradients, pooling_
 pytestmark = pytest.mark.slow
 
 
-@runs(torch.float32)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiled_without_graph_breaks_agrees_with_eager(run: Run, dynamic: bool) -> None:
-    layer = run.build(6)
+def assert_compiles(layer: torch.nn.Module, *, dynamic: bool) -> None:
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    shapes = [(2, 6, 4, 5), (3, 6, 9, 7)] if dynamic else [(2, 6, 4, 5)]
-    for x in images(*shapes):
-        with run.forced():
-            actual = output_and_gradients(compiled, layer, x)
-            expected = output_and_gradients(layer, layer, x)
-        assert_same(actual, expected, run.dtype)
+    for x in images((2, 6, 4, 5), (3, 6, 9, 7))[: 1 + dynamic]:
+        actual = output_and_gradients(compiled, layer, x)
+        assert_same(actual, output_and_gradients(layer, layer, x), torch.float32)
+
+
+@runs(torch.float32)
+def test_compiled_without_graph_breaks_agrees_with_eager(run: Run) -> None:
+    with run.forced():
+        assert_compiles(run.build(6), dynamic=False)
+
+
+# Symbolic sizes take PyTorch seconds: every form, and every backend of each layer's first form.
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_form_compiles_with_dynamic_sizes(case: Case) -> None:
+    assert_compiles(case.build(6, torch.float32), dynamic=True)
+
+
+@runs(torch.float32, cases=(FULLY_ATTENTIONAL, CHANNEL, SPATIAL))
+def test_every_backend_compiles_with_dynamic_sizes(run: Run) -> None:
+    with run.forced():
+        assert_compiles(run.build(6), dynamic=True)
 
 
 def test_one_compiled_graph_serves_all_sizes() -> None:
