@@ -7,7 +7,7 @@ BENCH := .venv/.bench
 READY := .venv/.ready
 JOBS ?= 2
 # One thread a test process: the processes already fill the cores.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 PYTEST := $(TESTS) -m 'not network and not browser and not isolated'
 ISOLATED := tests/integrations/test_ultralytics.py tests/export/test_openvino.py tests/docs
 INTERPRETED := tests/attention/triton/test_triton.py tests/attention/test_poisoned_memory.py
