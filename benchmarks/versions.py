@@ -33,7 +33,10 @@ SUITE = (
     "tests/export/test_compile.py",
     "tests/test_reshape.py",
 )
-TOOLS = ("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "safetensors")
+TOOLS = (
+    *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "safetensors"),
+    *("matplotlib>=3.10", "pillow>=11", "rich>=14"),
+)
 
 
 @dataclass(frozen=True)

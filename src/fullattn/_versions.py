@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-import types
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 __all__ = [
+    "VERSION",
+    "allows_tf32",
     "eager",
     "is_exporting",
     "is_known_size",
@@ -20,7 +21,7 @@ __all__ = [
     "reset_compiler",
 ]
 
-_VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 # PyTorch 2.4 to 2.6 cannot tell an export from a compilation: both then hold PyTorch's own
 # operators alone, which is right for both and slower than need be for a compilation.
@@ -28,12 +29,12 @@ is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compili
 
 # Dynamo of PyTorch 2.4 and 2.5 does not see the attributes of a thread-local object: what compiled
 # code reads is then one for all threads.
-local: Any = threading.local if _VERSION >= (2, 6) else types.SimpleNamespace
+local: Any = threading.local if VERSION >= (2, 6) else object
 
 
 def is_known_true(condition: Any) -> bool:
     """Whether a condition on sizes holds for every size, while Dynamo traces."""
-    if _VERSION >= (2, 6):
+    if VERSION >= (2, 6):
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         return statically_known_true(condition)
@@ -42,7 +43,7 @@ def is_known_true(condition: Any) -> bool:
 
 def is_known_size(size: Any) -> bool:
     """Whether a size is not symbolic, while Dynamo traces."""
-    if _VERSION >= (2, 6):
+    if VERSION >= (2, 6):
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         return has_static_value(size)
@@ -58,6 +59,16 @@ def eager() -> AbstractContextManager[Any]:
         return stance
     patch: Any = torch._dynamo.config.patch
     return patch(disable=True)  # type: ignore[no-any-return]
+
+
+def allows_tf32() -> bool:
+    """Whether float32 products on a GPU may run in TF32."""
+    switches: Any = torch.backends  # its stubs lack the setting
+    try:
+        precision = switches.cuda.matmul.fp32_precision  # from 2.9
+    except AttributeError:
+        return bool(switches.cuda.matmul.allow_tf32)
+    return bool((switches.fp32_precision if precision == "none" else precision) == "tf32")
 
 
 def reset_compiler() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fullattn
+from fullattn import _versions
 from fullattn.attention import dispatch
 
 NAMES = ("reference", "sdpa", "chunked", None)
@@ -96,5 +97,7 @@ def test_compiled_code_follows_the_override_of_its_thread() -> None:
         thread.join()
         compiled(x)
     compiled(x)
-    assert ran == ["fused", "reference", "fused", "reference", "fused"]
+    # Dynamo before 2.6 does not see attributes of a thread-local object: one for all threads.
+    in_thread = "fused" if _versions.local is threading.local else "reference"
+    assert ran == ["fused", "reference", in_thread, "reference", "fused"]
     torch._dynamo.reset()

@@ -127,6 +127,12 @@ def weighted(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def put(module: nn.Module, name: str, part: nn.Module) -> None:
+    """Do what `nn.Module.set_submodule` does from PyTorch 2.5."""
+    owner, _, last = name.rpartition(".")
+    setattr(module.get_submodule(owner), last, part)
+
+
 @each_module
 def test_an_adapter_around_any_module_is_the_same_as_its_weights_added(name: str) -> None:
     module, x = build(ALL[name]), image()
@@ -138,9 +144,9 @@ def test_an_adapter_around_any_module_is_the_same_as_its_weights_added(name: str
         with torch.no_grad():
             for own, added in zip(target.parameters(), adapted.adapter.parameters(), strict=True):
                 own += added
-        module.set_submodule(part, adapted)
+        put(module, part, adapted)
         y = module(x)
-        module.set_submodule(part, leaf)
+        put(module, part, leaf)
         assert (y - before).abs().max() > 1e-6 * before.abs().max(), part
         assert_near(y, merged(x), torch.float64, what=part)
 
@@ -149,7 +155,7 @@ def test_an_adapter_around_any_module_is_the_same_as_its_weights_added(name: str
 def test_the_adapter_gets_a_gradient(name: str) -> None:
     module, x = build(ALL[name]), image()
     for part, leaf in weighted(module).items():
-        module.set_submodule(part, Adapted(leaf))
+        put(module, part, Adapted(leaf))
     module.requires_grad_(False)
     adapters = {n: p for n, p in module.named_parameters() if ".adapter." in n}
     for parameter in adapters.values():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fullattn
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs, insert, remove, swap
+from fullattn._versions import VERSION
 
 LAYERS = (FullyAttentional, ChannelNonLocal, SpatialNonLocal)
 IDENTITY: dict[type[nn.Module], dict[str, Any]] = {
@@ -568,6 +569,9 @@ def test_a_changed_model_compiles_and_exports() -> None:
     model, _ = changed()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(image())["out"], model(image())["out"])
+    torch._dynamo.reset()
+    if VERSION < (2, 6):
+        pytest.skip("PyTorch before 2.6 does not take sizes that are twice a free one")
     dims = {0: torch.export.Dim("batch"), 2: 2 * torch.export.Dim("h", min=2)}
     program = torch.export.export(model, (X,), dynamic_shapes=(dims,), strict=True)
     x = torch.randn(3, 3, 18, 20)

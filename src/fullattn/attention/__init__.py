@@ -95,7 +95,8 @@ def run(
     if is_autocast_enabled(device):
         # Cast once; inside the backend, autocast would compute the scores in half precision.
         with torch.autocast(device, enabled=False):
-            return run(call._replace(tensors=_cast(device, tensors)), x, gamma, backend=backend)
+            call = AttentionCall(operation, _cast(device, tensors), scale, score)
+            return run(call, x, gamma, backend=backend)
     with with_plain_sizes():
         inputs = AttentionInputs.of(call)
     chosen = choose(inputs, backend)

@@ -93,7 +93,7 @@ class Insertion:
         if self.home.hooked:
             self.hook = InsertedLayer(self.path)
             self.module.register_forward_hook(self.hook)
-            reset_compiler()  # its guards do not see a module's hooks
+        reset_compiler()  # its guards do not see hooks, nor new children in PyTorch 2.4
 
     def detach(self) -> None:
         """Take the layer and its hook away."""
@@ -101,4 +101,4 @@ class Insertion:
         hooks = self.module._forward_hooks
         for key in [key for key, hook in hooks.items() if hook is self.hook]:
             del hooks[key]
-            reset_compiler()  # its guards do not see a module's hooks
+        reset_compiler()

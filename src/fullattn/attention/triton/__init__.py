@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fullattn._versions import allows_tf32
 from fullattn.attention import chunked, flops, operators, reference
 from fullattn.attention.backend import (
     FLOATING,
@@ -84,11 +85,7 @@ _unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _precision() -> str:
     """Return the precision of float32 products: "tf32" if PyTorch's setting allows it."""
-    switches: Any = torch.backends  # its stubs lack the setting
-    precision = switches.cuda.matmul.fp32_precision
-    if precision == "none":
-        precision = switches.fp32_precision
-    return "tf32" if precision == "tf32" else "ieee"
+    return "tf32" if allows_tf32() else "ieee"
 
 
 @functools.cache
