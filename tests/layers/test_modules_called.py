@@ -95,6 +95,7 @@ def test_every_module_is_called_and_what_a_hook_returns_counts(name: str) -> Non
 
 
 def test_every_module_of_a_network_is_called() -> None:
+    pytest.importorskip("timm", reason="timm is not installed", exc_type=Exception)
     network = FLANet(3, "test_resnet", channels=8, out_channels=8)
     called: set[nn.Module] = set()
     for each in leaves(network).values():

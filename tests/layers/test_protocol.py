@@ -249,6 +249,7 @@ def test_it_is_swapped_and_inserted(rows: Any, capsys: pytest.CaptureFixture[str
 
 
 def test_flanet_has_it_by_its_name(rows: Any) -> None:
+    pytest.importorskip("timm", reason="timm is not installed", exc_type=Exception)
     assert fullattn.models.attentions()[3] == "rows"
     options: dict[str, Any] = {"channels": 8, "out_channels": 8, "auxiliary": False}
     network = fullattn.segmentation.models.FLANet(4, "test_resnet", attention="rows", **options)
