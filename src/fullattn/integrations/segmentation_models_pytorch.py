@@ -7,7 +7,6 @@ integration is registered, `from_pretrained` makes them again before it loads th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -46,10 +45,6 @@ def register() -> None:
         return super(SMPHubMixin, cls)._load_as_safetensor(model, *args, **kwargs)
 
     SMPHubMixin._load_as_safetensor = classmethod(load)
-
-
-def check_change(model: nn.Module, sites: Sequence[Any], action: str) -> None:
-    """Accept every change."""
 
 
 def description(model: nn.Module) -> Description | None:

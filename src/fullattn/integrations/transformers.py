@@ -8,7 +8,6 @@ and `swap` noted in the configuration are made again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
@@ -109,10 +108,6 @@ def _initialise(layer: AttentionLayer) -> None:
     with torch.no_grad():
         for x, value in loaded:
             x.copy_(value)
-
-
-def check_change(model: nn.Module, sites: Sequence[Any], action: str) -> None:
-    """Accept every change."""
 
 
 def description(model: nn.Module) -> Description | None:

@@ -1,13 +1,13 @@
 """Networks that their framework builds again from a description, without what was inserted.
 
-Changes are noted in the description, and the framework's integration makes them again. It has two
-functions, and is imported where the framework is:
+Changes are noted in the description, and the framework's integration makes them again. It is
+imported where the framework is, and has
 
-    check_change(model, sites, action)   raises ValueError if the framework would break the change
     description(model)                   the Description of a network of the framework, or None
 
 and may have
 
+    check_change(model, sites, action)   raises ValueError if the framework would break the change
     replace(old, new)                    gives a replacement what the framework reads from a module
 """
 
@@ -57,7 +57,8 @@ def _integrations() -> Iterator[Any]:
 def check(model: nn.Module, sites: Sequence[Site], action: Literal["swap", "insert"]) -> None:
     """Raise ValueError if a framework's own code would break a change."""
     for integration in _integrations():
-        integration.check_change(model, sites, action)
+        if hasattr(integration, "check_change"):
+            integration.check_change(model, sites, action)
 
 
 def replace(old: nn.Module, new: nn.Module) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fullattn._files import write_atomically
 from fullattn._version import __version__
 from fullattn.layers import LAYERS
 
@@ -108,13 +109,7 @@ def record(report: Report) -> dict[str, Any]:
 def write(report: Report, path: str | os.PathLike[str]) -> None:
     """Write a report's record as JSON; the file exists completely or not at all."""
     text = json.dumps(record(report), indent=2) + "\n"
-    place = Path(path)
-    part = place.with_name(f".{place.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, place)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(Path(path), text.encode())
 
 
 def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:

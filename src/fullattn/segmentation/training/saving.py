@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,34 +11,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+from fullattn import _files
+
 __all__ = ["AtomicCheckpointIO", "LastCheckpoint", "write_atomically"]
 
 
-@rank_zero_only
-def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
-    """Write a file next to its place, sync it to the disk and rename it; on rank 0 only.
-
-    A process killed at any moment leaves the old file or the new one. It may also leave a partial
-    file `.NAME.part`, which the next call replaces.
-
-    Args:
-        path: place of the file.
-        content: the content, or a function that writes it to an open file.
-    """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content) if isinstance(content, bytes) else content(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name
-    finally:
-        os.close(folder)
+write_atomically = rank_zero_only(_files.write_atomically)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
