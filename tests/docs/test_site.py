@@ -30,7 +30,7 @@ SCREENS = ROOT / "out" / "screens"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 WIDTHS = {"desk": 1280, "phone": 390}
 # Other sites that pages link to; they are not visited.
-ELSEWHERE = {"arxiv.org", "github.com", "www.flickr.com", "squidfunk.github.io"}
+ELSEWHERE = {"arxiv.org", "github.com", "semver.org", "squidfunk.github.io", "www.flickr.com"}
 
 pytestmark = [
     pytest.mark.browser,
