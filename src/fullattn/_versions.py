@@ -23,27 +23,40 @@ __all__ = [
 
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
-# PyTorch 2.4 to 2.6 cannot tell an export from a compilation: both then hold PyTorch's own
-# operators alone, which is right for both and slower than need be for a compilation.
-is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-
 # Dynamo of PyTorch 2.4 and 2.5 does not see the attributes of a thread-local object: what compiled
 # code reads is then one for all threads.
 local: Any = threading.local if VERSION >= (2, 6) else object
 
+# What Dynamo cannot ask of a symbolic size before 2.8 counts as not known.
+_ASKS_ABOUT_SIZES = VERSION >= (2, 8)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export runs: what it traces has to hold PyTorch's own operators alone.
+
+    PyTorch 2.4 to 2.6 cannot tell an export from a compilation: the same is then done for both,
+    which is right for both and slower than need be for a compilation. Dynamo of 2.7 to 2.12 answers
+    yes for both, but sees the mark itself.
+    """
+    if VERSION >= (2, 13):
+        return torch.compiler.is_exporting()
+    if VERSION >= (2, 7):
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_compiling()
+
 
 def is_known_true(condition: Any) -> bool:
     """Whether a condition on sizes holds for every size, while Dynamo traces."""
-    if VERSION >= (2, 6):
+    if _ASKS_ABOUT_SIZES:
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
         return statically_known_true(condition)
-    return condition is True  # in 2.4 and 2.5 a condition on a symbolic size is no bool
+    return condition is True  # a condition on a symbolic size is no bool
 
 
 def is_known_size(size: Any) -> bool:
     """Whether a size is not symbolic, while Dynamo traces."""
-    if VERSION >= (2, 6):
+    if _ASKS_ABOUT_SIZES:
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
         return has_static_value(size)

@@ -25,12 +25,12 @@
 #include <immintrin.h>
 #endif
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num(void) { return 0; }
-static int omp_get_num_threads(void) { return 1; }
-#endif
+/* Threads are those of the OpenMP library that PyTorch has loaded. It is called by the functions
+ * that GNU's, LLVM's and Intel's have in common, so that any compiler builds for any of them. */
+void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+void GOMP_barrier(void);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
 
 /* The register tile: ROWS x 2 sums, 2 vectors of b and one number of a must fit the registers. */
 #if defined(__AVX512F__)
@@ -528,20 +528,20 @@ static int backward_branch(ptrdiff_t images, const Map *x, const float *keys, co
 /* Add up the threads' shares of the keys' gradients, in the order of the threads. */
 static void reduce_keys(const Branch *g, ptrdiff_t images, const float *shares, float scale,
                         float *grad_keys) {
-    ptrdiff_t threads = omp_get_num_threads();
-#pragma omp for collapse(2)
-    for (ptrdiff_t b = 0; b < images; b++)
-        for (ptrdiff_t c = 0; c < g->tokens; c++) {
-            float *to = grad_keys + (b * g->tokens + c) * g->features;
-            for (ptrdiff_t d = 0; d < g->features; d++) to[d] = 0.0f;
-            for (ptrdiff_t t = 0; t < threads; t++) {
-                Share share = share_of(g, images, t, threads);
-                ptrdiff_t begin = share.begin > b * g->slices ? share.begin : b * g->slices;
-                if (begin >= least(share.end, (b + 1) * g->slices)) continue;
-                const float *from = shares + (b + t) * g->slot + c;
-                for (ptrdiff_t d = 0; d < g->features; d++) to[d] += scale * from[d * g->row];
-            }
+    ptrdiff_t me = omp_get_thread_num(), threads = omp_get_num_threads();
+    ptrdiff_t end = start_of(me + 1, images * g->tokens, threads);
+    for (ptrdiff_t i = start_of(me, images * g->tokens, threads); i < end; i++) {
+        ptrdiff_t b = i / g->tokens, c = i % g->tokens;
+        float *to = grad_keys + i * g->features;
+        for (ptrdiff_t d = 0; d < g->features; d++) to[d] = 0.0f;
+        for (ptrdiff_t t = 0; t < threads; t++) {
+            Share share = share_of(g, images, t, threads);
+            ptrdiff_t begin = share.begin > b * g->slices ? share.begin : b * g->slices;
+            if (begin >= least(share.end, (b + 1) * g->slices)) continue;
+            const float *from = shares + (b + t) * g->slot + c;
+            for (ptrdiff_t d = 0; d < g->features; d++) to[d] += scale * from[d * g->row];
         }
+    }
 }
 
 /* ---------------------------------------------------------------- what Python calls */
@@ -560,11 +560,25 @@ static Both both_of(const int64_t *sizes, const float *data, const int64_t *stri
     };
 }
 
-/* Keys (B, D, C), contiguous, times scale, each as [d][c] in a slot. */
+/* A call, as the threads of its team see it. */
+typedef struct {
+    ptrdiff_t images;
+    Both x, out;                           /* forward: the result, backward: the gradient of x */
+    const float *column_keys, *row_keys;   /* contiguous, (B, H, C) and (B, W, C) */
+    float scale;
+    float *column_slots, *row_slots;       /* the keys times scale, each as [d][c] in a slot */
+    const float *gamma;                    /* forward: with one, gamma * (columns + rows) + x */
+    Both grad;                             /* backward, to the end: of the result */
+    float *grad_column_keys, *grad_row_keys; /* (B, C, H) and (B, C, W) */
+    float *column_shares, *row_shares;     /* threads' shares of them, in slots */
+    int failed;
+} Call;
+
 static void prepare_keys(const Branch *g, ptrdiff_t images, const float *keys, float scale,
                          float *slots) {
-#pragma omp for nowait
-    for (ptrdiff_t b = 0; b < images; b++) {
+    ptrdiff_t me = omp_get_thread_num(), threads = omp_get_num_threads();
+    ptrdiff_t end = start_of(me + 1, images, threads);
+    for (ptrdiff_t b = start_of(me, images, threads); b < end; b++) {
         const float *key = keys + b * g->tokens * g->features;
         float *to = slots + b * g->slot;
         memset(to, 0, sizeof(float) * (size_t)g->slot);
@@ -574,29 +588,59 @@ static void prepare_keys(const Branch *g, ptrdiff_t images, const float *keys, f
     }
 }
 
-/* Keys are contiguous, (B, H, C) and (B, W, C), and the gradients of the keys (B, C, H) and
- * (B, C, W). With a gamma the result is gamma · (columns + rows) + x. Both functions return 0, or 1 where memory ran
- * out. Rows add to what columns wrote, so a barrier stands between the two. */
+static void prepare(const Call *call) {
+    prepare_keys(&call->x.columns.branch, call->images, call->column_keys, call->scale,
+                 call->column_slots);
+    prepare_keys(&call->x.rows.branch, call->images, call->row_keys, call->scale, call->row_slots);
+    GOMP_barrier();
+}
+
+static void note(Call *call, int failed) { __atomic_or_fetch(&call->failed, failed, __ATOMIC_RELAXED); }
+
+/* Rows add to what columns wrote, so a barrier stands between the two. */
+static void forward(void *data) {
+    Call *call = data;
+    prepare(call);
+    note(call, forward_branch(call->images, &call->x.columns, call->column_slots,
+                              &call->out.columns, call->gamma, 0));
+    GOMP_barrier();
+    note(call, forward_branch(call->images, &call->x.rows, call->row_slots, &call->out.rows,
+                              call->gamma, 1));
+}
+
+static void backward(void *data) {
+    Call *call = data;
+    prepare(call);
+    note(call, backward_branch(call->images, &call->x.columns, call->column_slots,
+                               &call->grad.columns, &call->out.columns, call->column_shares, 0));
+    GOMP_barrier();
+    note(call, backward_branch(call->images, &call->x.rows, call->row_slots, &call->grad.rows,
+                               &call->out.rows, call->row_shares, 1));
+    GOMP_barrier();
+    reduce_keys(&call->x.columns.branch, call->images, call->column_shares, call->scale,
+                call->grad_column_keys);
+    reduce_keys(&call->x.rows.branch, call->images, call->row_shares, call->scale,
+                call->grad_row_keys);
+}
+
+/* Both functions return 0, or 1 where memory ran out. */
 int fullattn_forward(const int64_t *sizes, const float *x, const int64_t *x_strides,
                      const float *column_keys, const float *row_keys, float scale,
                      const float *gamma, float *out, const int64_t *out_strides, int threads) {
-    ptrdiff_t images = sizes[0];
-    Both in = both_of(sizes, x, x_strides), to = both_of(sizes, out, out_strides);
-    ptrdiff_t columns = in.columns.branch.slot, rows = in.rows.branch.slot;
-    float *keys = floats(images * (columns + rows)), *more_keys = keys + images * columns;
-    if (!keys) return 1;
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    {
-        prepare_keys(&in.columns.branch, images, column_keys, scale, keys);
-        prepare_keys(&in.rows.branch, images, row_keys, scale, more_keys);
-#pragma omp barrier
-        failed |= forward_branch(images, &in.columns, keys, &to.columns, gamma, 0);
-#pragma omp barrier
-        failed |= forward_branch(images, &in.rows, more_keys, &to.rows, gamma, 1);
-    }
-    free(keys);
-    return failed;
+    Call call = {.images = sizes[0],
+                 .x = both_of(sizes, x, x_strides),
+                 .out = both_of(sizes, out, out_strides),
+                 .column_keys = column_keys,
+                 .row_keys = row_keys,
+                 .scale = scale,
+                 .gamma = gamma};
+    ptrdiff_t columns = call.x.columns.branch.slot, rows = call.x.rows.branch.slot;
+    call.column_slots = floats(call.images * (columns + rows));
+    if (!call.column_slots) return 1;
+    call.row_slots = call.column_slots + call.images * columns;
+    GOMP_parallel(forward, &call, (unsigned)threads, 0);
+    free(call.column_slots);
+    return call.failed;
 }
 
 int fullattn_backward(const int64_t *sizes, const float *x, const int64_t *x_strides,
@@ -604,29 +648,23 @@ int fullattn_backward(const int64_t *sizes, const float *x, const int64_t *x_str
                       const float *grad, const int64_t *grad_strides, float *grad_x,
                       const int64_t *grad_x_strides, float *grad_column_keys,
                       float *grad_row_keys, int threads) {
-    ptrdiff_t images = sizes[0], shares = images + threads;
-    Both in = both_of(sizes, x, x_strides), from = both_of(sizes, grad, grad_strides);
-    Both to = both_of(sizes, grad_x, grad_x_strides);
-    ptrdiff_t columns = in.columns.branch.slot, rows = in.rows.branch.slot;
-    float *keys = floats((images + shares) * (columns + rows));
-    if (!keys) return 1;
-    float *more_keys = keys + images * columns, *column_shares = more_keys + images * rows;
-    float *row_shares = column_shares + shares * columns;
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
-    {
-        prepare_keys(&in.columns.branch, images, column_keys, scale, keys);
-        prepare_keys(&in.rows.branch, images, row_keys, scale, more_keys);
-#pragma omp barrier
-        failed |= backward_branch(images, &in.columns, keys, &from.columns, &to.columns,
-                                  column_shares, 0);
-#pragma omp barrier
-        failed |= backward_branch(images, &in.rows, more_keys, &from.rows, &to.rows, row_shares,
-                                  1);
-#pragma omp barrier
-        reduce_keys(&in.columns.branch, images, column_shares, scale, grad_column_keys);
-        reduce_keys(&in.rows.branch, images, row_shares, scale, grad_row_keys);
-    }
-    free(keys);
-    return failed;
+    Call call = {.images = sizes[0],
+                 .x = both_of(sizes, x, x_strides),
+                 .out = both_of(sizes, grad_x, grad_x_strides),
+                 .column_keys = column_keys,
+                 .row_keys = row_keys,
+                 .scale = scale,
+                 .grad = both_of(sizes, grad, grad_strides),
+                 .grad_column_keys = grad_column_keys,
+                 .grad_row_keys = grad_row_keys};
+    ptrdiff_t columns = call.x.columns.branch.slot, rows = call.x.rows.branch.slot;
+    ptrdiff_t shares = call.images + threads;
+    call.column_slots = floats((call.images + shares) * (columns + rows));
+    if (!call.column_slots) return 1;
+    call.row_slots = call.column_slots + call.images * columns;
+    call.column_shares = call.row_slots + call.images * rows;
+    call.row_shares = call.column_shares + shares * columns;
+    GOMP_parallel(backward, &call, (unsigned)threads, 0);
+    free(call.column_slots);
+    return call.failed;
 }

@@ -76,14 +76,14 @@ def _is(size: Size, number: int) -> bool:
 
 def maximum(*sizes: Size) -> Size:
     """Return the largest size."""
-    if Expression in map(type, sizes):
+    if Expression in [type(size) for size in sizes]:
         return reduce(partial(Expression, "max"), sizes)
     return max(sizes)  # type: ignore[type-var]
 
 
 def minimum(*sizes: Size) -> Size:
     """Return the smallest size."""
-    if Expression in map(type, sizes):
+    if Expression in [type(size) for size in sizes]:
         return reduce(partial(Expression, "min"), sizes)
     return min(sizes)  # type: ignore[type-var]
 
