@@ -1,20 +1,24 @@
-"""Axial channel attention on the CPU by a C kernel, which is compiled on first use.
+"""Axial channel attention on the CPU by a C kernel.
 
 `native.c` in this folder reads the feature map by its strides, computes columns and rows in threads
-and adds both into one output. The machine's C compiler builds it on first use (about two seconds)
-for this processor; the result is kept in the folder FULLATTN_CACHE, or in `fullattn` in the user's
-cache. Without a compiler, or with FULLATTN_NATIVE=0, the next backend runs.
+and adds both into one output. A wheel for Linux carries it compiled for the levels of processors in
+`_LEVELS`. Elsewhere on Linux the machine's C compiler builds it on first use (about two seconds) for
+this processor; the result is kept in the folder FULLATTN_CACHE, or in `fullattn` in the user's
+cache. Without either, or with FULLATTN_NATIVE=0, the next backend runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+import warnings
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -30,31 +34,56 @@ from fullattn.attention.sizes import Size, maximum, minimum
 __all__ = ["BACKEND", "axial_channel_attention"]
 
 _SOURCE = Path(__file__).with_suffix(".c")
-_FLAGS = ("-std=gnu11", "-O3", "-fopenmp", "-fPIC")
+_FLAGS = ("-std=gnu11", "-O3", "-fPIC")
 # Multiplications below which starting threads costs more than they save.
 _WORTH_THREADS = 1_000_000
+
+# The processors that wheels carry a kernel for, best first, and what each adds to the next, as
+# Linux names it.
+_LEVELS = {
+    "x86-64-v4": "avx512f avx512bw avx512cd avx512dq avx512vl",
+    "x86-64-v3": "avx avx2 abm bmi1 bmi2 f16c fma movbe xsave",
+    "x86-64-v2": "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3",
+}
 
 
 class _BuildError(Exception):
     """Raised if the kernel cannot be built; the message says why, in one sentence."""
 
 
-def _processor() -> str:
-    """Describe this processor, so that several machines can share a cache folder."""
+def _processor() -> frozenset[str]:
+    """Return what this processor can do, by the names of Linux."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return platform.machine() + platform.processor()
-    return "\n".join(
-        sorted({line for line in text.splitlines() if line.startswith(("flags", "Features"))})
-    )
+        return frozenset()
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    return frozenset(" ".join(line.partition(":")[2] for line in lines).split())
+
+
+def _ready() -> list[Path]:
+    """List the kernels that the wheel carries and this processor can run, best first."""
+    if platform.machine() == "aarch64":
+        names = ["aarch64"]
+    else:
+        able, levels = _processor(), list(_LEVELS)
+        names = [
+            level
+            for number, level in enumerate(levels)
+            if able.issuperset(" ".join(_LEVELS[each] for each in levels[number:]).split())
+        ]
+    paths = [_SOURCE.with_name(f"native-{name}.so") for name in names]
+    return [path for path in paths if path.exists()]
 
 
 def _cache_folder() -> Path:
     chosen = os.environ.get("FULLATTN_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fullattn"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fullattn"
+    except RuntimeError:
+        raise _BuildError("no cache folder: neither FULLATTN_CACHE nor HOME is set") from None
 
 
 def _run(command: list[str]) -> None:
@@ -67,6 +96,15 @@ def _run(command: list[str]) -> None:
         raise _BuildError(f"the C compiler failed: {lines[0].strip()}")
 
 
+def _is_whole(library: Path) -> bool:
+    """Whether a library of the cache ends in the digest of the rest, as `_build` writes it."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
 def _build(target: str = "native") -> Path:
     """Return the kernel for an `-march` target, compiled or from the cache."""
     flags = (*_FLAGS, f"-march={target}")
@@ -74,12 +112,19 @@ def _build(target: str = "native") -> Path:
     compiler = next((found for name in names[:3] if (found := shutil.which(name))), None)
     if compiler is None:
         raise _BuildError(f"needs a C compiler: found none of {', '.join(names)}")
-    source = _SOURCE.read_bytes()
-    parts = (source, " ".join(flags).encode(), compiler.encode(), _processor().encode())
+    # Machines may share a cache folder.
+    machine = " ".join((platform.machine(), *sorted(_processor())))
+    parts = (_SOURCE.read_bytes(), *map(str.encode, (" ".join(flags), compiler, machine)))
     name = f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:20]}.so"
     folder = _cache_folder()
-    if (folder / name).exists():
-        return folder / name
+    built = folder / name
+    if built.exists():
+        if _is_whole(built):
+            return built
+        warnings.warn(
+            f"fullattn: {built} is damaged, or not what fullattn wrote: it is compiled again",
+            stacklevel=2,
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix="building-", dir=folder))
@@ -88,20 +133,28 @@ def _build(target: str = "native") -> Path:
     try:
         # Linked without an OpenMP library, so that the one that PyTorch has loaded is used: two
         # libraries would have two pools of threads on the same cores.
-        _run([compiler, *flags, "-c", str(_SOURCE), "-o", str(work / "native.o")])
-        _run([compiler, "-shared", str(work / "native.o"), "-o", str(work / name)])
+        _run([compiler, *flags, "-shared", str(_SOURCE), "-o", str(work / name)])
+        content = (work / name).read_bytes()
+        (work / name).write_bytes(content + hashlib.sha256(content).digest())
         # Atomic, so that another process never loads half a file.
-        os.replace(work / name, folder / name)
+        os.replace(work / name, built)
+    except OSError as error:
+        raise _BuildError(f"its cache folder cannot be written: {error}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return folder / name
+    return built
 
 
 @cache
 def _kernel() -> ctypes.CDLL | str:
-    """Load the compiled kernel, or return the reason why there is none."""
+    """Load the kernel, ready or compiled, or return the reason why there is none."""
     if os.environ.get("FULLATTN_NATIVE") == "0":
         return "switched off by FULLATTN_NATIVE=0"
+    if sys.platform != "linux":
+        return f"needs Linux, not {platform.system()}"
+    for ready in _ready():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(ready))
     try:
         return ctypes.CDLL(str(_build()))
     except _BuildError as error:
@@ -265,7 +318,7 @@ def axial_channel_attention(
 
 BACKEND = Backend(
     name="native",
-    summary="C kernel, compiled on first use: both branches of FullyAttentional, by x's strides",
+    summary="C kernel, in the wheel or compiled on first use: both branches of FullyAttentional, by x's strides",
     operations={"axial channel attention": axial_channel_attention},
     operation_workspaces={"axial channel attention": _workspace},
     own_operators=True,
