@@ -73,6 +73,8 @@ lint: $(READY)  ## formatting, lint, spelling and strict types
 	$(BIN)/ruff check .
 	$(BIN)/codespell -D- -D spelling.txt src tests benchmarks docs *.md
 	$(BIN)/mypy
+	types=$$(PATH=$(abspath $(BIN)):$$PATH basedpyright --verifytypes fullattn --ignoreexternal) \
+	    || { echo "$$types"; exit 1; }  # a public name without a written type
 
 format: $(READY)
 	$(BIN)/ruff format .

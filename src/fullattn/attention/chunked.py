@@ -10,7 +10,7 @@ one call in place of a loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -257,7 +257,7 @@ def _workspace(a: BranchSizes, setting: Setting) -> Workspace:
     )
 
 
-attend = operators.register(
+attend: Callable[..., Any] = operators.register(
     "attend_chunked",
     ("query", "key", "value"),
     forward=forward,

@@ -33,8 +33,8 @@ class Expression:
     __slots__ = ("arguments", "operation")
 
     def __init__(self, operation: str, *arguments: Size | str) -> None:
-        self.operation = operation
-        self.arguments = arguments
+        self.operation: str = operation
+        self.arguments: tuple[Size | str, ...] = arguments
 
     def __add__(self, other: Size) -> Size:
         return self if _is(other, 0) else Expression("+", self, other)

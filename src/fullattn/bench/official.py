@@ -46,9 +46,9 @@ class OfficialFLANetBlock(nn.Module):
 
     def __init__(self, channels: int, *, project: bool = False) -> None:
         super().__init__()
-        self.column_key = nn.Linear(channels, channels)
-        self.row_key = nn.Linear(channels, channels)
-        self.gamma = nn.Parameter(torch.zeros(1))
+        self.column_key: nn.Linear = nn.Linear(channels, channels)
+        self.row_key: nn.Linear = nn.Linear(channels, channels)
+        self.gamma: nn.Parameter = nn.Parameter(torch.zeros(1))
         self.project: nn.Sequential | None = None
         if project:
             steps: OrderedDict[str, nn.Module] = OrderedDict()

@@ -34,7 +34,9 @@ class Workload:
     corner = 16  # height and width of the smaller input to warm up with
 
     def __init__(self, module: nn.Module, x: Tensor, grad: Tensor | None) -> None:
-        self.module, self.x, self.grad = module, x, grad
+        self.module: nn.Module = module
+        self.x: Tensor = x
+        self.grad: Tensor | None = grad
 
     def warm_up_small(self, mode: Mode) -> None:
         """Call the module once on a corner of the input; one made for large maps alone may fail."""

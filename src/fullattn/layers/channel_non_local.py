@@ -11,13 +11,13 @@ itself grows with H·W; `scale=None` (1/√(H·W)) makes it softer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fullattn import functional
-from fullattn.attention import AttentionCall, BranchSizes
+from fullattn.attention import AttentionCall, BranchSizes, Operation
 from fullattn.attention.dispatch import check_name
 from fullattn.attention.sizes import Size
 from fullattn.layers import _checks
@@ -68,7 +68,7 @@ class ChannelNonLocal(AttentionLayer):
     layer_name = "channel"
     paper = "Fu et al., CVPR 2019 (arXiv 1809.02983)"
     gamma: nn.Parameter
-    operation = functional.CHANNEL_ATTENTION
+    operation: ClassVar[Operation] = functional.CHANNEL_ATTENTION
 
     def __init__(
         self,
@@ -82,11 +82,11 @@ class ChannelNonLocal(AttentionLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.channels = _checks.positive(channels, "channels")
-        self.scale = _checks.scale(scale)
-        self.least_similar = _checks.option(least_similar, "least_similar", (False, True))
-        self.gamma_init = _checks.number(gamma_init, "gamma_init")
-        self.backend = check_name(backend)
+        self.channels: int = _checks.positive(channels, "channels")
+        self.scale: float | None = _checks.scale(scale)
+        self.least_similar: bool = _checks.option(least_similar, "least_similar", (False, True))
+        self.gamma_init: float = _checks.number(gamma_init, "gamma_init")
+        self.backend: str | None = check_name(backend)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.gamma = nn.Parameter(torch.empty(1, **like))
         self.reset_parameters()

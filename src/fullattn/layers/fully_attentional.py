@@ -20,16 +20,16 @@ Notes:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fullattn import functional
-from fullattn.attention import AttentionCall, BranchSizes
+from fullattn.attention import AttentionCall, BranchSizes, Operation
 from fullattn.attention.dispatch import check_name
 from fullattn.attention.sizes import Size, equal
 from fullattn.layers import _checks, mixing
@@ -90,8 +90,8 @@ class FullyAttentional(AttentionLayer):
     layer_name = "fully"
     paper = "Song et al., AAAI 2022 (arXiv 2112.04108)"
     gamma: nn.Parameter
-    operation = functional.AXIAL_CHANNEL_ATTENTION
-    head_options = MappingProxyType({"project": False})
+    operation: ClassVar[Operation] = functional.AXIAL_CHANNEL_ATTENTION
+    head_options: ClassVar[Mapping[str, Any]] = MappingProxyType({"project": False})
 
     def __init__(
         self,
@@ -108,17 +108,17 @@ class FullyAttentional(AttentionLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.channels = _checks.positive(channels, "channels")
-        self.scale = _checks.scale(scale)
-        self.gamma_init = _checks.number(gamma_init, "gamma_init")
-        self.mix_images = _checks.option(mix_images, "mix_images", (False, True))
-        self.backend = check_name(backend)
+        self.channels: int = _checks.positive(channels, "channels")
+        self.scale: float | None = _checks.scale(scale)
+        self.gamma_init: float = _checks.number(gamma_init, "gamma_init")
+        self.mix_images: bool = _checks.option(mix_images, "mix_images", (False, True))
+        self.backend: str | None = check_name(backend)
         norm_layer = _checks.module_factory(norm_layer, "norm_layer")
         act_layer = _checks.module_factory(act_layer, "act_layer")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        self.column_key = nn.Linear(channels, channels, **like)
-        self.row_key = nn.Linear(channels, channels, **like)
+        self.column_key: nn.Linear = nn.Linear(channels, channels, **like)
+        self.row_key: nn.Linear = nn.Linear(channels, channels, **like)
         self.gamma = nn.Parameter(torch.empty(1, **like))
         self.project: nn.Sequential | None = None
         if _checks.option(project, "project", (False, True)):

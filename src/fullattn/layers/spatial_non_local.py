@@ -11,17 +11,17 @@ The position attention of Fu et al., Dual Attention Network for Scene Segmentati
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullattn import functional
-from fullattn.attention import AttentionCall, BranchSizes, ScoreFunction
+from fullattn.attention import AttentionCall, BranchSizes, Operation, ScoreFunction
 from fullattn.attention.dispatch import check_name
 from fullattn.attention.sizes import Size, maximum
 from fullattn.attention.tracing import plain_shape
@@ -103,8 +103,8 @@ class SpatialNonLocal(AttentionLayer):
 
     layer_name = "spatial"
     paper = "Wang et al., CVPR 2018 (arXiv 1711.07971)"
-    operation = functional.POSITION_ATTENTION
-    bench_options = MappingProxyType({"zero_init": False})
+    operation: ClassVar[Operation] = functional.POSITION_ATTENTION
+    bench_options: ClassVar[Mapping[str, Any]] = MappingProxyType({"zero_init": False})
 
     def __init__(
         self,
@@ -123,30 +123,30 @@ class SpatialNonLocal(AttentionLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.channels = _checks.positive(channels, "channels")
-        self.inner_channels = (
+        self.channels: int = _checks.positive(channels, "channels")
+        self.inner_channels: int = (
             max(1, self.channels // 2)
             if inner_channels is None
             else _checks.positive(inner_channels, "inner_channels")
         )
         self.mode: Mode = _checks.option(mode, "mode", tuple(_SCORES))
         self._score_function = _SCORES[self.mode]
-        self.scale = _checks.scale(scale)
-        self.subsample = _checks.positive(subsample, "subsample")
+        self.scale: float | None = _checks.scale(scale)
+        self.subsample: int = _checks.positive(subsample, "subsample")
         project = _checks.option(project, "project", (False, True))
-        self.gamma_init = _checks.number(gamma_init, "gamma_init")
+        self.gamma_init: float = _checks.number(gamma_init, "gamma_init")
         if project and self.gamma_init != 0.0:
             raise ValueError(f"gamma_init={gamma_init} is for project=False, got project=True")
-        self.zero_init = _checks.option(zero_init, "zero_init", (False, True))
-        self.backend = check_name(backend)
+        self.zero_init: bool = _checks.option(zero_init, "zero_init", (False, True))
+        self.backend: str | None = check_name(backend)
         norm_layer = _checks.module_factory(norm_layer, "norm_layer")
         like: dict[str, Any] = {"device": device, "dtype": dtype}
 
         inner = self.inner_channels
         embedded = self.mode != "gaussian"
-        self.query = nn.Conv2d(channels, inner, 1, **like) if embedded else None
-        self.key = nn.Conv2d(channels, inner, 1, **like) if embedded else None
-        self.value = nn.Conv2d(channels, inner if project else channels, 1, **like)
+        self.query: nn.Conv2d | None = nn.Conv2d(channels, inner, 1, **like) if embedded else None
+        self.key: nn.Conv2d | None = nn.Conv2d(channels, inner, 1, **like) if embedded else None
+        self.value: nn.Conv2d = nn.Conv2d(channels, inner if project else channels, 1, **like)
         self.score: nn.Linear | None = None
         if self._score_function is ScoreFunction.CONCATENATION:
             self.score = nn.Linear(2 * inner, 1, bias=False, **like)

@@ -6,10 +6,10 @@ matplotlib: `pip install 'fullattn[plot]'`.
 
 try:
     import matplotlib as _  # noqa: F401
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
-        f"fullattn.plot needs matplotlib: pip install 'fullattn[plot]' ({error})"
-    ) from error
+        f"fullattn.plot needs matplotlib: pip install 'fullattn[plot]' ({_error})"
+    ) from _error
 
 from fullattn.plot.draw import similarity
 from fullattn.plot.layers import inputs_of, layers_with_maps

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fullattn import attention, functional
-from fullattn.attention import Branch
+from fullattn.attention import AttentionCall, Branch
 from fullattn.attention.reference import similarity
 from fullattn.layers import LAYERS, AttentionLayer, ChannelNonLocal
 
@@ -114,12 +114,15 @@ class LayerMaps:
             raise ValueError(
                 f"expected one feature map, (C, h, w) or (1, C, h, w), got shape {tuple(x.shape)}"
             )
-        self.layer, self.features = layer, features
-        self.call = layer.attention(layer.check(features)[0])
+        self.layer: AttentionLayer = layer
+        self.features: Tensor = features
+        self.call: AttentionCall = layer.attention(layer.check(features)[0])
         for cut in self.call.operation.cuts:
             if (cut.tokens != "c" and "c" not in cut.features) or cut.slices not in _SLICES:
                 raise ValueError(f"cannot draw {cut.name}: expected maps of channels or positions")
-        self.branches = [(_SLICES[branch.cut.slices], branch) for branch in self.call.branches]
+        self.branches: list[tuple[str, Branch]] = [
+            (_SLICES[branch.cut.slices], branch) for branch in self.call.branches
+        ]
 
     def whole(self, branch: Branch) -> Tensor:
         """Return all maps of a branch, (S, N, M), on the CPU."""

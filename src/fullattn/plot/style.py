@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ContextDecorator
 from typing import Any
 
 import matplotlib
@@ -23,5 +24,5 @@ _SETTINGS: Any = {  # names that matplotlib lists as literals
     "legend.frameon": False,
 }
 
-# A decorator or context manager for functions that draw.
-styled = matplotlib.rc_context(_SETTINGS)
+# A decorator for functions that draw.
+styled: ContextDecorator = matplotlib.rc_context(_SETTINGS)

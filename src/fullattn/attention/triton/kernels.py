@@ -44,7 +44,7 @@ _constexpr_function = (lambda fn: fn) if runtime.interpret else triton.constexpr
 
 
 @_constexpr_function
-def widths(features, box):
+def widths(features: int, box: int) -> tuple[int, ...]:
     """Split features into boxes: as many of width `box` as fit, and one for the rest."""
     count, rest = divmod(features, box)
     if rest:

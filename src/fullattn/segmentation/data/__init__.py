@@ -12,10 +12,11 @@
 try:
     import numpy  # noqa: F401
     import PIL  # noqa: F401
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
-        f"fullattn.segmentation.data needs NumPy and Pillow: pip install 'fullattn[data]' ({error})"
-    ) from error
+        "fullattn.segmentation.data needs NumPy and Pillow: pip install 'fullattn[data]' "
+        f"({_error})"
+    ) from _error
 
 from fullattn.segmentation.data.classes import IGNORE_INDEX, Classes
 from fullattn.segmentation.data.dataset import (

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fullattn.segmentation.data.classes import IGNORE_INDEX, STRAY, Classes, numbered
+from fullattn.segmentation.data.classes import IGNORE_INDEX, STRAY, Classes, Colour, numbered
 from fullattn.segmentation.data.decode import image_size, read_image, read_labels
 from fullattn.segmentation.data.files import (
     DataError,
@@ -90,9 +90,13 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         split: str = "all",
         dropped: Sequence[FileIssue] = (),
     ) -> None:
-        self.name, self.split = name, split
-        self.samples, self.dropped = tuple(samples), tuple(dropped)
-        self.classes, self.palette, self.groups = classes.names, classes.palette, classes.groups
+        self.name: str = name
+        self.split: str = split
+        self.samples: tuple[Sample, ...] = tuple(samples)
+        self.dropped: tuple[FileIssue, ...] = tuple(dropped)
+        self.classes: tuple[str, ...] = classes.names
+        self.palette: tuple[Colour, ...] = classes.palette
+        self.groups: dict[str, tuple[str, ...]] = classes.groups
         self._table = classes.table() if table is None else table
 
     def __len__(self) -> int:

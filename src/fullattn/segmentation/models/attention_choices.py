@@ -44,8 +44,8 @@ class Dual(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channel = ChannelNonLocal(channels)
-        self.spatial = SpatialNonLocal(channels)
+        self.channel: ChannelNonLocal = ChannelNonLocal(channels)
+        self.spatial: SpatialNonLocal = SpatialNonLocal(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply both layers to x and add the results."""
@@ -70,10 +70,10 @@ class Convolution(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels, channels, 1, bias=False)
-        self.second = nn.Conv2d(channels, channels, 1, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
-        self.gamma = nn.Parameter(torch.zeros(1))
+        self.first: nn.Conv2d = nn.Conv2d(channels, channels, 1, bias=False)
+        self.second: nn.Conv2d = nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm: nn.BatchNorm2d = nn.BatchNorm2d(channels)
+        self.gamma: nn.Parameter = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Add the branch of two convolutions to x."""

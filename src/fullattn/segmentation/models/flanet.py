@@ -102,7 +102,7 @@ class FLANet(nn.Module):
         if not isinstance(backbone, str):
             raise TypeError(f"backbone must be a name in timm, got {type(backbone).__name__}")
         self.num_classes = num_classes
-        self.backbone = backbones.build(
+        self.backbone: nn.Module = backbones.build(
             backbone,
             output_stride=output_stride,
             uniform_dilation=uniform_dilation,
@@ -111,11 +111,11 @@ class FLANet(nn.Module):
         )
         self._stages = backbones.Stages(self.backbone)
         earlier, later, last = self._stages.channels
-        self.auxiliary = nn.ModuleList(
+        self.auxiliary: nn.ModuleList = nn.ModuleList(
             OutputHead(width, num_classes, auxiliary_channels, dropout, norm_layer)
             for width in ((earlier, later) if auxiliary else ())
         )
-        self.head = SegmentationHead(
+        self.head: SegmentationHead = SegmentationHead(
             last,
             num_classes,
             attention=attention,

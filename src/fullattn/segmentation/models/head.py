@@ -104,16 +104,18 @@ class SegmentationHead(nn.Module):
         _checks.positive(channels, "channels")
         _checks.positive(out_channels, "out_channels")
         _checks.module_factory(norm_layer, "norm_layer")
-        self.reduce = nn.Sequential(
+        self.reduce: nn.Sequential = nn.Sequential(
             convolution(in_channels, channels, norm_layer),
             convolution(channels, channels, norm_layer),
         )
-        self.project = convolution(channels, channels, norm_layer)
-        self.output = OutputHead(
+        self.project: nn.Sequential = convolution(channels, channels, norm_layer)
+        self.output: OutputHead = OutputHead(
             in_channels + channels, num_classes, out_channels, dropout, norm_layer
         )
         # Last, so that the other modules draw the same random numbers.
-        self.attention = attention_choices.build(attention, channels, attention_options or {})
+        self.attention: nn.Module = attention_choices.build(
+            attention, channels, attention_options or {}
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of a feature map, at twice its size."""

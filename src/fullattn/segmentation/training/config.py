@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fullattn._text import did_you_mean
 
@@ -27,10 +27,10 @@ try:
         PositiveInt,
         ValidationError,
     )
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
-        f"configurations need PyYAML and pydantic: pip install 'fullattn[train]' ({error})"
-    ) from error
+        f"configurations need PyYAML and pydantic: pip install 'fullattn[train]' ({_error})"
+    ) from _error
 
 __all__ = [
     "Config",
@@ -70,7 +70,9 @@ _FROM_LIST = Field(strict=False)  # a tuple; its items stay strict
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(_Strict):

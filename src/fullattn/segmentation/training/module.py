@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,9 @@ from fullattn.segmentation.models.files import Description, describe
 from fullattn.segmentation.seeding import random_seed
 from fullattn.segmentation.training.config import Config, TrainingConfig
 from fullattn.segmentation.training.sampling import StepSampler, is_repeated
+
+if TYPE_CHECKING:
+    from torchmetrics.classification import MulticlassConfusionMatrix
 
 __all__ = ["NonFiniteError", "Segmentation", "ShardedSegmentation", "learning_rate_factor"]
 
@@ -93,10 +96,14 @@ class Segmentation(LightningModule):
         data, seed = config.data, config.training.seed
         augment = Augment(**data.model_dump(exclude={"name", "train", "val", "workers"}))
         normalize = Normalize(mean=data.mean, std=data.std)
-        self.train_examples = Examples(train, augment, seed, skip_bad)
-        self.val_examples = None if val is None else Examples(val, normalize, seed, skip_bad)
+        self.train_examples: Examples = Examples(train, augment, seed, skip_bad)
+        self.val_examples: Examples | None = (
+            None if val is None else Examples(val, normalize, seed, skip_bad)
+        )
         self.skipped: set[str] = set()
-        self.confusion = confusion_matrix(len(train.classes), IGNORE_INDEX)
+        self.confusion: MulticlassConfusionMatrix = confusion_matrix(
+            len(train.classes), IGNORE_INDEX
+        )
         self.scores: Scores | None = None
         # Loss and number of labelled pixels of each accumulation step, and all images' names.
         self._sums: list[Tensor] = []

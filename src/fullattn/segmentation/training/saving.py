@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,7 +17,10 @@ from fullattn import _files
 __all__ = ["AtomicCheckpointIO", "LastCheckpoint", "write_atomically"]
 
 
-write_atomically = rank_zero_only(_files.write_atomically)
+@rank_zero_only
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    """Write a file completely or not at all, on the process of rank 0 alone."""
+    _files.write_atomically(path, content)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -51,7 +55,7 @@ class LastCheckpoint(Checkpoint):
         self.path = path
         self.every = every
         self.validate_every = validate_every
-        self.saved = 0
+        self.saved: int = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the step from which a run is resumed."""
