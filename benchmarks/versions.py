@@ -94,7 +94,14 @@ def run(versions: Versions, jobs: int, keep: Path | None) -> dict[str, object]:
         done = subprocess.run(
             [
                 *(environment / "bin" / "python", "-m", "pytest", "-q", "-n", str(jobs)),
-                *("-m", "not network and not browser", "-p", "no:cacheprovider", "-rfE"),
+                *(
+                    "-m",
+                    "not network and not browser",
+                    "-p",
+                    "no:cacheprovider",
+                    "-rfE",
+                    "--tb=line",
+                ),
                 *SUITE,
             ],
             cwd=ROOT,
@@ -103,7 +110,8 @@ def run(versions: Versions, jobs: int, keep: Path | None) -> dict[str, object]:
             text=True,
             check=False,
         )
-        print(done.stdout[-6000:])
+        (place / f"{environment.name}.log").write_text(done.stdout)
+        print(done.stdout[-2000:])
         counts = {
             name: int(number)
             for number, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)
