@@ -61,9 +61,8 @@ class KernelHook(BuildHookInterface[Any]):
         self.compiled = tempfile.TemporaryDirectory(prefix="fullattn-kernels-")
         place = Path(self.compiled.name)
         # The compiler's own cache, which it would keep in the user's home.
-        caches = {
-            name: str(place / "zig") for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")
-        }
+        cache = str(place / "zig")
+        caches = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
         for name, processor in KERNELS[machine].items():
             library = place / f"native-{name}.so"
             subprocess.run(

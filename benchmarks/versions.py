@@ -94,14 +94,8 @@ def run(versions: Versions, jobs: int, keep: Path | None) -> dict[str, object]:
         done = subprocess.run(
             [
                 *(environment / "bin" / "python", "-m", "pytest", "-q", "-n", str(jobs)),
-                *(
-                    "-m",
-                    "not network and not browser",
-                    "-p",
-                    "no:cacheprovider",
-                    "-rfE",
-                    "--tb=line",
-                ),
+                *("-m", "not network and not browser"),
+                *("-p", "no:cacheprovider", "-rfE", "--tb=line"),
                 *SUITE,
             ],
             cwd=ROOT,

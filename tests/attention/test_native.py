@@ -4,8 +4,11 @@ import copy
 import ctypes
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,30 +17,18 @@ from hypothesis import strategies as st
 
 import fullattn
 from fullattn import costs
-from fullattn.attention import native
+from fullattn.attention import dispatch, native
 from fullattn.functional import columns_and_rows
 
+load = native._kernel.__wrapped__
 MISSING = native._unavailable()
 needs_kernel = pytest.mark.skipif(MISSING is not None, reason=f"native kernel: {MISSING}")
 
+
 # Processors with vectors of 16, 8 and 4 numbers; this one runs those that its own flags cover.
-TARGETS = {
-    "native": "",
-    "x86-64-v4": "avx512vl",
-    "x86-64-v3": "avx2",
-    "x86-64-v2": "sse4_2",
-}
-
-
-def runs_here(target):
-    if target == "native":
-        return True
-    return platform.machine() == "x86_64" and TARGETS[target] in native._processor().split()
-
-
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=["native", *native._LEVELS])
 def kernel(request):
-    if not runs_here(request.param):
+    if request.param not in ("native", *native._levels()):
         pytest.skip(f"this processor does not run {request.param}")
     built = ctypes.CDLL(str(native._build(request.param)))
     with pytest.MonkeyPatch.context() as patch:
@@ -206,6 +197,130 @@ def test_processes_that_build_at_once_share_one_result(tmp_path):
     assert [process.wait(timeout=120) for process in started] == [0, 0, 0]
     (built,) = tmp_path.iterdir()
     assert built.suffix == ".so"
+
+
+@needs_kernel
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "another library", "a folder"])
+def test_a_damaged_or_foreign_file_in_the_cache_is_compiled_again(damage, tmp_path, monkeypatch):
+    monkeypatch.setenv("FULLATTN_CACHE", str(tmp_path))
+    built = native._build()
+    content = built.read_bytes()
+    half = len(content) // 2
+    built.unlink()
+    match damage:
+        case "cut":
+            built.write_bytes(content[:half])
+        case "changed":
+            built.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
+        case "empty":
+            built.touch()
+        case "another library":
+            other = next(Path(torch.__file__).parent.glob("lib/libtorch_global_deps*"))
+            built.write_bytes(other.read_bytes())
+        case "a folder":
+            built.mkdir()
+    if damage == "a folder":
+        with (
+            pytest.warns(UserWarning, match="not what fullattn wrote"),
+            pytest.raises(native._BuildError, match="its cache folder cannot be written"),
+        ):
+            native._build()
+        return
+    with pytest.warns(
+        UserWarning, match=rf"fullattn: {built} is damaged, .*: it is compiled again"
+    ):
+        assert native._build() == built
+    ctypes.CDLL(str(built)).fullattn_forward  # noqa: B018 - it has the function
+    with warnings.catch_warnings(action="error"):
+        native._build()
+
+
+V2, V3, V4 = (set(native._LEVELS[level].split()) for level in reversed(native._LEVELS))
+
+
+@pytest.mark.parametrize(
+    ("machine", "able", "expected"),
+    [
+        ("x86_64", V2 | V3 | V4, ["x86-64-v4", "x86-64-v3", "x86-64-v2"]),
+        ("x86_64", V2 | V3 | V4 - {"avx512vl"}, ["x86-64-v3", "x86-64-v2"]),
+        ("x86_64", V2 | V3 | {"avx512f", "sse4a"}, ["x86-64-v3", "x86-64-v2"]),
+        ("x86_64", V2 | V3 - {"fma"}, ["x86-64-v2"]),
+        ("x86_64", V3 | V4, []),
+        ("x86_64", set(), []),
+        ("aarch64", {"asimd"}, ["aarch64"]),
+        ("riscv64", set(), []),
+    ],
+)
+def test_a_wheel_s_kernels_are_taken_by_what_the_processor_can_do(
+    machine, able, expected, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(native, "_processor", lambda: frozenset(able))
+    monkeypatch.setattr(native, "_SOURCE", tmp_path / "native.c")
+    assert native._ready() == []
+    for name in (*native._LEVELS, "aarch64"):
+        (tmp_path / f"native-{name}.so").touch()
+    assert native._ready() == [tmp_path / f"native-{name}.so" for name in expected]
+
+
+@needs_kernel
+def test_a_wheel_s_kernel_needs_no_compiler_and_one_that_cannot_be_loaded_is_passed_over(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(native, "_SOURCE", tmp_path / "native.c")
+    shutil.copy(Path(native.__file__).with_suffix(".c"), native._SOURCE)
+    first, second = tmp_path / "native-first.so", tmp_path / "native-second.so"
+    shutil.copy(native._build(), second)
+    first.write_bytes(second.read_bytes()[:1000])
+    monkeypatch.setattr(native, "_levels", lambda: ["first", "second"])
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert load()._name == str(second)
+    second.unlink()
+    assert load() == "needs a C compiler: found none of no-such-compiler"
+
+
+@pytest.mark.parametrize(("name", "system"), [("darwin", "Darwin"), ("win32", "Windows")])
+def test_elsewhere_than_on_linux_the_next_backend_runs(name, system):
+    code = (
+        f"import platform, sys, torch\nimport fullattn.attention.native\nsys.platform = {name!r}\n"
+    )
+    code += f"platform.system = lambda: {system!r}\n" + WHY
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    chosen, why, error = done.stdout.splitlines()
+    assert chosen == "chunked"
+    assert f"needs Linux, not {system}" in why
+    assert f"needs Linux, not {system}" in error
+
+
+def test_without_a_home_the_next_backend_runs(monkeypatch):
+    for name in ("FULLATTN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(native, "_ready", list)
+    monkeypatch.setattr(Path, "home", unknown)
+    reason = load()
+    assert reason == "no cache folder: neither FULLATTN_CACHE nor HOME is set" or MISSING
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (fullattn.FullyAttentional, "sdpa"),
+        (fullattn.ChannelNonLocal, "reference"),
+        (fullattn.SpatialNonLocal, "sdpa"),
+    ],
+)
+def test_on_mps_pytorch_s_own_operators_run_and_the_kernels_say_why_not(layer, expected):
+    inputs = costs.inputs_of(layer(16, device="meta"), (1, 16, 20, 21), torch.float32, "mps")
+    assert dispatch.choose(inputs).name == expected
+    why = {backend.name: reason for backend, reason in dispatch.explain(inputs)}
+    for name in ("native", "triton", "chunked"):
+        if name in why:
+            assert "not on mps" in why[name]
 
 
 @needs_kernel

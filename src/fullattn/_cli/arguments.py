@@ -123,7 +123,9 @@ def setting(text: str) -> tuple[str, Any]:
 
 def add_device(parser: Adds) -> None:
     """Add --device."""
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 (cpu)")
+    parser.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps (cpu)"
+    )
 
 
 def add_conditions(parser: Adds) -> None:

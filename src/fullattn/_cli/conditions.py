@@ -78,7 +78,7 @@ class Conditions:
 
     @property
     def device_type(self) -> str:
-        """The device without its index: "cpu" or "cuda"."""
+        """The device without its index, such as "cpu", "cuda" or "mps"."""
         return torch.device(self.device).type
 
     def placed(self, module: nn.Module) -> nn.Module:
@@ -178,14 +178,13 @@ def parse_device(text: str) -> torch.device:
         device = torch.device(text)
     except RuntimeError as error:
         raise UsageError(f"expected a device such as cpu or cuda:0, got {text!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"expected a cpu or cuda device, got {text!r}")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if (device.index or 0) >= count:
-            raise UsageError(f"expected a device of this machine, got {text!r}: CUDA sees {count}")
-        try:
-            torch.empty(1, device=device)
-        except RuntimeError as error:
-            raise UsageError(f"device {text!r} cannot be used: {describe(error)}") from error
+    if device.type == "meta":
+        raise UsageError("expected a device that computes, got 'meta'")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UsageError(f"expected a device of this machine, got {text!r}: CUDA sees {count}")
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:  # each device has its own
+        reason = describe(error).partition(". ")[0]  # PyTorch goes on with a list of backends
+        raise UsageError(f"device {text!r} cannot be used: {reason}") from error
     return device

@@ -2,8 +2,8 @@
 
 `native.c` in this folder reads the feature map by its strides, computes columns and rows in threads
 and adds both into one output. A wheel for Linux carries it compiled for the levels of processors in
-`_LEVELS`. Elsewhere on Linux the machine's C compiler builds it on first use (about two seconds) for
-this processor; the result is kept in the folder FULLATTN_CACHE, or in `fullattn` in the user's
+`_LEVELS`. Elsewhere on Linux the machine's C compiler builds it on first use (about two seconds),
+for this processor; the result is kept in the folder FULLATTN_CACHE, or in `fullattn` in the user's
 cache. Without either, or with FULLATTN_NATIVE=0, the next backend runs.
 """
 
@@ -61,18 +61,21 @@ def _processor() -> frozenset[str]:
     return frozenset(" ".join(line.partition(":")[2] for line in lines).split())
 
 
+def _levels() -> list[str]:
+    """List the processors of `_LEVELS` that this one is, best first."""
+    if platform.machine() == "aarch64":
+        return ["aarch64"]
+    able, levels = _processor(), list(_LEVELS)
+    return [
+        level
+        for number, level in enumerate(levels)
+        if able.issuperset(" ".join(_LEVELS[each] for each in levels[number:]).split())
+    ]
+
+
 def _ready() -> list[Path]:
     """List the kernels that the wheel carries and this processor can run, best first."""
-    if platform.machine() == "aarch64":
-        names = ["aarch64"]
-    else:
-        able, levels = _processor(), list(_LEVELS)
-        names = [
-            level
-            for number, level in enumerate(levels)
-            if able.issuperset(" ".join(_LEVELS[each] for each in levels[number:]).split())
-        ]
-    paths = [_SOURCE.with_name(f"native-{name}.so") for name in names]
+    paths = [_SOURCE.with_name(f"native-{level}.so") for level in _levels()]
     return [path for path in paths if path.exists()]
 
 
@@ -318,7 +321,7 @@ def axial_channel_attention(
 
 BACKEND = Backend(
     name="native",
-    summary="C kernel, in the wheel or compiled on first use: both branches of FullyAttentional, by x's strides",
+    summary="C kernel, ready or compiled on first use: both branches of FullyAttentional",
     operations={"axial channel attention": axial_channel_attention},
     operation_workspaces={"axial channel attention": _workspace},
     own_operators=True,

@@ -49,8 +49,12 @@ def padded_features(device: str, features: int, value_features: int) -> tuple[in
 
 def _pad_features(x: Tensor, features: int) -> Tensor:
     missing = features - x.shape[-1]
+    if statically_true(missing == 0):
+        return x.contiguous()
     # `pad` keeps the order of the strides, which for the columns of an image is channels_last.
-    return x.contiguous() if statically_true(missing == 0) else F.pad(x, (0, missing)).contiguous()
+    # Where a symbolic size turns out to miss nothing, AOTAutograd believes it does not.
+    source = x.contiguous() if torch.compiler.is_compiling() else x
+    return F.pad(source, (0, missing)).contiguous()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float = 1.0) -> Tensor:

@@ -155,8 +155,8 @@ def measure_group(
         step(key, 0)
         if failure := refuse(key):
             return failure
-        on_cuda = workload.x.device.type == "cuda"
-        if plan.memory and not on_cuda:
+        device = workload.x.device.type  # on others than these two no peak is measured
+        if plan.memory and device == "cpu":
             probe = cpu_peak(recipes[key], mode, plan.limit)
             if isinstance(probe, Failure):
                 return probe
@@ -166,7 +166,7 @@ def measure_group(
             seconds = warm_up(workload, mode, forecast)
             if seconds > plan.limit:
                 return Failure.too_slow(plan.limit)
-            if plan.memory and on_cuda:
+            if plan.memory and device == "cuda":
                 peaks[key] = cuda_peak(workload, mode)
         except Exception as error:
             return Failure.of(error)

@@ -80,8 +80,11 @@ class Workload:
         """Time one call: wall-clock time, on CUDA the time between two events on the stream."""
         self.prepare(mode)
         if self.x.device.type != "cuda":
+            wait: Any = getattr(torch, self.x.device.type).synchronize  # no wait on the CPU
+            wait()
             began = time.perf_counter()
             self.run(mode)
+            wait()
             return (time.perf_counter() - began) * 1e3
         with torch.cuda.device(self.x.device):
             event: Any = torch.cuda.Event  # its stubs have no types
