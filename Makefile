@@ -8,7 +8,7 @@ READY := .venv/.ready
 JOBS ?= 2
 # One thread a test process: the processes already fill the cores.
 TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-PYTEST := $(TESTS) -m 'not network and not browser and not isolated'
+PYTEST := $(TESTS) -m 'not network and not browser and not isolated and not wheels'
 ISOLATED := tests/integrations/test_ultralytics.py tests/export/test_openvino.py tests/docs
 INTERPRETED := tests/attention/triton/test_triton.py tests/attention/test_poisoned_memory.py
 
@@ -36,13 +36,21 @@ test: $(READY)  ## every test but those of `make networks` and `make browser`
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
 
 quick: $(READY)  ## every test but those that compile or time something
-	$(TESTS) -m 'not slow and not network and not browser and not isolated'
+	$(TESTS) -m 'not slow and not network and not browser and not isolated and not wheels'
 
 networks: $(READY)  ## other people's networks compiled and exported too: the table in docs
 	$(TESTS) tests/integrations/test_networks.py tests/export/test_exported_networks.py \
 	    tests/export/test_aot_inductor.py tests/export/test_openvino.py \
 	    'tests/docs/test_documentation.py::test_python_runs[docs/guides/export.md]' \
 	    --networks-table docs/networks.md
+
+wheels: $(READY)  ## the source distribution and the wheels, into dist, and what they do where nothing else is
+	$(PIP) '.[wheels]'
+	$(TESTS) -m wheels tests/wheels
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --sdist
+	for machine in any aarch64 x86_64; do \
+	    FULLATTN_WHEEL=$$machine $(BIN)/python -m build --no-isolation --wheel || exit 1; done
 
 versions:  ## the core suite on old and new PyTorch and Python: docs/versions.md (several GB)
 	$(PYTHON) benchmarks/versions.py

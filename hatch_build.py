@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,23 @@ KERNELS = {
     "aarch64": {"aarch64": "generic"},
 }
 GLIBC = "2.17"
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-s")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-s")
+
+
+def compile_for(
+    target: str, processor: str, sources: list[Path], output: Path, flags: Sequence[str]
+) -> None:
+    """Compile C files for a system and processor; the compiler's own cache is thrown away."""
+    with tempfile.TemporaryDirectory(prefix="zig-") as cache:
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "ziglang", "cc", *FLAGS, *flags),
+                *("-target", target, f"-mcpu={processor}"),
+                *(*map(str, sources), "-o", str(output)),
+            ],
+            env={**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache},
+            check=True,
+        )
 
 
 def chosen() -> str:
@@ -57,23 +74,11 @@ class KernelHook(BuildHookInterface[Any]):
                 raise RuntimeError(f"a wheel for {machine} needs the package ziglang")
             self.app.display_warning("no package ziglang: the wheel carries no compiled kernel")
             return
-        folder = Path(self.root) / "src" / "fullattn" / "attention"
+        source = Path(self.root) / "src" / "fullattn" / "attention" / "native.c"
         self.compiled = tempfile.TemporaryDirectory(prefix="fullattn-kernels-")
-        place = Path(self.compiled.name)
-        # The compiler's own cache, which it would keep in the user's home.
-        cache = str(place / "zig")
-        caches = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
         for name, processor in KERNELS[machine].items():
-            library = place / f"native-{name}.so"
-            subprocess.run(
-                [
-                    *(sys.executable, "-m", "ziglang", "cc", *FLAGS),
-                    *("-target", f"{machine}-linux-gnu.{GLIBC}", f"-mcpu={processor}"),
-                    *(str(folder / "native.c"), "-o", str(library)),
-                ],
-                env={**os.environ, **caches},
-                check=True,
-            )
+            library = Path(self.compiled.name) / f"native-{name}.so"
+            compile_for(f"{machine}-linux-gnu.{GLIBC}", processor, [source], library, ["-shared"])
             build_data["force_include"][str(library)] = f"fullattn/attention/{library.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-manylinux_{GLIBC.replace('.', '_')}_{machine}"
