@@ -35,7 +35,7 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-s")
 def compile_for(
     target: str, processor: str, sources: list[Path], output: Path, flags: Sequence[str]
 ) -> None:
-    """Compile C files for a system and processor; the compiler's own cache is thrown away."""
+    """Compile C files for a system and processor; the compiler's cache is thrown away."""
     with tempfile.TemporaryDirectory(prefix="zig-") as cache:
         subprocess.run(
             [
@@ -43,7 +43,7 @@ def compile_for(
                 *("-target", target, f"-mcpu={processor}"),
                 *(*map(str, sources), "-o", str(output)),
             ],
-            env={**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache},
+            env={"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache, **os.environ},
             check=True,
         )
 

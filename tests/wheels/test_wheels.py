@@ -50,6 +50,14 @@ def build(*arguments: str | Path, wheel: str = "any") -> None:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"):
+            patch.setenv(name, str(tmp_path_factory.getbasetemp() / "zig"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdist")
@@ -134,7 +142,8 @@ def clean(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     (packages,) = folder.glob("env/lib/python*/site-packages")
     subprocess.run(
         [
-            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages),
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"),
+            *("--target", packages),
             wheels[platform.machine()],
         ],
         check=True,
@@ -215,7 +224,7 @@ def test_the_wheel_without_a_kernel_runs_the_next_backend(
 # On processors that this machine may lack
 
 EMULATORS = {"aarch64": "qemu-aarch64", "x86-64-v2": "qemu-x86_64", "x86-64-v3": "qemu-x86_64"}
-SIZES = [(1, 16, 5, 4), (2, 37, 9, 13), (1, 70, 17, 33)]
+SIZES = [(1, 16, 5, 4), (2, 37, 9, 13), (1, 70, 9, 17)]
 
 
 def inputs(sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -247,12 +256,14 @@ def test_a_processor_s_kernel_equals_the_definition_in_float64(
             pytest.skip(f"this processor is no {processor}, and no emulator of one is installed")
         runner = [emulator]
     program = tmp_path / "kernel"
+    # For an emulator linked statically, which musl allows: it then needs no system of its own.
+    system, flags = ("musl", ["-static"]) if runner else (f"gnu.{hatch_build.GLIBC}", [])
     hatch_build.compile_for(
-        f"{machine}-linux-musl",  # which links statically: an emulator needs no system of its own
+        f"{machine}-linux-{system}",
         hatch_build.KERNELS[machine][processor],
         [Path(native.__file__).with_suffix(".c"), Path(__file__).with_name("kernel.c")],
         program,
-        ["-static"],
+        flags,
     )
     for sizes in SIZES:
         done = subprocess.run(
