@@ -104,3 +104,21 @@ def test_import_is_quick(tmp_path: Path) -> None:
     while len(times) < 7 and min(times, default=1.0) > IMPORT_SECONDS:
         times.append(float(printed_by(program, **bytecode)[0]))
     assert min(times) <= IMPORT_SECONDS, times
+
+
+@pytest.mark.parametrize(
+    ("pretend", "sentence"),
+    [
+        ("import torch; torch.__version__ = '2.3.1+cpu'", "PyTorch 2.4 or later, found 2.3.1+cpu"),
+        ("import sys, torch; sys.version_info = (3, 9, 18)", "Python 3.10 or later"),
+    ],
+)
+def test_a_version_that_is_too_old_is_refused_in_one_sentence(pretend: str, sentence: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"{pretend}\nimport fullattn"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"ImportError: fullattn needs {sentence}"

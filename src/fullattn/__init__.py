@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import fullattn._versions  # noqa: F401 - first: it refuses versions that are too old
 from fullattn import checkpoints, functional
 from fullattn._version import __version__ as __version__
 from fullattn.attention import BackendError, backend

@@ -1,4 +1,4 @@
-"""What differs between the versions of PyTorch that the package runs on, from 2.4."""
+"""The oldest versions that the package runs on, and what differs between those of PyTorch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import sys
 import threading
 from contextlib import AbstractContextManager
 from typing import Any
+
+if sys.version_info < (3, 10):  # noqa: UP036 - what pip refuses can still be on the path
+    raise ImportError("fullattn needs Python 3.10 or later")
 
 import torch
 
@@ -22,6 +25,8 @@ __all__ = [
 ]
 
 VERSION = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+if VERSION < (2, 4):
+    raise ImportError(f"fullattn needs PyTorch 2.4 or later, found {torch.__version__}")
 
 # Dynamo of PyTorch 2.4 and 2.5 does not see the attributes of a thread-local object: what compiled
 # code reads is then one for all threads.
