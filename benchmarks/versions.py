@@ -33,6 +33,9 @@ SUITE = (
     "tests/export/test_compile.py",
     "tests/test_reshape.py",
 )
+# Where the packages of the extras are: networks, data, training, pictures and commands.
+EXTRAS_SUITE = ("tests/segmentation", "tests/plot", "tests/cli")
+EXTRAS = ("timm", "lightning", "torchmetrics", "pydantic", "pyyaml", "tensorboard")
 TOOLS = (
     *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "safetensors"),
     *("matplotlib>=3.10", "pillow>=11", "rich>=14"),
@@ -47,13 +50,24 @@ class Versions:
     torch: str
     numpy: str
     einops: str = "0.8.2"
+    torchvision: str | None = None  # with it, the extras too
 
     def __str__(self) -> str:
-        return f"Python {self.python}, torch {self.torch}, numpy {self.numpy}, einops {self.einops}"
+        return " ".join(f"{name} {version}" for name, version in asdict(self).items() if version)
+
+    def packages(self) -> list[str]:
+        """Return what pip installs, the versions of this row and what the tests need."""
+        rows = {name: version for name, version in asdict(self).items() if name != "python"}
+        extras = EXTRAS if self.torchvision else ()
+        return [*(f"{n}=={version}" for n, version in rows.items() if version), *extras, *TOOLS]
+
+    def suite(self) -> tuple[str, ...]:
+        """Return the tests to run."""
+        return SUITE + (EXTRAS_SUITE if self.torchvision else ())
 
 
 MATRIX = (
-    Versions("3.10", "2.4.1", "1.26.4", "0.7.0"),
+    Versions("3.10", "2.4.1", "1.26.4", "0.7.0", "0.19.1"),
     Versions("3.11", "2.6.0", "1.26.4"),
     Versions("3.11", "2.8.0", "2.2.6"),
     Versions("3.12", "2.11.0", "2.4.6"),
@@ -82,11 +96,8 @@ def run(versions: Versions, jobs: int, keep: Path | None) -> dict[str, object]:
         environment = place / f"{versions.python}-{versions.torch}"
         if not environment.exists():
             subprocess.run([python, "-m", "venv", environment], check=True)
-            packages = [f"{n}=={getattr(versions, n)}" for n in ("torch", "numpy", "einops")]
-            pip = [environment / "bin" / "pip", "install", "--quiet"]
-            done = subprocess.run(
-                [*pip, *packages, *TOOLS], capture_output=True, text=True, check=False
-            )
+            pip = [environment / "bin" / "pip", "install", "--quiet", *versions.packages()]
+            done = subprocess.run(pip, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 shutil.rmtree(environment)
                 return {"outcome": f"not installable: {done.stderr.strip().splitlines()[-1]}"}
@@ -96,7 +107,7 @@ def run(versions: Versions, jobs: int, keep: Path | None) -> dict[str, object]:
                 *(environment / "bin" / "python", "-m", "pytest", "-q", "-n", str(jobs)),
                 *("-m", "not network and not browser"),
                 *("-p", "no:cacheprovider", "-rfE", "--tb=line"),
-                *SUITE,
+                *versions.suite(),
             ],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
@@ -120,14 +131,15 @@ def page(results: list[dict[str, object]]) -> str:
         "",
         "What `make versions` ran, one environment at a time: layers on every backend against the "
         "NumPy oracle, gradients, options, changes of networks, weights of other projects, compile "
-        "and export where the version can. On the CPU, Linux, x86-64.",
+        "and export where the version can; where torchvision is named, networks, data, training, "
+        "pictures and commands too. On the CPU, Linux, x86-64.",
         "",
-        "| Python | torch | numpy | einops | passed | failed | skipped | seconds |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| Python | torch | numpy | einops | torchvision | passed | failed | skipped | seconds |",
+        "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for row in results:
         outcome = row["outcome"]
-        names = (row["python"], row["torch"], row["numpy"], row["einops"])
+        names = [row.get(name) or "" for name in Versions.__dataclass_fields__]
         if isinstance(outcome, dict):
             failed = outcome.get("failed", 0) + outcome.get("errors", 0) + outcome.get("error", 0)
             cells = (outcome.get("passed", 0), failed, outcome.get("skipped", 0), row["seconds"])
