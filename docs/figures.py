@@ -106,7 +106,7 @@ _LAYERS: dict[str, tuple[str, str, str, Callable[[int, int, int], bool]]] = {
     "fully": (
         "FullyAttentional",
         "W + H maps of C×C",
-        "keeps channel, column and row",
+        "sums inside a column or a row",
         lambda channel, row, column: column == 2,
     ),
 }
@@ -116,17 +116,33 @@ def _layer(kind: str) -> str:
     """Draw a layer: what it compares, marked in a feature map, and the resulting maps."""
     name, maps, loss, marked = _LAYERS[kind]
     parts = [_text(150, 22, name, "ink big")]
-    parts += _features(14, 62, marked, kind)
-    parts += [_text(72, 174, "C × H × W", "quiet"), _arrow(146, 107, 26)]
+    parts += _features(24, 56, marked, kind)
+    parts += [_arrow(154, 101, 26)]
     if kind == "channel":
-        parts += _map(200, 79, _CHANNELS, _CELL, kind, 1)
+        parts += _map(206, 73, _CHANNELS, _CELL, kind, 1)
     elif kind == "spatial":
-        parts += _map(184, 55, _ROWS * _COLUMNS, 4.3, kind, 2)
+        parts += _map(190, 49, _ROWS * _COLUMNS, 4.3, kind, 2)
     else:
+        parts += _means()
         for i in reversed(range(4)):
-            parts += _map(182 + i * 13, 88 - i * 12, _CHANNELS, _CELL, kind, 3 + i)
-    parts += [_text(150, 200, maps, "quiet"), _text(150, 222, loss, "ink")]
-    return _svg(300, 234, f"{name}: {maps}; it {loss}.", parts)
+            parts += _map(190 + i * 13, 82 - i * 12, _CHANNELS, _CELL, kind, 3 + i)
+    also = " and its means" if kind == "fully" else ""
+    parts += [_text(70, 176, f"C × H × W{also}", "quiet small")]
+    parts += [_text(150, 210, maps, "quiet"), _text(150, 232, loss, "ink")]
+    return _svg(300, 244, f"{name}: {maps}; it {loss}.", parts)
+
+
+def _means() -> Iterator[str]:
+    """Draw the mean column and row beside the features, and the key made of one, on its way."""
+    for i in range(_ROWS):
+        yield _rectangle(4, 89 + i * _CELL, 12, _CELL, "mean", 0.5 + 0.12 * i)
+    for i in range(_COLUMNS):
+        yield _rectangle(24 + i * _CELL, 149, _CELL, 12, "mean", 0.4 + 0.1 * i)
+    for i in range(_CHANNELS):
+        yield _rectangle(149 + i * 9, 136, 9, 36, "mean", 0.35 + 0.15 * i)
+    yield '<path class="line" d="M112 155H143M138 151L143 155L138 159M167 132V107"/>'
+    yield _text(127, 147, "Linear", "quiet small")
+    yield _text(167, 186, "key", "quiet small")
 
 
 def _column(_: int, __: int, column: int) -> bool:
@@ -201,11 +217,11 @@ def style() -> str:
 def standalone() -> str:
     """Draw the three layers side by side as one SVG, light or dark by the reader's scheme."""
     drawings = [
-        _layer(kind).replace("<svg ", f'<svg x="{300 * i}" width="300" height="234" ', 1)
+        _layer(kind).replace("<svg ", f'<svg x="{300 * i}" width="300" height="244" ', 1)
         for i, kind in enumerate(_LAYERS)
     ]
     style_ = f"<style>{_COLOURS}@media (prefers-color-scheme: dark) {{{_DARK}}}</style>"
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 240" width="900" height="240">'
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 250" width="900" height="250">'
         f"{style_}{''.join(drawings)}</svg>\n"
     )

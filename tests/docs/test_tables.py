@@ -129,7 +129,7 @@ def test_the_readmes_picture_is_that_of_the_site() -> None:
     assert text == figures.standalone(), "write it with `make tables`"
     words = {text for text in ElementTree.fromstring(text).itertext() if text.strip()}
     assert {"ChannelNonLocal", "SpatialNonLocal", "FullyAttentional"} <= words
-    assert "keeps channel, column and row" in words
+    assert {"C × H × W and its means", "key", "sums inside a column or a row"} <= words
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
