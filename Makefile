@@ -12,7 +12,8 @@ PYTEST := $(TESTS) -m 'not network and not browser and not isolated and not whee
 ISOLATED := tests/integrations/test_ultralytics.py tests/export/test_openvino.py tests/docs
 INTERPRETED := tests/attention/triton/test_triton.py tests/attention/test_poisoned_memory.py
 
-.PHONY: bench test quick networks versions deep camvid docs browser tables lint format clean
+.PHONY: bench test quick networks coverage wheels versions deep camvid docs browser tables lint \
+    format clean
 
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -43,6 +44,12 @@ networks: $(READY)  ## other people's networks compiled and exported too: the ta
 	    tests/export/test_aot_inductor.py tests/export/test_openvino.py \
 	    'tests/docs/test_documentation.py::test_python_runs[docs/guides/export.md]' \
 	    --networks-table docs/networks.md
+
+coverage: $(READY)  ## the tests of `make test` once more, with what of src they run: out/coverage
+	$(PYTEST) --cov --cov-report=
+	$(TESTS) -m 'isolated and not network' $(ISOLATED) --cov --cov-append --cov-report=
+	$(BIN)/coverage html --quiet -d out/coverage
+	$(BIN)/coverage report --skip-covered
 
 wheels: $(READY)  ## the source distribution and the wheels, into dist, and what they do where nothing else is
 	$(PIP) '.[wheels]'
