@@ -42,6 +42,7 @@ quick: $(READY)  ## every test but those that compile or time something
 networks: $(READY)  ## other people's networks compiled and exported too: the table in docs
 	$(TESTS) tests/integrations/test_networks.py tests/export/test_exported_networks.py \
 	    tests/export/test_aot_inductor.py tests/export/test_openvino.py \
+	    tests/export/test_compile.py::test_every_backend_compiles_with_dynamic_sizes \
 	    'tests/docs/test_documentation.py::test_python_runs[docs/guides/export.md]' \
 	    --networks-table docs/networks.md
 

@@ -105,7 +105,7 @@ def run(versions: Versions, jobs: int, keep: Path | None) -> dict[str, object]:
         done = subprocess.run(
             [
                 *(environment / "bin" / "python", "-m", "pytest", "-q", "-n", str(jobs)),
-                *("-m", "not network and not browser"),
+                *("-m", "not browser"),
                 *("-p", "no:cacheprovider", "-rfE", "--tb=line"),
                 *versions.suite(),
             ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+# The frameworks' modules are millions of objects, which need not be looked through again and again.
+gc.set_threshold(50_000, 20, 50)
 
 # cuDNN convolutions are TF32 by default, which would be judged by float32's tolerance here.
 torch.backends.cudnn.allow_tf32 = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import pkgutil
 import subprocess
 import sys
@@ -14,18 +13,15 @@ import pytest
 from torch import nn
 
 import fullattn
+from helpers.processes import run_program
 
 # Seconds that `import fullattn` may add to `import torch, einops`.
 IMPORT_SECONDS = 0.15
 
 
-def printed_by(program: str, **environment: str) -> list[str]:
+def printed_by(program: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **environment},
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     return done.stdout.split()
 
@@ -90,19 +86,20 @@ def test_import_brings_in_nothing_but_torch_einops_and_the_standard_library() ->
 @pytest.mark.slow
 def test_import_is_quick(tmp_path: Path) -> None:
     program = (
-        "import gc, time, torch, einops\n"
+        "import gc, sys, time\n"
+        f"sys.dont_write_bytecode, sys.pycache_prefix = False, {str(tmp_path)!r}\n"
         "gc.disable()\n"  # of PyTorch's objects; where a collection falls is chance
         "start = time.process_time()\n"
         "import fullattn\n"
         "print(time.process_time() - start)"
     )
     # Processor time, since other programs are at work too. Noise only ever adds, so one run within
-    # the limit shows that the import is.
+    # the limit shows that the import is. As an installed package has them, the first run writes the
+    # files of bytecode.
     times: list[float] = []
-    # As an installed package has them, the first run writes the files of bytecode.
-    bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     while len(times) < 7 and min(times, default=1.0) > IMPORT_SECONDS:
-        times.append(float(printed_by(program, **bytecode)[0]))
+        done = run_program(program, setup="import torch, einops")
+        times.append(float(done.stdout))
     assert min(times) <= IMPORT_SECONDS, times
 
 
@@ -114,11 +111,6 @@ def test_import_is_quick(tmp_path: Path) -> None:
     ],
 )
 def test_a_version_that_is_too_old_is_refused_in_one_sentence(pretend: str, sentence: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", f"{pretend}\nimport fullattn"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_program(f"{pretend}\nimport fullattn")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"ImportError: fullattn needs {sentence}"

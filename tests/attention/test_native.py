@@ -19,6 +19,7 @@ import fullattn
 from fullattn import costs
 from fullattn.attention import dispatch, native
 from fullattn.functional import columns_and_rows
+from helpers.processes import run_program
 
 load = native._kernel.__wrapped__
 MISSING = native._unavailable()
@@ -141,14 +142,8 @@ def test_large_scores_do_not_overflow_and_not_a_number_stays_in_its_image():
 
 
 def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    strict = "import warnings\nwarnings.simplefilter('error')\n"
+    return run_program(strict + code, env={**os.environ, **environment})
 
 
 WHY = """
@@ -202,6 +197,8 @@ def test_processes_that_build_at_once_share_one_result(tmp_path):
 @needs_kernel
 @pytest.mark.parametrize("damage", ["cut", "changed", "empty", "another library", "a folder"])
 def test_a_damaged_or_foreign_file_in_the_cache_is_compiled_again(damage, tmp_path, monkeypatch):
+    compiled = native._build()
+    monkeypatch.setattr(native, "_run", lambda command: shutil.copy(compiled, command[-1]))
     monkeypatch.setenv("FULLATTN_CACHE", str(tmp_path))
     built = native._build()
     content = built.read_bytes()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import tables
 from fullattn.attention import triton
 from fullattn.attention.triton import configurations
 from helpers import ROOT
+from helpers.processes import run_program
 
 SCRIPTS = ROOT / "benchmarks"
 pytestmark = [
@@ -24,15 +24,16 @@ pytestmark = [
 ]
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+def python(script: str, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a script of the benchmarks, after some lines."""
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env=plain | {"PYTHONPATH": str(SCRIPTS.parent / "src")},
+    return run_program(
+        f"import runpy, sys\n{before}\nsys.argv[0] = {script!r}\n"
+        f"runpy.run_path({script!r}, run_name='__main__')",
+        *arguments,
+        setup="import torch, matplotlib.pyplot, PIL.Image",
         cwd=SCRIPTS,
-        capture_output=True,
-        text=True,
-        check=False,
+        env=plain | {"PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent / "src")])},
     )
 
 
@@ -77,11 +78,11 @@ def test_only_what_is_named_is_timed(tmp_path: Path) -> None:
 
 
 def test_nothing_is_timed_if_a_kernel_is_wrong(tmp_path: Path) -> None:
-    program = (
-        "import sys; sys.argv = ['gpu.py', *sys.argv[2:]]; import gpu, gpu_checks;"
-        "gpu_checks.TOLERANCE = dict.fromkeys(gpu_checks.TOLERANCE, -1.0); sys.exit(gpu.main())"
-    )
-    done = python("-c", program, "-", "--rehearse", "--output", str(tmp_path))
+    arguments = ("--rehearse", "--output", str(tmp_path))
+    # `--rehearse` has to be among the arguments before anything is imported.
+    impossible = "import os; os.environ['TRITON_INTERPRET'] = '1'; import gpu_checks\n"
+    impossible += "gpu_checks.TOLERANCE = dict.fromkeys(gpu_checks.TOLERANCE, -1.0)"
+    done = python("gpu.py", *arguments, before=impossible)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "nothing is timed" in done.stdout
     assert "rows" not in json.loads((tmp_path / "gpu.json").read_text())

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 
 import fullattn
 from helpers.networks import load
+from helpers.processes import run_program
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(200)]
 
@@ -52,13 +52,21 @@ x = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 """
 
 
+# What programs import, once for all of them.
+SETUP = """
+import torch
+from fullattn.integrations.torchvision import ensure_importable
+ensure_importable()
+"""
+
+
 def run(folder: Path, program: str, common: str = "") -> str:
-    code = COMMON + textwrap.dedent(common) + textwrap.dedent(program)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
+    """Run a program in a new process; what `common` imports first is imported once."""
+    imported = re.search(r"^(?:import|from) (\w+)", common, re.MULTILINE)
+    done = run_program(
+        COMMON + textwrap.dedent(common) + textwrap.dedent(program),
+        setup=SETUP + (f"import {imported[1]}" if imported else ""),
         cwd=folder,
-        capture_output=True,
-        text=True,
         env={
             **os.environ,
             "HF_HUB_OFFLINE": "1",
