@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from fullattn.attention import (
 from fullattn.attention.backend import FLOATING
 from fullattn.attention.dispatch import BACKENDS, explain, fused
 from helpers.cases import CASES, FULLY_ATTENTIONAL, SPATIAL, Case
+from helpers.processes import run_program
 
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 dtypes = st.sampled_from(sorted(FLOATING, key=str))
@@ -205,13 +204,7 @@ except ValueError as error:
     ],
 )
 def test_the_environment_is_looked_at_after_context_and_layer(value: str, printed: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PRECEDENCE],
-        env={**os.environ, "FULLATTN_BACKEND": value},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_program(PRECEDENCE, env={**os.environ, "FULLATTN_BACKEND": value})
     assert done.stdout.strip() == printed
 
 

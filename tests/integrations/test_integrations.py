@@ -13,6 +13,7 @@ import torch
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
 from fullattn.integrations import torchvision
 from helpers.networks import load
+from helpers.processes import run_program
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 
@@ -28,7 +29,7 @@ def test_an_import_registers_nothing_and_imports_no_other_library() -> None:
         "import sys, fullattn, fullattn.swap\n"
         "print(sorted({'timm', 'torchvision', 'mmengine', 'mmcv'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_program(program)
     assert done.stdout.strip() == "[]"
 
 

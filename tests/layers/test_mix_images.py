@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +17,7 @@ from fullattn import FullyAttentional, attention, costs
 from fullattn.layers import mixing
 from helpers import official_code
 from helpers.cases import SIZES, assert_near
+from helpers.processes import run_program
 
 pytestmark = pytest.mark.filterwarnings("ignore:mix_images=True:UserWarning")
 
@@ -153,7 +152,7 @@ def test_it_warns_once_in_a_process_and_the_default_never() -> None:
         "layers = [fullattn.FullyAttentional(4, mix_images=True) for _ in range(3)]\n"
         "layers[0](torch.randn(2, 4, 5, 6))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_program(program)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("UserWarning") == 1
     assert done.stderr.count("for nothing else") == 1

@@ -6,8 +6,6 @@ import base64
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from fullattn.segmentation.data.files import DataError
 from fullattn.segmentation.evaluation import maps
 from fullattn.segmentation.models.files import load
 from helpers import tiny_data, tiny_network
+from helpers.processes import run_program
 
 
 @pytest.fixture(autouse=True)
@@ -356,7 +355,7 @@ def test_the_error_without_matplotlib_names_the_extra(photo: Path) -> None:
         "from fullattn._cli.main import main\n"
         f"sys.exit(main(['maps', {str(photo)!r}]))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_program(program)
     assert done.returncode == 2
     assert "pip install 'fullattn[plot]'" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 import fullattn
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, insert, replay, swap
 from fullattn.swap import Report
+from helpers.processes import run_program
 
 
 class Block(nn.Module):
@@ -306,4 +305,4 @@ model.load_state_dict(weights)
 assert torch.equal(model.eval()(x), y)
 """
     for program in (save, load):
-        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+        run_program(program, cwd=tmp_path).check_returncode()

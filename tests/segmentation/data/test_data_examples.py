@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from fullattn.segmentation.data import (
 )
 from helpers import tiny_data
 from helpers.networks import load
+from helpers.processes import run_program
 
 load("torchvision")
 
@@ -453,7 +452,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_program(program)
     without_pillow, imported, without_torchvision = done.stdout.splitlines()
     assert "pip install 'fullattn[data]'" in without_pillow
     assert imported == "False"

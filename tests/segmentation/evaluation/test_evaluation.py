@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from fullattn.segmentation.models import FLANet
 from fullattn.segmentation.models.files import Description, describe, load
 from helpers import tiny_data
 from helpers.command_line import run_command
+from helpers.processes import run_program
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
 COLOURS = list(tiny_data.CAMVID.values())
@@ -440,4 +439,4 @@ def test_the_commands_are_light_to_import_and_drawing_leaves_pyplot_alone() -> N
         "import fullattn.plot;"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_program(code).check_returncode()

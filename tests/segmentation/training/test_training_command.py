@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from fullattn.segmentation.training.config import read
 from helpers import tiny_data
+from helpers.processes import run_program
 from helpers.tiny_training import processes
 
 pytestmark = pytest.mark.slow
@@ -260,5 +260,5 @@ def test_the_parser_needs_no_slow_imports() -> None:
         "heavy = {'lightning', 'pydantic', 'timm', 'yaml'}\n"
         "print(heavy & set(sys.modules))\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = run_program(code)
     assert found.stdout.strip() == "set()"
