@@ -15,7 +15,8 @@ INTERPRETED := tests/attention/triton/test_triton.py tests/attention/test_poison
 .PHONY: bench test quick networks coverage wheels versions deep camvid docs browser tables lint \
     format clean
 
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# An editable installation carries no compiled kernel, and so needs no compiler for it.
+PIP := FULLATTN_WHEEL=any $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 $(BENCH): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -53,7 +54,7 @@ coverage: $(READY)  ## the tests of `make test` once more, with what of src they
 	$(BIN)/coverage report --skip-covered
 
 wheels: $(READY)  ## the source distribution and the wheels, into dist, and what they do where nothing else is
-	$(PIP) '.[wheels]'
+	$(PIP) -e '.[wheels]'
 	$(TESTS) -m wheels tests/wheels
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --sdist
