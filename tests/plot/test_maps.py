@@ -173,8 +173,9 @@ def test_pictures_and_page_say_untrained_where_the_layers_are(
     for figure in figures:  # in the picture, and over none of its panels
         FigureCanvasAgg(figure).draw()
         (text,) = [each for each in figure.texts if "untrained" in each.get_text()]
-        box = text.get_window_extent()
+        box = text.get_bbox_patch().get_window_extent()
         assert box.x0 >= 0 <= box.y0
+        assert box.x1 <= figure.bbox.width
         assert not any(box.overlaps(panel.get_tightbbox()) for panel in figure.axes)
 
 

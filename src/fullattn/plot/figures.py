@@ -247,9 +247,9 @@ def draw_profiles(
 
 def stamp(figure: Figure, text: str) -> None:
     """Write a text in a frame below the panels, so that it is wherever the picture is."""
-    frame = {"facecolor": "none", "edgecolor": _MARK, "boxstyle": "round"}
-    label: Any = {"x": 0.99, "ha": "right", "color": _MARK, "fontweight": "bold", "bbox": frame}
-    figure.supxlabel(text, **label)
+    frame = {"facecolor": "none", "edgecolor": _MARK, "boxstyle": "round,pad=0.2"}
+    label: Any = {"color": _MARK, "fontsize": 10, "fontweight": "bold", "bbox": frame}
+    figure.supxlabel(text, x=0.99, ha="right", **label)
 
 
 def _figure(title: str, width: float, height: float) -> Figure:
