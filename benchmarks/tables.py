@@ -133,7 +133,34 @@ def home_table() -> str:
     here = report.environment
     about = f"{here.device_name}, {report.conditions.threads} threads, {report.conditions.dtype}"
     about += f", PyTorch {here.torch}, {here.date[:10]}."
-    return f"{_table(headings, cells)}\n\n{about}"
+    return f"{_table(headings, cells)}\n\n{about}\n\n{_step_sentence()}"
+
+
+def _steps() -> list[dict[str, Any]]:
+    """Read the training steps of FLANet, with the speed in each pair of steps."""
+    found = []
+    for path in sorted((RESULTS / "cpu").glob("flanet_step_*.json")):
+        data = json.loads(path.read_text())
+        ours, public = data["milliseconds"]["fullattn"], data["milliseconds"]["official"]
+        pairs = [theirs / our for our, theirs in zip(ours, public, strict=True)]
+        found.append(
+            {
+                **data,
+                "pairs": len(pairs),
+                "speed": f"{statistics.median(pairs):.2f}×",
+                "range": f"{min(pairs):.2f}× to {max(pairs):.2f}×",
+            }
+        )
+    return found
+
+
+def _step_sentence() -> str:
+    """Tell the speed of a whole network's training step."""
+    told = [f"{data['speed']} with `{data['backbone']}` ({data['range']})" for data in _steps()]
+    return (
+        "Of a training step of the whole FLANet on a CPU, the speed against the official "
+        f"implementation is {' and '.join(told)}."
+    )
 
 
 def readme_table() -> str:
@@ -158,29 +185,28 @@ def readme_table() -> str:
             cells.append([f"{place}: {title}", forward, training, peak])
         about.append(f"{card['device_name']}, PyTorch {card['torch']}")
     headings = ["", "forward ms", "forward + backward ms", "its peak MiB"]
-    return f"{_table(headings, cells)}\n\n{'; '.join(about)}. Medians; peaks over the inputs."
+    conditions = f"{'; '.join(about)}. Medians; peaks over the inputs."
+    return f"{_table(headings, cells)}\n\n{conditions}\n\n{_step_sentence()}"
 
 
 def flanet_step_table() -> str:
     """Compare a training step of FLANet with our layer and with the official implementation."""
     cells, about = [], []
-    for path in sorted((RESULTS / "cpu").glob("flanet_step_*.json")):
-        data = json.loads(path.read_text())
-        ours, public = data["milliseconds"]["fullattn"], data["milliseconds"]["official"]
-        pairs = [theirs / our for our, theirs in zip(ours, public, strict=True)]
+    for data in _steps():
+        times = (data["milliseconds"][name] for name in ("fullattn", "official"))
         cells.append(
             [
                 f"`{data['backbone']}`",
-                *(f"{statistics.median(each) / 1000:.2f}" for each in (ours, public)),
-                f"{statistics.median(pairs):.2f}×",
-                f"{min(pairs):.2f}× to {max(pairs):.2f}×",
+                *(f"{statistics.median(each) / 1000:.2f}" for each in times),
+                data["speed"],
+                data["range"],
                 *(f"{data['peak_bytes'][name] / 2**20:.0f}" for name in ("fullattn", "official")),
             ]
         )
         shape = "×".join(map(str, data["shape"]))
         about.append(
             f"images {shape}, {data['device']}, {data['threads']} threads, torch {data['torch']}, "
-            f"{len(pairs)} interleaved pairs of steps"
+            f"{data['pairs']} interleaved pairs of steps"
         )
     headings = [
         "backbone",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -32,19 +33,58 @@ def test_public_names() -> None:
         "ChannelNonLocal",
         "FullyAttentional",
         "SpatialNonLocal",
+        "attention",
         "backend",
         "checkpoints",
+        "costs",
+        "data",
+        "evaluation",
         "functional",
         "insert",
+        "integrations",
+        "layers",
         "models",
         "plot",
         "remove",
         "replay",
+        "reshape",
+        "segmentation",
         "swap",
     ]
     for name in fullattn.__all__:
         assert getattr(fullattn, name) is not None
     assert fullattn.__version__
+    assert dir(fullattn) == sorted([*fullattn.__all__, "__version__"])
+
+
+def test_dir_lists_what_the_reference_documents() -> None:
+    pages = Path(__file__).parents[1].joinpath("docs", "reference").glob("*.md")
+    text = "".join(page.read_text() for page in pages)
+    documented = set(re.findall(r"^::: fullattn\.(\w+)", text, re.MULTILINE))
+    assert len(documented) > 10
+    assert documented <= set(dir(fullattn))
+
+
+def test_modules_are_there_when_they_are_asked_for() -> None:
+    lazy = "data evaluation models plot segmentation"
+    loaded, *after = printed_by(
+        "import sys, fullattn\n"
+        f"print(any(f'fullattn.{{name}}' in sys.modules for name in {lazy.split()}))\n"
+        f"print(*(getattr(fullattn, name).__name__ for name in {lazy.split()}))"
+    )
+    assert loaded == "False"  # the import of fullattn is quick because it leaves them out
+    assert after == [f"fullattn.{name}" for name in lazy.split()]
+
+
+def test_help_needs_no_extra() -> None:
+    names = printed_by(
+        "import sys; sys.modules['matplotlib'] = sys.modules['PIL'] = None\n"
+        "import fullattn, pydoc\n"
+        "assert 'SpatialNonLocal' in pydoc.render_doc(fullattn)\n"
+        "print(*dir(fullattn))"
+    )
+    assert {*names, "data", "plot"} == {*fullattn.__all__, "__version__"}
+    assert not {"data", "plot"} & set(names)
 
 
 def test_every_name_in_all_exists_and_has_a_docstring() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import runpy
 import signal
 from collections.abc import Iterator
@@ -599,6 +600,17 @@ def test_table_says_why_there_are_no_ratios() -> None:
     assert "no ratios, because the baseline official was not measured" in _printed(
         _report(_row(OURS, 1))
     )
+
+
+def test_picture_and_table_show_the_same_ratios() -> None:
+    """Of time the speed, above 1 if faster; of memory the peak, below 1 if smaller."""
+    report = _report(_row(BASE, 10.0, peak=100), _row(OURS, 4.0, peak=5))
+    in_table = [re.findall(r"[\d.]+×", line) for line in _printed(report).splitlines()]
+    assert ["2.50×", "0.05×"] in in_table
+    panels = chart._ratios(report).axes
+    assert [panel.texts[1].get_text() for panel in panels] == ["2.50×", "0.05×"]
+    labels = [panel.get_xlabel() for panel in panels]
+    assert ["right is better" in labels[0], "left is better" in labels[1]] == [True, True]
 
 
 @pytest.mark.parametrize("sweep", [None, "resolution", "channels"])

@@ -95,6 +95,22 @@ def test_permuting_rows_or_columns_commutes_with_fully_attentional(
 
 
 @runs(cases=(FULLY_ATTENTIONAL,))
+@pytest.mark.parametrize(
+    ("axis", "same", "moved"), [(2, "columns", "rows"), (3, "rows", "columns")]
+)
+@given(drawn=feature_maps(), seed=st.integers(0, 99))
+def test_a_columns_map_does_not_see_the_place_in_the_column_nor_a_rows_map_that_in_the_row(
+    run: Run, axis: int, same: str, moved: str, drawn: Drawn, seed: int
+) -> None:
+    layer = run.build(drawn.channels, **drawn.options(run.case))
+    x = drawn.x(run)
+    order = _permutation(x.shape[axis], seed).to(x.device)
+    before, after = layer.similarity(x), layer.similarity(x.index_select(axis, order))
+    assert_near(getattr(after, same), getattr(before, same), run.dtype)
+    assert_near(getattr(after, moved), getattr(before, moved).index_select(1, order), run.dtype)
+
+
+@runs(cases=(FULLY_ATTENTIONAL,))
 @pytest.mark.parametrize("axis", [2, 3])
 @given(drawn=feature_maps())
 def test_mirroring_commutes_with_fully_attentional(run: Run, axis: int, drawn: Drawn) -> None:

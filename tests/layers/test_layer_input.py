@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from typing import Any
 
+import einops
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal
@@ -39,6 +42,47 @@ def test_a_wrong_shape_is_a_value_error(
         getattr(layer_class(4), call)(torch.zeros(shape))
 
 
+# The input as it came, and the expression of the hint that makes it a feature map (B, 4, 5, 6).
+LAYOUTS = {
+    "(B, H, W, C)": ("b c h w -> b h w c", "x.permute(0, 3, 1, 2)"),
+    "(H, W, C)": ("1 c h w -> h w c", "x.permute(2, 0, 1)"),
+    "tokens (B, N, C)": ("b c h w -> b (h w) c", "x.mT.unflatten(2, (H, W))"),
+    "tokens (N, C)": ("1 c h w -> (h w) c", "x.mT.unflatten(1, (H, W))"),
+    "(B, C, N)": ("b c h w -> b c (h w)", "x.unflatten(2, (H, W))"),
+    "(B, C, T, H, W)": ("(b t) c h w -> b c t h w", "x.transpose(1, 2).flatten(0, 1)"),
+    "(B, T, C, H, W)": ("(b t) c h w -> b t c h w", "x.flatten(0, 1)"),
+}
+
+
+@each_layer
+@each_call
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_hint_of_another_layout_makes_a_feature_map_of_it(
+    layer_class: Any, call: str, layout: str
+) -> None:
+    pattern, expression = LAYOUTS[layout]
+    batch = 1 if pattern.startswith("1") else 6
+    x = torch.randn(batch, 4, 5, 7)
+    given = einops.rearrange(x, pattern, **({"t": 3} if "t" in pattern else {}))
+    with pytest.raises(ValueError, match=re.escape(f"for {layout} use {expression}")):
+        getattr(layer_class(4), call)(given)
+    mended = eval(expression, {"x": given, "H": 5, "W": 7})
+    assert torch.equal(mended.reshape(x.shape), x)
+
+
+@each_layer
+def test_channels_that_are_on_no_axis_get_no_hint_of_another_layout(layer_class: Any) -> None:
+    for shape in ((2, 9, 5, 6), (9, 5, 6), (9, 5), (1, 2, 9, 5, 6)):
+        with pytest.raises(ValueError, match=r"\)$"):  # the shape ends the sentence
+            layer_class(4)(torch.zeros(shape))
+
+
+@each_layer
+def test_an_image_in_place_of_features_gets_a_hint(layer_class: Any) -> None:
+    with pytest.raises(ValueError, match=r"got 3: .*an image needs .*from 3 to 4 channels"):
+        layer_class(4)(torch.zeros(2, 3, 5, 6))
+
+
 @each_layer
 @each_call
 @pytest.mark.parametrize(
@@ -52,12 +96,31 @@ def test_a_dtype_that_is_not_real_floating_point_is_a_type_error(
 
 
 @each_layer
+@pytest.mark.parametrize(
+    ("dtype", "hint"),
+    [
+        (torch.uint8, "; use x.float(), for an image x.float() / 255"),
+        (torch.int64, "; use x.float()"),
+        (torch.bool, "; use x.float()"),
+        (torch.complex64, ""),
+    ],
+    ids=str,
+)
+def test_the_hint_of_a_dtype_converts_it(layer_class: Any, dtype: torch.dtype, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"got {dtype}{re.escape(hint)}$"):
+        layer_class(4)(torch.zeros(2, 4, 5, 6, dtype=dtype))
+
+
+@each_layer
 @each_call
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_another_dtype_than_the_layers_is_a_type_error(
     layer_class: Any, call: str, dtype: torch.dtype
 ) -> None:
-    with pytest.raises(TypeError, match=f"the layer's dtype torch.float32, got {dtype}"):
+    message = (
+        f"the layer's dtype torch.float32, got {dtype}; use x.to(torch.float32), layer.to({dtype}) "
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
         getattr(layer_class(4), call)(torch.zeros(2, 4, 5, 6, dtype=dtype))
 
 
@@ -76,6 +139,33 @@ def test_another_device_than_the_layers_is_a_value_error(layer_class: Any, call:
 def test_what_is_not_a_tensor_is_a_type_error(layer_class: Any, call: str, value: Any) -> None:
     with pytest.raises(TypeError, match=f"a tensor of shape .* got {type(value).__name__}"):
         getattr(layer_class(4), call)(value)
+
+
+@each_layer
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (np.zeros((4, 5, 6), np.float32), "; use torch.from_numpy(x)"),
+        (
+            Image.new("RGB", (6, 5)),
+            "; use torch.from_numpy(numpy.array(x)).permute(2, 0, 1) / 255",
+        ),
+        ([torch.zeros(1, 4, 5, 6)], "; give one of its feature maps, such as x[0]"),
+        ({"out": torch.zeros(1, 4, 5, 6)}, "; give one of its feature maps, such as x['out']"),
+        ([], ""),
+        ([1.0], ""),
+        (None, ""),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_the_hint_of_another_type_makes_a_tensor_of_it(
+    layer_class: Any, value: Any, hint: str
+) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"got {type(value).__name__}{hint}") + "$"):
+        layer_class(4)(value)
+    if hint:
+        expression = hint.split(" ", 2)[2] if hint.startswith("; use") else hint.split()[-1]
+        assert torch.is_tensor(eval(expression, {"x": value, "torch": torch, "numpy": np}))
 
 
 @each_call
@@ -105,6 +195,25 @@ def option_id(value: object) -> str | None:
 @pytest.mark.parametrize(("value", "error"), [*BAD_COUNTS, (None, TypeError)], ids=option_id)
 def test_bad_channels(layer_class: Any, value: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="channels must be a positive integer, got"):
+        layer_class(value)
+
+
+@each_layer
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (torch.zeros(2, 64, 9, 9), r"a tensor (2, 64, 9, 9)"),
+        (nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()), "an instance of Sequential"),
+        ([64], "[64]"),
+        ((64, 97, 97), "(64, 97, 97)"),
+        ("64", "'64'"),
+    ],
+    ids=option_id,
+)
+def test_what_came_in_place_of_channels_is_shown_in_one_line(
+    layer_class: Any, value: Any, shown: str
+) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"positive integer, got {shown}") + "$"):
         layer_class(value)
 
 
@@ -178,16 +287,57 @@ def test_bad_module_factories(layer_class: Any, name: str, value: Any) -> None:
 
 
 @each_layer
-@pytest.mark.parametrize("name", ["bias", "gama_init", "kernel_size"])
-def test_an_unknown_keyword_is_a_type_error(layer_class: Any, name: str) -> None:
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-        layer_class(8, **{name: 1})
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("in_channels", "; did you mean 'channels'?"),
+        ("num_channels", "; did you mean 'channels'?"),
+        ("dim", "; did you mean 'channels'?"),
+        ("in_planes", "; did you mean 'channels'?"),
+        ("gama_init", "; did you mean 'gamma_init'?"),
+        ("height", "; height and width are free"),
+        ("out_channels", "; the output has the channels of the input"),
+        ("kernel_size", "; expected channels, "),
+    ],
+)
+def test_an_unknown_keyword_is_a_type_error(layer_class: Any, name: str, hint: str) -> None:
+    message = f"{layer_class.__name__} got an unexpected keyword argument {name!r}{hint}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        layer_class(**{name: 8})
+
+
+@each_layer
+def test_a_given_argument_is_not_suggested(layer_class: Any) -> None:
+    with pytest.raises(TypeError, match="argument 'in_channels'; expected"):
+        layer_class(8, in_channels=8)
+    with pytest.raises(TypeError, match="argument 'scales'; expected"):
+        layer_class(8, scale=1.0, scales=2.0)
 
 
 @each_layer
 def test_options_are_keyword_only(layer_class: Any) -> None:
-    with pytest.raises(TypeError, match="positional argument"):
+    with pytest.raises(TypeError, match=r"takes 1 positional argument, channels, got \(8, 1\.0\)"):
         layer_class(8, 1.0)
+    with pytest.raises(TypeError, match=r"got \(64, 97, 97\); height and width are free"):
+        layer_class(64, 97, 97)
+
+
+@each_layer
+def test_missing_and_repeated_channels_are_pythons_errors(layer_class: Any) -> None:
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'channels'"):
+        layer_class()
+    with pytest.raises(TypeError, match="multiple values for argument 'channels'"):
+        layer_class(8, channels=8)
+
+
+def test_a_subclass_has_the_arguments_of_its_own_init() -> None:
+    class Wide(FullyAttentional):
+        def __init__(self, width: int, height: int, **options: Any) -> None:
+            super().__init__(width * height, **options)
+
+    assert Wide(2, 3, project=False).channels == Wide(width=2, height=3).channels == 6
+    with pytest.raises(TypeError, match="Wide takes 2 positional arguments, width, height, got"):
+        Wide(2, 3, 4)  # type: ignore[call-arg]
 
 
 @each_layer

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -133,6 +135,47 @@ def test_untrained_layers_compare_the_features_themselves(photo: Path) -> None:
     np.testing.assert_allclose(found["fully"].rows[0, 2], row, rtol=1e-4)
     assert seen.beside is not None
     assert seen.beside.scale == pytest.approx(4 / (h * w))
+
+
+def _figures(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[Figure]:
+    """Run `fullattn maps`, and return the figures that it has written."""
+    made: list[Figure] = []
+
+    def save(figure: Figure, *_: Any, **__: Any) -> None:
+        made.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    assert main(["maps", *arguments, "--output", str(folder)]) == 0
+    return made
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_pictures_and_page_say_untrained_where_the_layers_are(
+    trained: bool,
+    checkpoint: Callable[[str], Path],
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ["--channel", "2", *(["--checkpoint", str(checkpoint("fully"))] if trained else [])]
+    figures = _figures(tmp_path / "o", monkeypatch, str(photo), *options)
+    assert len(figures) == (2 if trained else 5)  # at the point and at the channel
+    stamps = {figure.get_supxlabel() for figure in figures}
+    titles = [layer["title"] for layer in _data(tmp_path / "o" / "street_maps.html")["layers"]]
+    if trained:
+        assert stamps == {""}
+        assert titles == ["FullyAttentional"]
+        return
+    assert stamps == {"untrained layer on random features"}
+    assert len(titles) == 3
+    assert all(title.endswith(", untrained layer on random features") for title in titles)
+    for figure in figures:  # in the picture, and over none of its panels
+        FigureCanvasAgg(figure).draw()
+        (text,) = [each for each in figure.texts if "untrained" in each.get_text()]
+        box = text.get_bbox_patch().get_window_extent()
+        assert box.x0 >= 0 <= box.y0
+        assert box.x1 <= figure.bbox.width
+        assert not any(box.overlaps(panel.get_tightbbox()) for panel in figure.axes)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import fullattn
 from fullattn import ChannelNonLocal, FullyAttentional, SpatialNonLocal, costs, insert, remove, swap
 from fullattn._versions import VERSION
+from fullattn.layers import LAYERS as NAMED
 
 LAYERS = (FullyAttentional, ChannelNonLocal, SpatialNonLocal)
 IDENTITY: dict[type[nn.Module], dict[str, Any]] = {
@@ -725,11 +727,23 @@ REFUSED = {
     ),
     "an instance": Refused(
         "context",
-        "expected a layer class or a callable .* got ChannelNonLocal",
+        "expected a layer class or a callable .* got an instance of ChannelNonLocal",
         ChannelNonLocal(16),
         TypeError,
     ),
-    "no callable": Refused("context", "expected a layer class .* got str", "fully", TypeError),
+    "no callable": Refused(
+        "context", "expected a layer class .* got an instance of int", 3, TypeError
+    ),
+    "unknown layer": Refused(
+        "context",
+        r"expected a layer of 'fully', 'channel', 'spatial'.* got 'fuly'; did you mean 'fully'\?$",
+        "fuly",
+    ),
+    "layer and target exchanged": Refused(
+        FullyAttentional,
+        r"got 'context', a module of the model, which is the target: .* the target comes first",
+        "context",
+    ),
     "unknown option": Refused("context", "scal", error=TypeError, options={"scal": 1}),
     "bad option": Refused("context", "scale must be", error=TypeError, options={"scale": "x"}),
     "dtype as option": Refused(
@@ -737,6 +751,19 @@ REFUSED = {
     ),
     "fails in the second place": Refused(Pyramid, "the second one", second_fails(), RuntimeError),
 }
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_layer_may_be_named_as_on_the_command_line(name: str, tmp_path: Path) -> None:
+    model, named = net(), net()
+    for each, layer in ((model, NAMED[name]), (named, name)):
+        swapped = swap(each, "context", layer)
+        inserted = insert(each, layer, after="stem.0")
+        assert isinstance(swapped.changes[0].layer, NAMED[name])
+        assert isinstance(inserted.changes[0].layer, NAMED[name])
+    assert repr(named) == repr(model)
+    inserted.save(tmp_path / "change.json")  # under the name of the class, not the short one
+    assert NAMED[name].__name__ in (tmp_path / "change.json").read_text()
 
 
 @pytest.mark.parametrize("case", REFUSED.values(), ids=REFUSED)

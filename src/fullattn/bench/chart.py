@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
 from fullattn._cli.conditions import MODES, Mode
+from fullattn.bench import table
 from fullattn.bench.results import Quantity, Results, Row
 from fullattn.plot.style import BLUE, COLOURS, GRID, ORANGE, QUIET, styled
 
@@ -25,6 +26,11 @@ _MARKERS = "os^Dv<>"
 _UNITS: dict[Quantity, tuple[int, str]] = {
     "time": (1, "ms"),
     "memory": (2**20, "MiB over the inputs"),
+}
+# The ratio of each quantity, as in the tables, and where it is better.
+_RATIOS: dict[Quantity, tuple[str, str]] = {
+    "time": ("speed", "right"),
+    "memory": ("peak memory", "left"),
 }
 
 
@@ -48,7 +54,7 @@ def _label(row: Row) -> str:
 
 
 def _ratios(results: Results) -> Figure:
-    """Draw a line of panels per shape: time left, memory right, a bar per implementation."""
+    """Draw a line of panels per shape: speed left, memory right, a bar per implementation."""
     shapes = results.shapes
     heights = [0.8 + 0.32 * len(results.at(shape)) for shape in shapes]
     figure = Figure(figsize=(10, sum(heights) + 1.5), layout="constrained")
@@ -58,11 +64,14 @@ def _ratios(results: Results) -> Figure:
     for line, shape in zip(panels, shapes, strict=True):
         for panel, quantity in zip(line, _UNITS, strict=True):
             _bars(panel, results, results.at(shape), quantity)
-            panel.set_title(f"{shape}: {quantity}", loc="left", fontweight="bold")
-    for panel, quantity in zip(panels[-1], _UNITS, strict=True):
-        panel.set_xlabel(f"{quantity} over that of the baseline (left is better)")
+            panel.set_title(f"{shape}: {_RATIOS[quantity][0]}", loc="left", fontweight="bold")
+    for panel, (ratio, better) in zip(panels[-1], _RATIOS.values(), strict=True):
+        panel.set_xlabel(f"{ratio} over that of the baseline ({better} is better)")
     figure.suptitle(
-        f"Cost against the baseline: {results.baseline_title()}", x=0.01, ha="left", fontsize=12
+        f"Speed and memory against the baseline: {results.baseline_title()}",
+        x=0.01,
+        ha="left",
+        fontsize=12,
     )
     handles = [Patch(color=_MODE_COLOURS[mode], label=mode) for mode in results.modes]
     figure.legend(handles=handles, loc="outside upper right", ncols=2, frameon=False)
@@ -78,8 +87,9 @@ def _bars(panel: Axes, results: Results, rows: list[Row], quantity: Quantity) ->
         for number, mode in enumerate(modes):
             y = place + height * (number - (len(modes) - 1) / 2)
             ratio = results.ratio(row, quantity, mode)
-            if ratio:
-                # From 1 outwards: to the left is a gain, to the right a loss.
+            if ratio and quantity == "time":
+                ratio = 1 / ratio  # the speed, as in the tables
+            if ratio:  # from 1 outwards
                 panel.barh(y, ratio - 1, height, left=1, color=_MODE_COLOURS[mode])
             _write_at(panel, y, ratio, _text(row, ratio, quantity, mode))
     panel.set_yticks(range(len(rows)), [_label(row) for row in rows])
@@ -104,7 +114,7 @@ def _text(row: Row, ratio: float | None, quantity: Quantity, mode: Mode) -> str:
     measurement = row.measured[mode]
     if measurement.failure is not None:
         return measurement.failure.kind
-    return f"{ratio:.2f}×" if ratio else f"no ratio of {quantity}"
+    return table.ratio(ratio) if ratio else f"no ratio of {quantity}"
 
 
 def _write_at(panel: Axes, y: float, ratio: float | None, text: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, fx, nn
 
@@ -110,6 +110,13 @@ class AttentionLayer(nn.Module):
     scale: float | None = 1.0
     backend: str | None = None
     gamma: nn.Parameter | None
+
+    if not TYPE_CHECKING:  # the arguments are those of __init__
+
+        def __new__(cls, *args, **options):
+            """Refuse arguments that the layer does not take, with a hint."""
+            _checks.arguments(cls, args, options)
+            return super().__new__(cls)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -30,6 +30,7 @@ __all__ = [
     "draw_positions",
     "draw_profiles",
     "draw_slices",
+    "stamp",
     "weight_norm",
 ]
 
@@ -242,6 +243,13 @@ def draw_profiles(
         panel.set(xlabel=labels[across], ylabel=labels[not across])
     _add_bar(figure, shown, [corner], number, location="left")
     return figure
+
+
+def stamp(figure: Figure, text: str) -> None:
+    """Write a text in a frame below the panels, so that it is wherever the picture is."""
+    frame = {"facecolor": "none", "edgecolor": _MARK, "boxstyle": "round,pad=0.2"}
+    label: Any = {"color": _MARK, "fontsize": 10, "fontweight": "bold", "bbox": frame}
+    figure.supxlabel(text, x=0.99, ha="right", **label)
 
 
 def _figure(title: str, width: float, height: float) -> Figure:

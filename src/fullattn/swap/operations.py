@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fullattn._text import did_you_mean
+from fullattn.layers import LAYERS
 from fullattn.swap import rebuilt, recorded, shapes
 from fullattn.swap.inserted import Home, Insertion
 from fullattn.swap.report import Change, Report, count_parameters
@@ -23,7 +25,7 @@ __all__ = ["apply", "insert", "remove", "replay", "replay_unkept", "swap"]
 def swap(
     model: nn.Module,
     target: Target,
-    replacement: Callable[..., nn.Module],
+    replacement: str | Callable[..., nn.Module],
     *,
     sample_input: Any = None,
     **options: Any,
@@ -41,8 +43,9 @@ def swap(
         target: what to replace: a dotted name ("classifier.0"), a glob over dotted names
             ("decoder.*.aspp"; `*` also matches dots), a module class, or a predicate of name and
             module. Of nested matches, the outermost is replaced.
-        replacement: a layer class of this package, or any callable of the channel count that
-            builds a module from (B, C, H, W) to the same shape.
+        replacement: a layer class of this package, its short name ("fully", "channel", "spatial"),
+            or any callable of the channel count that builds a module from (B, C, H, W) to the same
+            shape.
         sample_input: input of the model: a tensor, a tuple of arguments or a mapping of keyword
             arguments. Required if a module does not state its channels; otherwise optional, and
             checks that the model calls the module with one feature map.
@@ -52,9 +55,9 @@ def swap(
         A report of the changes, with channels, parameters and FLOPs; prints as a table.
 
     Raises:
-        ValueError: nothing matches the target, or only the model itself; the channels cannot be
-            inferred; a replaced module changes height or width; the replacement returns another
-            shape; the model does not run on the sample input.
+        ValueError: nothing matches the target, or only the model itself; no layer has the name; the
+            channels cannot be inferred; a replaced module changes height or width; the replacement
+            returns another shape; the model does not run on the sample input.
         TypeError: wrong type of target, replacement, options or sample input.
 
     Example:
@@ -80,7 +83,7 @@ def swap(
 
 def insert(
     model: nn.Module,
-    replacement: Callable[..., nn.Module],
+    replacement: str | Callable[..., nn.Module],
     *,
     after: Target,
     sample_input: Any = None,
@@ -97,8 +100,9 @@ def insert(
 
     Args:
         model: the model; changed in place.
-        replacement: a layer class of this package, or any callable of the channel count that
-            builds a module from (B, C, H, W) to the same shape.
+        replacement: a layer class of this package, its short name ("fully", "channel", "spatial"),
+            or any callable of the channel count that builds a module from (B, C, H, W) to the same
+            shape.
         after: where to insert: a target as in `swap`. Of nested matches, all get a layer.
         sample_input: as in `swap`.
         options: keyword arguments for `replacement`.
@@ -284,20 +288,34 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"expected a torch.nn.Module as model, got {type(model).__name__}")
 
 
+def _layer_named(name: str, model: nn.Module) -> type[nn.Module]:
+    if name in LAYERS:
+        return LAYERS[name]
+    message = f"expected a layer of {', '.join(map(repr, LAYERS))} or a class, got {name!r}"
+    if name in dict(model.named_modules()):
+        raise ValueError(
+            f"{message}, a module of the model, which is the target: in swap the target comes "
+            "first, and in insert it is after="
+        )
+    raise ValueError(message + did_you_mean(name, LAYERS))
+
+
 def _change_targets(
     action: Literal["swap", "insert"],
     model: nn.Module,
     target: Target,
-    replacement: Callable[..., nn.Module],
+    replacement: str | Callable[..., nn.Module],
     sample_input: Any,
     options: dict[str, Any],
 ) -> Report:
     """Find the modules and their channels, and change them."""
     _check_model(model)
+    if isinstance(replacement, str):
+        replacement = _layer_named(replacement, model)
     if isinstance(replacement, nn.Module) or not callable(replacement):
         raise TypeError(
             "expected a layer class or a callable of the channel count, such as "
-            f"lambda channels: layer, got {type(replacement).__name__}"
+            f"lambda channels: layer, got an instance of {type(replacement).__name__}"
         )
     if given := {"device", "dtype"} & set(options):
         raise TypeError(f"{' and '.join(sorted(given))} come from the model and cannot be options")

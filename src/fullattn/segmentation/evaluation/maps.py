@@ -74,6 +74,7 @@ class LayerInputs(NamedTuple):
     layers: Mapping[str, tuple[nn.Module, Tensor]]  # by name, each with its input, (1, C, h, w)
     note: str  # a sentence on the origin of the layers and features
     beside: ChannelNonLocal | None = None  # as in `similarity`
+    stamp: str = ""  # what every picture says of layers that are not trained
 
 
 def read(path: Path, longest: int) -> Photograph:
@@ -150,7 +151,7 @@ def of_stem(
     images = (pixels - pixels.mean()) / pixels.std().clamp(min=1e-3)
     features = through_stem(images[None], channels, seed)
     note = f"Features: a random convolutional stem (seed {seed}) of {channels} channels."
-    return _untrained(features, layers, scale, note)
+    return _untrained(features, layers, scale, note, "untrained layer on random features")
 
 
 def of_backbone(
@@ -190,11 +191,11 @@ def of_backbone(
     width = photograph.pixels.shape[2]
     features = min(stages, key=lambda stage: abs(round(width / stage.shape[3]) - 8))
     note = f"Features: {name}, {features.shape[1]} channels."
-    return _untrained(features, layers, scale, note)
+    return _untrained(features, layers, scale, note, f"untrained layer on features of {name}")
 
 
 def _untrained(
-    features: Tensor, layers: Sequence[str], scale: float | None, note: str
+    features: Tensor, layers: Sequence[str], scale: float | None, note: str, stamp: str
 ) -> LayerInputs:
     # Mean 0 and deviation 1 in each channel, so that none dominates the scores.
     features = F.batch_norm(features, None, None, training=True)
@@ -208,7 +209,7 @@ def _untrained(
     note += " Layers without trained weights, which compare the features as they are; scale "
     note += f"{_SHARPNESS:g}/d." if scale is None else f"{scale:g}."
     inputs = {name: (untrained(LAYERS[name]), features) for name in layers}
-    return LayerInputs(inputs, note, untrained(ChannelNonLocal))
+    return LayerInputs(inputs, note, untrained(ChannelNonLocal), stamp)
 
 
 def write(
@@ -223,7 +224,8 @@ def write(
 
     For street.jpg these are street_spatial.png, street_channel.png and so on, by the layers' names,
     and street_maps.html; with a channel also street_fully_channel_5.png and so on for the layers
-    with maps of channels. The point is in pixels of the file.
+    with maps of channels. The point is in pixels of the file. Each figure, and each layer's heading
+    in the page, has the stamp.
 
     Raises:
         ValueError: the point is outside or the channel does not exist.
@@ -237,6 +239,8 @@ def write(
         layer, features = seen.layers[key]
         title = f"{type(layer).__name__}, {name}{at}"
         figure = similarity(layer, features, photograph.pixels, title=title, **options)
+        if seen.stamp:
+            figures.stamp(figure, seen.stamp)
         made[folder / f"{stem}_{file}.png"] = figure
 
     for key in seen.layers:
@@ -244,9 +248,10 @@ def write(
     if channel is not None:
         for key in with_channel_maps({key: layer for key, (layer, _) in seen.layers.items()}):
             draw(key, f"{key}_channel_{channel}", channel=channel)
-    # By the type of each layer, followed by its name in the network if that differs.
+    # By the type of each layer, followed by its name in the network if that differs, and the stamp.
+    stamp = f", {seen.stamp}" if seen.stamp else ""
     headed = {
-        type(each[0]).__name__ + ("" if key in LAYERS else f" {key}"): each
+        type(each[0]).__name__ + ("" if key in LAYERS else f" {key}") + stamp: each
         for key, each in seen.layers.items()
     }
     text = page(
