@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["NOTHING", "did_you_mean", "digits", "si"]
+__all__ = ["NOTHING", "counted", "did_you_mean", "digits", "si"]
 
 NOTHING = "–"  # in tables
 
@@ -14,6 +14,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the known name closest to `name`, or "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number and its noun, in the plural unless it is 1: "1 thread", "2 threads"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def si(number: float | None) -> str:

@@ -150,7 +150,6 @@ CALLS = [
     (SWAP + "mine.py:Net --target body --image no.png", "'no.png'"),
     (SWAP + "mine.py:Net --target body --image street.png --shape 4x9x9", "3 channels"),
     (SWAP + "mine.py:Net --target body --dtype int8", "'int8'"),
-    (SWAP + "mine.py:Strict --target body --mode training", "cannot be trained"),
     # info
     ("info --shape 12", "'12'"),
     ("info --layer temporal", "'temporal'"),

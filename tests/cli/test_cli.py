@@ -135,7 +135,8 @@ def test_bench_writes_tables_json_and_picture(capsys: pytest.CaptureFixture[str]
         "ChannelNonLocal reference",
     ):
         assert expected in out
-    assert out.endswith("a/b/bench.json\na/b/bench.png\n")
+    assert "\na/b/bench.json\na/b/bench.png\n\nChannelNonLocal, inference at 4x5x6: " in out
+    assert "\nChannelNonLocal, training at 4x5x6: " in out
     assert sorted(path.name for path in Path("a/b").iterdir()) == ["bench.json", "bench.png"]
     with Image.open("a/b/bench.png") as image:
         assert image.format == "PNG"

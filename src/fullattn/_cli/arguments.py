@@ -8,7 +8,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import torch
 
@@ -23,9 +23,6 @@ from fullattn._cli.conditions import (
 from fullattn._cli.errors import UsageError
 from fullattn.layers import LAYERS
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 __all__ = [
     "LAYER_HELP",
     "Adds",
@@ -35,7 +32,6 @@ __all__ = [
     "add_inputs",
     "add_repetition",
     "conditions_of",
-    "console",
     "count",
     "index",
     "modes_named",
@@ -49,8 +45,6 @@ __all__ = [
     "words",
 ]
 
-# Columns that the tables need.
-WIDTH = 120
 LAYER_HELP = f"{', '.join(LAYERS)}, or FILE.py:CLASS of a layer that is registered there"
 
 
@@ -143,8 +137,15 @@ def add_inputs(parser: Adds) -> None:
     parser.add_argument("--threads", type=count, help="PyTorch's threads (PyTorch's own choice)")
 
 
-def add_repetition(parser: Adds) -> None:
-    """Add --seconds, --repeats and --no-memory."""
+def add_repetition(parser: Adds, *, limit: float, budget: float, when: str = "") -> None:
+    """Add --seconds, --repeats, --limit, --budget and --no-memory.
+
+    Args:
+        parser: to add to.
+        limit: default of --limit.
+        budget: default of --budget, which the command sets if it has a condition.
+        when: the condition.
+    """
     parser.add_argument(
         "--seconds",
         type=seconds,
@@ -152,6 +153,19 @@ def add_repetition(parser: Adds) -> None:
         help="to spend on timing one implementation at one shape in one mode; 3 to 20 calls (2)",
     )
     parser.add_argument("--repeats", type=count, help="time exactly so many calls of each instead")
+    parser.add_argument(
+        "--limit",
+        type=seconds,
+        default=limit,
+        help=f"leave out what takes more seconds than this in one call ({limit:g})",
+    )
+    parser.add_argument(
+        "--budget",
+        type=seconds,
+        default=None if when else budget,
+        help="seconds for the whole run; what does not fit is timed less often or left out "
+        f"({budget:g}{when})",
+    )
     parser.add_argument(
         "--no-memory",
         action="store_true",
@@ -184,13 +198,3 @@ def need_packages(what: str, extra: str, *names: str) -> None:
 def modes_named(chosen: str | None) -> tuple[Mode, ...]:
     """Return the mode of that name, or both for None and "both"."""
     return tuple(mode for mode in MODES if mode == chosen) or MODES
-
-
-def console() -> Console:
-    """Make a console that is wide enough for the tables."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal or console.width < WIDTH:
-        console = Console(width=WIDTH)
-    return console

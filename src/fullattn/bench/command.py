@@ -12,10 +12,8 @@ from fullattn._cli.arguments import (
     add_inputs,
     add_repetition,
     conditions_of,
-    console,
     modes_named,
     need_packages,
-    seconds,
     words,
 )
 from fullattn._cli.conditions import Mode
@@ -114,20 +112,8 @@ def configure(parser: Parser) -> None:
     )
     add_inputs(at)
     how = parser.add_argument_group("how it is measured")
-    add_repetition(how)
-    how.add_argument(
-        "--limit",
-        type=seconds,
-        default=10.0,
-        help="leave a row out where one call takes more seconds than this (10)",
-    )
-    how.add_argument(
-        "--budget",
-        type=seconds,
-        help="seconds for the whole run, which all shapes and modes share; what does not fit is "
-        f"timed less often or left out ({DEFAULT_BUDGET:g} without --shapes and --sweep, "
-        "otherwise none)",
-    )
+    otherwise = " without --shapes and --sweep, otherwise none"
+    add_repetition(how, limit=10.0, budget=DEFAULT_BUDGET, when=otherwise)
     out = parser.add_argument_group("what comes out")
     out.add_argument(
         "--output",
@@ -146,6 +132,8 @@ def configure(parser: Parser) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     need_packages("the benchmark", "bench", "rich", "matplotlib", "PIL")
+    from rich.console import Console
+
     from fullattn.bench.measure import Plan
     from fullattn.bench.results import read_results
     from fullattn.bench.run import Options, bench
@@ -178,4 +166,4 @@ def _bench(args: argparse.Namespace) -> None:
         plan=Plan(args.seconds, args.repeats, args.limit, budget, not args.no_memory),
     )
     old = None if args.compare is None else read_results(args.compare)
-    bench(options, args.output, old, console())
+    bench(options, args.output, old, Console())

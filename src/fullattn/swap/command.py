@@ -11,7 +11,6 @@ from fullattn._cli.arguments import (
     add_inputs,
     add_repetition,
     conditions_of,
-    console,
     modes_named,
     need_packages,
     setting,
@@ -25,7 +24,7 @@ __all__ = ["configure"]
 _SWAP_EXAMPLES = """\
 examples:
   fullattn swap torchvision.models.segmentation:deeplabv3_resnet50 --target classifier.0 \\
-      --model-options weights=None weights_backbone=None --shape 2x3x512x512
+      --model-options weights=None weights_backbone=None --shape 2x3x256x256
   fullattn swap my_net.py:Net --insert --target backbone.layer4 --layer-options project=False
   fullattn swap segmentation_models_pytorch:Unet --model-options encoder_weights=None \\
       --insert --target encoder.layer4 --shape 2x3x256x256 --image street.jpg
@@ -73,12 +72,15 @@ def configure(parser: Parser) -> None:
     )
     add_conditions(parser)
     add_inputs(parser)
-    add_repetition(parser)
+    # A network takes longer than a layer.
+    add_repetition(parser, limit=30.0, budget=60.0)
     parser.set_defaults(run=_swap, project=False)
 
 
 def _swap(args: argparse.Namespace) -> None:
     need_packages("the comparison", "bench", "rich", "matplotlib", "PIL")
+    from rich.console import Console
+
     from fullattn.bench.measure import Plan
     from fullattn.swap.before_after import compare
     from fullattn.swap.network import Network
@@ -96,6 +98,5 @@ def _swap(args: argparse.Namespace) -> None:
         layer_options=dict(args.layer_options),
         behind=args.insert,
     )
-    # A network takes longer than a layer.
-    plan = Plan(args.seconds, args.repeats, limit=100.0, memory=not args.no_memory)
-    compare(network, modes_named(args.mode), plan, console())
+    plan = Plan(args.seconds, args.repeats, args.limit, args.budget, not args.no_memory)
+    compare(network, modes_named(args.mode), plan, Console())
