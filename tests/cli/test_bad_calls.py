@@ -63,7 +63,6 @@ MAPS = "maps street.png --output out "
 
 CALLS = [
     # fullattn itself
-    ("", "required: COMMAND"),
     ("fly", "'fly'"),
     ("--colour", "required: COMMAND"),
     # bench: shapes and conditions

@@ -14,12 +14,19 @@ import pytest
 import torch
 
 import fullattn
-from fullattn._cli.main import main
+from fullattn._cli.arguments import LAYER_NAMES
+from fullattn._cli.main import COMMANDS, main
 from fullattn.attention.dispatch import BACKENDS
+from fullattn.layers import LAYERS
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
+
+from helpers.terminal import WIDTHS  # noqa: E402
+
+# Seconds of processor time, of Python's own start too.
+HELP_SECONDS = 0.3
 
 # The smallest run there is: one layer, one shape, one call.
 TINY = ["bench", "--layers", "channel", "--backends", "reference", "--shapes", "4x5x6"]
@@ -83,6 +90,70 @@ def test_python_m_fullattn_is_the_same_command() -> None:
         [sys.executable, "-m", "fullattn", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"fullattn {fullattn.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["--version"], *([c, "-h"] for c in COMMANDS)]
+)
+def test_help_is_quick(arguments: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "import fullattn_cli\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "status = fullattn_cli.main()\n"
+        "heavy = {'torch', 'numpy', 'einops', 'rich', 'yaml'} & set(sys.modules)\n"
+        "print(time.process_time(), *heavy, file=sys.stderr)\n"
+        "sys.exit(status)"
+    )
+    # As an installed package has them, the first run writes the files of bytecode.
+    bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    times: list[float] = []
+    while len(times) < 5 and min(times, default=1.0) > HELP_SECONDS:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | bytecode,
+        )
+        seconds, *heavy = done.stderr.split()
+        assert heavy == []
+        times.append(float(seconds))
+    assert min(times) <= HELP_SECONDS, times
+
+
+def test_a_command_runs_from_the_entry_point() -> None:
+    program = (
+        "import sys, fullattn_cli\n"
+        "sys.argv[1:] = ['info', '--shape', '4x5x6']\n"
+        "status = fullattn_cli.main()\n"
+        "import fullattn\n"
+        "assert callable(fullattn.swap) and fullattn.FullyAttentional(4)\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SpatialNonLocal at 4x5x6" in done.stdout
+
+
+def test_the_names_of_layers_in_help_are_those_of_the_registry() -> None:
+    assert [name for name, each in LAYERS.items() if each.__module__.startswith("fullattn.")] == [
+        *LAYER_NAMES
+    ]
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_help_fits_the_terminal(
+    command: str | None, width: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main([command, "--help"] if command else []) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: fullattn")
+    assert max(map(len, text.splitlines())) <= width, text
 
 
 @pytest.mark.parametrize("command", ["bench", "info"])
@@ -198,7 +269,8 @@ def test_conditions_are_taken_and_written_down(
     assert data["conditions"][name] == value
     assert all(row["inference"]["failure"] is None for row in data["rows"])
     projection = "with" if name == "project" else "without"
-    assert f"official implementation {projection} their 3x3 projection" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"official implementation {projection} their 3x3 projection" in said
 
 
 def test_projection_adds_its_parameters() -> None:

@@ -10,8 +10,8 @@ import einops
 import torch
 
 from fullattn import costs
-from fullattn._cli.arguments import LAYER_HELP, Parser, add_conditions, words
-from fullattn._cli.conditions import DTYPES, device_name, parse_device
+from fullattn._cli.arguments import words
+from fullattn._cli.conditions import device_name, parse_device
 from fullattn._cli.errors import UsageError
 from fullattn._cli.loading import layer_named
 from fullattn._cli.shapes import parse_shape
@@ -19,40 +19,17 @@ from fullattn._version import __version__
 from fullattn.attention import dispatch
 from fullattn.layers import LAYERS
 
-__all__ = ["configure"]
+__all__ = ["run"]
 
 _EXTRA = ("rich", "matplotlib", "pillow")
 
-_INFO_EXAMPLES = """\
-examples:
-  fullattn info
-  fullattn info --shape 4x128x64x64 --dtype bfloat16 --layer fully
-  FULLATTN_BACKEND=sdpa fullattn info
-"""
 
-
-def configure(parser: Parser) -> None:
-    """Add the arguments of `fullattn info`."""
-    parser.description = (
-        "Versions, the device, and for a shape, dtype and device which backend runs "
-        "and why each other one does not."
-    )
-    parser.epilog = _INFO_EXAMPLES
-    parser.add_argument(
-        "--shape", default="512x97x97", metavar="SHAPE", help="CxHxW or BxCxHxW (512x97x97)"
-    )
-    parser.add_argument(
-        "--layer", nargs="+", default=list(LAYERS), metavar="LAYER", help=LAYER_HELP
-    )
-    add_conditions(parser)
-    parser.set_defaults(run=_info)
-
-
-def _info(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Run `fullattn info`."""
     shape = parse_shape(args.shape)
-    dtype = DTYPES[args.dtype]
+    dtype = getattr(torch, args.dtype)
     device = parse_device(args.device)
-    layers = [layer_named(layer) for layer in words(args.layer)]
+    layers = [layer_named(layer) for layer in words(args.layer or LAYERS)]
     lines = [
         f"fullattn {__version__}, torch {torch.__version__}, "
         f"einops {einops.__version__}, Python {platform.python_version()}",

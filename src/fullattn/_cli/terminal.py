@@ -1,20 +1,25 @@
-"""Progress on the terminal: bars where something is counted."""
+"""Progress on the terminal: a line while something is done, a bar where something is counted."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+__all__ = ["doing", "progress"]
 
-__all__ = ["progress"]
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Show on standard error, if that is a terminal, what is done until the block ends."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"{what} ...", end="", file=sys.stderr, flush=True)  # noqa: T201
+    try:
+        yield
+    finally:
+        if shown:  # back to the first column, and the line erased
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # noqa: T201
 
 
 @contextmanager
@@ -28,6 +33,15 @@ def progress(total: int, what: str = "") -> Iterator[Callable[[float, str], None
     Yields:
         A function that advances the bar by a number of steps and replaces the description.
     """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description:<42}"),

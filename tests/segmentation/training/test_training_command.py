@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -41,18 +40,9 @@ def _command(printed: Path, arguments: list[str]) -> None:
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
-        from fullattn._cli.arguments import Parser
-        from fullattn._cli.errors import UsageError
-        from fullattn.segmentation.training.command import configure
+        from fullattn._cli.main import main
 
-        parser = Parser(prog="fullattn")
-        configure(parser)
-        try:
-            args = parser.parse_args(arguments)
-            args.run(args)
-        except UsageError as error:
-            file.write(f"fullattn: {error}\n")
-            sys.exit(2)
+        sys.exit(main(["train", *arguments]))
 
 
 def command(folder: Path, *arguments: object) -> tuple[int, str]:
@@ -249,16 +239,3 @@ def test_images_smaller_than_the_crop_are_padded_with_pad(root: Path, tmp_path: 
     wide = ("data.crop=[64,64]", "data.pad=true", "training.steps=1", "data.val=null")
     status, printed = train(tmp_path, root, *wide)
     assert status == 0, printed
-
-
-def test_the_parser_needs_no_slow_imports() -> None:
-    code = (
-        "import sys\n"
-        "from fullattn._cli.arguments import Parser\n"
-        "from fullattn.segmentation.training.command import configure\n"
-        "configure(Parser())\n"
-        "heavy = {'lightning', 'pydantic', 'timm', 'yaml'}\n"
-        "print(heavy & set(sys.modules))\n"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "set()"
