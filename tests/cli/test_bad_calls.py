@@ -164,7 +164,7 @@ CALLS = [
     ("train list.yaml --data camvid --output out", "list.yaml"),
     ("train tabs.yaml --data camvid --output out", "tabs.yaml"),
     ("train twice.yaml --data camvid --output out", "twice"),
-    (TRAIN + "--set training.step=3", "'steps'"),
+    (TRAIN + "--set training.step=3", "did you mean 'training.steps'?"),
     (TRAIN + "--set trainings.steps=3", "trainings"),
     (TRAIN + "--set steps=3", "steps=3"),
     (TRAIN + "--set training.steps", "training.steps"),
@@ -315,6 +315,7 @@ def test_a_bad_call_is_one_sentence(
     assert status == 2, (out, err)
     assert out == ""
     assert err.startswith("fullattn")
+    assert "[Errno" not in err
     assert err.count("\n") == 1, err
     assert part in err
     assert contents(files) == before

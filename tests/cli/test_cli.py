@@ -162,15 +162,39 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
     assert f"examples:\n  fullattn {command}" in capsys.readouterr().out
 
 
-def test_info_says_of_every_backend_whether_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_says_of_every_backend_whether_it_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
     assert main(["info", "--layer", "fully", "--shape", "64x32x32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in lines[0]
     start = lines.index("FullyAttentional at 64x32x32, float32, cpu:")
-    said = dict(line.strip().split(maxsplit=1) for line in lines[start + 1 :])
+    *rows, empty, verdict = lines[start + 1 :]
+    said = dict(line.strip().split(maxsplit=1) for line in rows)
     assert list(said) == [backend.name for backend in BACKENDS]
     assert sum(sentence.startswith("runs: ") for sentence in said.values()) == 1
     assert said["linear"].startswith("cannot run: ")
+    assert empty == ""
+    runs = next(name for name, sentence in said.items() if sentence.startswith("runs: "))
+    assert verdict == f"At 64x32x32, float32, cpu: FullyAttentional on {runs}."
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_info_fits_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    words: list[list[str]] = []
+    for columns in (width, 10**4):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["info"]) == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= columns
+        words.append(text.split())
+    assert words[0] == words[1]
+    assert "1 thread" in text
+    assert "1 threads" not in text
 
 
 def test_info_follows_shape_and_dtype(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from fullattn._cli.errors import UsageError
+from fullattn._text import installing
 
 __all__ = [
     "CHANNEL",
@@ -187,7 +188,7 @@ def need_packages(what: str, extra: str, *names: str) -> None:
     """Raise UsageError unless packages are installed, naming the extra that holds them."""
     missing = [name for name in names if not importlib.util.find_spec(name)]
     if missing:
-        raise UsageError(f"{what} needs {', '.join(missing)}: pip install 'fullattn[{extra}]'")
+        raise UsageError(f"{what} needs {', '.join(missing)}: {installing(extra)}")
 
 
 # Kinds of values that several options take.

@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_cannot_be_resumed(size: int, copied: Path, root: P
         (["--devices", "4"], "training.batch_size: expected a multiple of 4 "),
         (["--strategy", "fsdp", "training.average_decay=0"], "got 0.0 and 32-true"),
         (["--strategy", "fsdp", "training.precision=64-true"], "got None and 64-true"),
-        (["training.step=3"], "did you mean 'steps'"),
+        (["training.step=3"], "did you mean 'training.steps'"),
     ],
     ids=str,
 )

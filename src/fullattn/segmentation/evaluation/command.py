@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fullattn._cli.arguments import words
 from fullattn._cli.conditions import environment, parse_device
-from fullattn._cli.errors import UsageError, describe, sentences
+from fullattn._cli.errors import UsageError, sentences
 from fullattn._cli.loading import layer_named
 from fullattn._cli.output import written_together
 from fullattn.layers import LAYERS
@@ -135,8 +135,9 @@ def _read_trained(path: Path) -> Trained:
         try:
             return load(path)
         except OSError as error:
+            reason = (error.strerror or str(error)).lower()
             raise UsageError(
-                f"expected a checkpoint that can be read at {str(path)!r}: {describe(error)}"
+                f"expected a checkpoint that can be read at {str(path)!r}: {reason}"
             ) from error
 
 
