@@ -107,8 +107,9 @@ def test_shapes_are_written_as_they_are_read() -> None:
         assert sentence.endswith(".")
 
 
-def test_default_shapes_hold_the_papers_size_in_both_modes() -> None:
-    assert dict(DEFAULT_SHAPES)["512x97x97"] == ("inference", "training")
+def test_default_shapes_hold_the_papers_size_and_both_modes() -> None:
+    assert dict(DEFAULT_SHAPES)["512x97x97"] == ("inference",)
+    assert {mode for _, modes in DEFAULT_SHAPES for mode in modes} == {"inference", "training"}
 
 
 def test_sweeps_grow_to_the_shape_given_and_repeat_none() -> None:
@@ -587,6 +588,16 @@ def test_table_shows_every_row_with_its_conditions_in_the_width_of_the_terminal(
         "2 × multiply-accumulate",
     ):
         assert expected in text
+
+
+def test_a_narrow_table_of_a_mode_has_the_shapes_that_were_run_in_it() -> None:
+    trained = Row(LARGE, BASE, Formula(5), {"training": Measurement([1.0, 1.0])})
+    text = _printed(_report(_row(BASE, 1.0), trained), 80)
+    inference, training = text.split("Measured: inference")[1].split("Measured: training")
+    assert "8x6x5" in inference
+    assert str(LARGE) not in inference
+    assert "8x6x5" not in training
+    assert str(LARGE) in training
 
 
 def test_table_says_why_there_are_no_ratios() -> None:

@@ -140,7 +140,7 @@ def measure_all(options: Options) -> Results:
     measured: dict[tuple[Shape, Implementation], dict[Mode, Measurement]] = defaultdict(dict)
     with (
         conditions.limited_threads(),
-        progress(sum(len(chosen[shape]) for shape, _ in groups)) as advance,
+        progress(sum(len(chosen[shape]) for shape, _ in groups), "rows") as advance,
     ):
         module_of = cache(lambda each, channels: each.build(channels, conditions))
         for shape in {shape.channels: shape for shape in chosen}.values():

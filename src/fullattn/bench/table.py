@@ -55,10 +55,13 @@ def _table(results: Results, title: str, columns: _Columns) -> Table:
     for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for shape in results.shapes:
+        rows = [(_name(row), [cell(row) for _, cell in columns]) for row in results.at(shape)]
+        if {cell for _, cells in rows for cell in cells} == {NOTHING}:  # not run in this mode
+            continue
         table.add_section()
         table.add_row(f"[bold]{shape}[/bold]")
-        for row in results.at(shape):
-            table.add_row(_name(row), *(cell(row) for _, cell in columns))
+        for name, cells in rows:
+            table.add_row(name, *cells)
     return table
 
 

@@ -85,8 +85,8 @@ def configure(parser: Parser) -> None:
     at.add_argument(
         "--mode",
         choices=("inference", "training", "both"),
-        help="forward, forward and backward, or both (both; without --shapes, two of the four "
-        "shapes are run forward only)",
+        help="forward, forward and backward, or both (both; without --shapes, the paper's size is "
+        "run forward only)",
     )
     add_conditions(at)
     at.add_argument(
