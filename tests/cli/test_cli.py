@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -136,6 +137,29 @@ def test_a_command_runs_from_the_entry_point() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "SpatialNonLocal at 4x5x6" in done.stdout
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_says_what_is_done_before_pytorch_is_imported(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", error)
+    said: list[str] = []
+    assert main(["maps", "gone.png"], load=lambda: said.append(error.getvalue())) == 2
+    sentence = error.getvalue()
+    if terminal:
+        assert said == ["fullattn maps: importing PyTorch ..."]
+        _, _, sentence = sentence.rpartition("\r\x1b[K")  # what was said is erased
+    else:
+        assert said == [""]
+    assert sentence.startswith("fullattn: ")
+    assert sentence.count("\n") == 1
 
 
 def test_the_names_of_layers_in_help_are_those_of_the_registry() -> None:

@@ -16,7 +16,7 @@ from fullattn._cli.errors import UsageError, sentences
 from fullattn._cli.terminal import doing
 from fullattn._version import __version__
 
-__all__ = ["COMMANDS", "main", "parser_of"]
+__all__ = ["COMMANDS", "main", "parser_of", "run"]
 
 # Each command and a line of help. Its arguments are in a module of its name in `parsers`; only that
 # of the command that runs is imported.
@@ -47,6 +47,21 @@ def parser_of(*chosen: str) -> argparse.ArgumentParser:
     return parser
 
 
+def run(args: argparse.Namespace, load: Callable[[], object] = lambda: None) -> None:
+    """Run a command whose arguments were read; `load` is that of `main`.
+
+    Raises:
+        UsageError: a package is missing, or the request cannot be done.
+    """
+    if "needs" in args:
+        need_packages(*args.needs)
+    module, _, function = args.run.partition(":")
+    with doing(f"fullattn {args.command}: importing PyTorch"), sentences():
+        load()
+        command = getattr(import_module(module), function)
+    command(args)
+
+
 def main(argv: Sequence[str] | None = None, load: Callable[[], object] = lambda: None) -> int:
     """Run the command line.
 
@@ -60,13 +75,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[], object] = lambda:
     try:
         arguments = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
         args = parser_of(*arguments[:1]).parse_args(arguments)
-        if "needs" in args:
-            need_packages(*args.needs)
-        module, _, function = args.run.partition(":")
-        with doing(f"fullattn {args.command}: importing PyTorch"), sentences():
-            load()
-            run = getattr(import_module(module), function)
-        run(args)
+        run(args, load)
     except SystemExit as end:  # argparse has printed its help or its sentence
         return end.code if isinstance(end.code, int) else 2
     except UsageError as error:

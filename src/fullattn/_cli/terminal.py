@@ -23,30 +23,25 @@ def doing(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(total: int, what: str = "") -> Iterator[Callable[[float, str], None]]:
+def progress(total: int, unit: str, what: str = "") -> Iterator[Callable[[float, str], None]]:
     """Show a bar on standard error, if that is a terminal, until the block ends.
 
     Args:
         total: steps of the whole bar.
+        unit: what a step is, in the plural.
         what: description before the first step.
 
     Yields:
         A function that advances the bar by a number of steps and replaces the description.
     """
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description:<42}"),
+        TextColumn("{task.description}"),
         BarColumn(None),
-        TaskProgressColumn(),
+        TextColumn(f"{{task.completed:.0f}} of {total} {unit}"),
         TimeElapsedColumn(),
     )
     with Progress(

@@ -75,7 +75,7 @@ def compare(network: Network, modes: tuple[Mode, ...], plan: Plan, console: Cons
     here = environment(images.device)
     with (
         network.conditions.limited_threads(),
-        progress(len(modes) * len(sides), "starting") as advance,
+        progress(len(modes) * len(sides), "rows") as advance,
     ):
 
         def step(mode: Mode, name: str, part: float) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.status import Status
 
+from fullattn.segmentation.training import fit
 from fullattn.segmentation.training.config import read
 from helpers import tiny_data
 from helpers.tiny_training import processes
@@ -113,7 +118,11 @@ def test_a_finished_run_is_unchanged_and_must_be_resumed(copied: Path, root: Pat
     assert "holds files: continue its run with --resume" in error_of(copied, root)
     status, printed = train(copied, root, "--resume")
     assert status == 0, printed
-    assert "step 2:" in printed
+    last = copied / "out" / "last.ckpt"
+    assert printed.splitlines()[-2:] == [
+        f"step 2: {last}",
+        f"next: fullattn evaluate {last} --data camvid {root} --split val",
+    ]
     assert (copied / "out" / "last.ckpt").read_bytes() == before
 
 
@@ -239,3 +248,37 @@ def test_images_smaller_than_the_crop_are_padded_with_pad(root: Path, tmp_path: 
     wide = ("data.crop=[64,64]", "data.pad=true", "training.steps=1", "data.val=null")
     status, printed = train(tmp_path, root, *wide)
     assert status == 0, printed
+
+
+def _trainer(step: int, **values: float) -> SimpleNamespace:
+    metrics = {"train/loss": torch.tensor(0.51234)} | {f"val/{k}": v for k, v in values.items()}
+    return SimpleNamespace(global_step=step, max_steps=40000, callback_metrics=metrics)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_one_line_that_fits(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal)
+    said: list[str] = []
+    monkeypatch.setattr(Status, "update", lambda self, text: said.append(text))
+    progress = fit.Progress(console, every=100, batch_size=8)
+    progress.on_train_start(_trainer(0), None)
+    for step in (0, 50, 100):
+        now[0] = step
+        progress.on_train_batch_end(_trainer(step))
+    progress.on_validation_start(_trainer(100), None)
+    now[0] = 1000
+    progress.on_validation_end(_trainer(100, mean_iou=0.4), None)
+    now[0] = 1100
+    progress.on_train_batch_end(_trainer(200, mean_iou=0.4))
+    progress.teardown(_trainer(200), None, "fit")
+    printed = [line for line in console.file.getvalue().splitlines() if line.startswith("step")]
+    first = "step 50/40000, loss 0.5123, 8.00 images/s, 11:05:50 left"
+    second = "step 100/40000, loss 0.5123, 8.00 images/s, 11:05:00 left"
+    third = "step 200/40000, loss 0.5123, mIoU 0.4000, 8.00 images/s, 11:03:20 left"
+    if terminal:
+        assert said == [first, second, "step 100/40000, evaluating", third]
+    else:
+        assert printed == [second, "step 100/40000, val mIoU 0.4000", third]
+    assert max(map(len, said + printed)) < 80

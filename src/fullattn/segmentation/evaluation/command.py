@@ -17,6 +17,7 @@ from fullattn._cli.conditions import environment, parse_device
 from fullattn._cli.errors import UsageError, sentences
 from fullattn._cli.loading import layer_named
 from fullattn._cli.output import written_together
+from fullattn._cli.terminal import doing, progress
 from fullattn.layers import LAYERS
 
 if TYPE_CHECKING:
@@ -48,9 +49,8 @@ def evaluate(args: argparse.Namespace) -> None:
     trained = _read_trained(args.checkpoint)
     description = trained.description
     name, root = args.data
-    with sentences():
+    with doing(f"fullattn evaluate: listing {name} {args.split}"), sentences():
         from rich.console import Console
-        from rich.progress import Progress
 
         from fullattn.segmentation.data import open_dataset
         from fullattn.segmentation.evaluation.loop import evaluate
@@ -66,15 +66,14 @@ def evaluate(args: argparse.Namespace) -> None:
         )
     writable = nullcontext() if args.output is None else written_together(args.output.parent)
     with writable as folder, sentences():
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("images", total=len(dataset))
+        with progress(len(dataset), "images") as advance:
             scores = evaluate(
                 trained.model,
                 dataset,
                 mean=description.mean,
                 std=description.std,
                 device=device,
-                progress=lambda images: progress.advance(task, images),
+                progress=lambda images: advance(images, ""),
                 **_chosen(args, "batch_size", "workers", "precision", "skip_bad"),
                 **passes,
             )
@@ -119,17 +118,22 @@ def predict(args: argparse.Namespace) -> None:
         from rich.console import Console
 
         from fullattn.segmentation.evaluation.predict import predict
+    made: list[Path] = []
     with written_together(args.output) as folder, sentences():
         options = _chosen(args, "alpha", "labels", "point", "channel")
-        written = predict(trained, args.photographs, folder, device=device, **options, **passes)
-        made = [args.output / path.name for paths in written for path in paths]
+        with progress(len(args.photographs), "photographs") as advance:
+            for paths in predict(
+                trained, args.photographs, folder, device=device, **options, **passes
+            ):
+                made += [args.output / path.name for path in paths]
+                advance(1, "")
     for path in made:
         Console().print(path, markup=False, highlight=False, soft_wrap=True)
 
 
 def _read_trained(path: Path) -> Trained:
     """Read a file of `fullattn train`; raise a UsageError if it is not one."""
-    with sentences():
+    with doing(f"fullattn: reading {path}"), sentences():
         from fullattn.segmentation.models.files import load
 
         try:
@@ -154,7 +158,7 @@ def maps(args: argparse.Namespace) -> None:
     if args.weights is not None and args.backbone is None:
         raise UsageError("expected --backbone NAME with --weights")
     layers = list(dict.fromkeys(map(layer_named, words(args.layers or list(LAYERS)))))
-    with sentences():
+    with doing(f"fullattn maps: reading {args.photograph}"), sentences():
         from fullattn.segmentation.evaluation import maps
 
         photograph = maps.read(args.photograph, args.longest)
@@ -175,7 +179,11 @@ def maps(args: argparse.Namespace) -> None:
         else:
             stem = args.channels or 64, args.scale, args.seed or 0
             seen = maps.of_stem(photograph, layers, *stem)
-    with written_together(args.output) as folder, sentences():
+    with (
+        written_together(args.output) as folder,
+        doing("fullattn maps: drawing"),
+        sentences(),
+    ):
         written = maps.write(seen, photograph, folder, point=args.point, channel=args.channel)
     for path in written:
         print(args.output / path.name)  # noqa: T201
