@@ -32,6 +32,7 @@ from fullattn.segmentation.training.saving import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
 __all__ = ["LAST", "Progress", "Result", "fit", "list_skipped"]
 
@@ -179,7 +180,9 @@ class Progress(Callback):
         self.console = console
         self.every = every
         self.batch_size = batch_size
-        self.status = console.status("")
+        self.status: Status = console.status("")
+        self.start: int = 0
+        self.started: float = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to measure the time of a step."""
