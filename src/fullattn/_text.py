@@ -5,15 +5,28 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["NOTHING", "did_you_mean", "digits", "si"]
+__all__ = ["NOTHING", "counted", "did_you_mean", "digits", "installing", "si"]
 
 NOTHING = "–"  # in tables
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the known name closest to `name`, or "" if none is close."""
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return "; did you mean 'x'?" for the known name closest to `name`, or "" if none is close.
+
+    The name that is proposed stands behind `prefix`.
+    """
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number and its noun, in the plural unless it is 1: "1 thread", "2 threads"."""
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def installing(extra: str) -> str:
+    """Return how the packages of an extra are installed, from an index or in a clone."""
+    return f"pip install 'fullattn[{extra}]', or '.[{extra}]' in a clone"
 
 
 def si(number: float | None) -> str:

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
 import re
 import runpy
 import signal
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from fullattn import FullyAttentional
-from fullattn._cli.arguments import WIDTH
 from fullattn._cli.conditions import Conditions, Environment, Mode, parse_device
 from fullattn._cli.errors import UsageError
 from fullattn._cli.inputs import check_image, feature_map
@@ -38,11 +37,13 @@ from fullattn.bench.official import OfficialFLANetBlock
 from fullattn.bench.results import Failure, Measurement, Results, Row, read_results
 from fullattn.bench.run import Options, measure_all
 from fullattn.bench.table import print_results
+from fullattn.bench.verdict import headline
 from fullattn.bench.workload import LayerRecipe, ShapeError, Workload
 from fullattn.layers import LAYERS
 from helpers import ROOT
+from helpers.terminal import each_width, fitting, printed
 
-Console = pytest.importorskip("rich.console").Console
+pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
@@ -107,8 +108,9 @@ def test_shapes_are_written_as_they_are_read() -> None:
         assert sentence.endswith(".")
 
 
-def test_default_shapes_hold_the_papers_size_in_both_modes() -> None:
-    assert dict(DEFAULT_SHAPES)["512x97x97"] == ("inference", "training")
+def test_default_shapes_hold_the_papers_size_and_both_modes() -> None:
+    assert dict(DEFAULT_SHAPES)["512x97x97"] == ("inference",)
+    assert {mode for _, modes in DEFAULT_SHAPES for mode in modes} == {"inference", "training"}
 
 
 def test_sweeps_grow_to_the_shape_given_and_repeat_none() -> None:
@@ -549,17 +551,14 @@ def test_files_that_are_no_reports_are_refused(tmp_path: Path, text: str) -> Non
         read_results(str(tmp_path / "missing.json"))
 
 
-def _console() -> Console:
-    return Console(width=WIDTH, record=True, file=io.StringIO())
+def _printed(report: Results, width: int = 120) -> str:
+    return printed(partial(print_results, report), width)
 
 
-def _printed(report: Results) -> str:
-    console = _console()
-    print_results(report, console)
-    return console.export_text()
-
-
-def test_table_shows_every_row_with_its_conditions_in_120_columns() -> None:
+@each_width
+def test_table_shows_every_row_with_its_conditions_in_the_width_of_the_terminal(
+    width: int,
+) -> None:
     slow = Row(
         SMALL,
         Implementation("spatial", "linear", True),
@@ -569,9 +568,10 @@ def test_table_shows_every_row_with_its_conditions_in_120_columns() -> None:
             "training": Measurement(failure=Failure("out of memory", "asked for 4 TiB")),
         },
     )
-    text = _printed(_report(_row(BASE, 1.0, 2.0), slow))
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= WIDTH
+    report = _report(_row(BASE, 1.0, 2.0), slow)
+    titles = ("formula: parameters and FLOPs memory", "Measured: inference training")
+    text = fitting(partial(print_results, report), width, *titles)
+    text = " ".join(text.split())
     for expected in (
         "official implementation",
         "SpatialNonLocal linear*",
@@ -589,6 +589,16 @@ def test_table_shows_every_row_with_its_conditions_in_120_columns() -> None:
         "2 × multiply-accumulate",
     ):
         assert expected in text
+
+
+def test_a_narrow_table_of_a_mode_has_the_shapes_that_were_run_in_it() -> None:
+    trained = Row(LARGE, BASE, Formula(5), {"training": Measurement([1.0, 1.0])})
+    text = _printed(_report(_row(BASE, 1.0), trained), 80)
+    inference, training = text.split("Measured: inference")[1].split("Measured: training")
+    assert "8x6x5" in inference
+    assert str(LARGE) not in inference
+    assert "8x6x5" not in training
+    assert str(LARGE) in training
 
 
 def test_table_says_why_there_are_no_ratios() -> None:
@@ -675,9 +685,8 @@ def test_single_calls_are_not_judged() -> None:
     single = _report(_row(BASE, 10.0), _row(OURS, 40.0))
     (change,) = compare.differences(_run(4.0), single)
     assert not change.slower
-    console = _console()
-    compare.print_differences(_run(4.0), single, console)
-    assert "1 cannot be judged" in console.export_text()
+    text = printed(partial(compare.print_differences, _run(4.0), single), 120)
+    assert "1 cannot be judged" in text
 
 
 def test_memory_that_grew_is_found() -> None:
@@ -687,13 +696,44 @@ def test_memory_that_grew_is_found() -> None:
     assert not change.memory_grew
 
 
-def test_comparison_is_printed() -> None:
-    console = _console()
-    compare.print_differences(_run(4.0), _run(5.0), console)
-    text = console.export_text()
+@each_width
+def test_comparison_is_printed(width: int) -> None:
+    new = _run(50000.0, peak=2**30)
+    text = fitting(partial(compare.print_differences, _run(4.0), new), width)
     assert "fully:sdpa" in text
     assert "slower" in text
     assert "1 of 1 times slower beyond the noise" in text
+
+
+# The verdict
+
+
+@pytest.mark.parametrize(
+    ("times", "peak", "said"),
+    [
+        ([4.0, 4.0, 4.1], 2**20, "2.50× as fast, 1/17 of the memory of"),
+        ([20.0, 20.0, 20.1], 30 * 2**20, "2.00× the time, 1.76× the memory of"),
+        ([9.5, 6.0, 16.0], 7 * 2**20, "the spread of the timings (1.05 ± 0.55 times as fast), "
+         "1/2.4 of the memory of"),
+        ([10.0, 10.0, 10.0], None, "no difference in time beyond the spread of the timings "
+         "(1.00 ± 0.01 times as fast) from"),
+        ([4.0], None, "2.50× as fast (timed once, so with an unknown spread) as"),
+    ],
+)  # fmt: skip
+def test_the_verdict_claims_no_more_than_the_spread_allows(
+    times: list[float], peak: int | None, said: str
+) -> None:
+    base = _row(BASE, 10.0, 10.1, 9.9, peak=17 * 2**20)
+    text = headline(_report(base, _row(OURS, *times, peak=peak)), "inference")
+    assert text is not None
+    assert text.startswith("FullyAttentional, inference at 8x6x5: ")
+    assert text.endswith(f"{said} the official implementation here.")
+
+
+def test_there_is_no_verdict_on_a_row_without_a_time() -> None:
+    failed = Measurement(failure=Failure("failed", "it broke"))
+    report = _report(_row(BASE, 1.0), Row(SMALL, OURS, Formula(5), {"inference": failed}))
+    assert headline(report, "inference") is None
 
 
 def test_rows_that_lost_their_time_are_named() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -14,12 +15,19 @@ import pytest
 import torch
 
 import fullattn
-from fullattn._cli.main import main
+from fullattn._cli.arguments import LAYER_NAMES
+from fullattn._cli.main import COMMANDS, main
 from fullattn.attention.dispatch import BACKENDS
+from fullattn.layers import LAYERS
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
+
+from helpers.terminal import WIDTHS  # noqa: E402
+
+# Seconds of processor time, of Python's own start too.
+HELP_SECONDS = 0.3
 
 # The smallest run there is: one layer, one shape, one call.
 TINY = ["bench", "--layers", "channel", "--backends", "reference", "--shapes", "4x5x6"]
@@ -85,21 +93,132 @@ def test_python_m_fullattn_is_the_same_command() -> None:
     assert done.stdout == f"fullattn {fullattn.__version__}\n"
 
 
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["--version"], *([c, "-h"] for c in COMMANDS)]
+)
+def test_help_is_quick(arguments: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys, time\n"
+        "import fullattn_cli\n"
+        f"sys.argv[1:] = {arguments}\n"
+        "status = fullattn_cli.main()\n"
+        "heavy = {'torch', 'numpy', 'einops', 'rich', 'yaml'} & set(sys.modules)\n"
+        "print(time.process_time(), *heavy, file=sys.stderr)\n"
+        "sys.exit(status)"
+    )
+    # As an installed package has them, the first run writes the files of bytecode.
+    bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    times: list[float] = []
+    while len(times) < 5 and min(times, default=1.0) > HELP_SECONDS:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | bytecode,
+        )
+        seconds, *heavy = done.stderr.split()
+        assert heavy == []
+        times.append(float(seconds))
+    assert min(times) <= HELP_SECONDS, times
+
+
+def test_a_command_runs_from_the_entry_point() -> None:
+    program = (
+        "import sys, fullattn_cli\n"
+        "sys.argv[1:] = ['info', '--shape', '4x5x6']\n"
+        "status = fullattn_cli.main()\n"
+        "import fullattn\n"
+        "assert callable(fullattn.swap) and fullattn.FullyAttentional(4)\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "SpatialNonLocal at 4x5x6" in done.stdout
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_says_what_is_done_before_pytorch_is_imported(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", error)
+    said: list[str] = []
+    assert main(["maps", "gone.png"], load=lambda: said.append(error.getvalue())) == 2
+    sentence = error.getvalue()
+    if terminal:
+        assert said == ["fullattn maps: importing PyTorch ..."]
+        _, _, sentence = sentence.rpartition("\r\x1b[K")  # what was said is erased
+    else:
+        assert said == [""]
+    assert sentence.startswith("fullattn: ")
+    assert sentence.count("\n") == 1
+
+
+def test_the_names_of_layers_in_help_are_those_of_the_registry() -> None:
+    assert [name for name, each in LAYERS.items() if each.__module__.startswith("fullattn.")] == [
+        *LAYER_NAMES
+    ]
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_help_fits_the_terminal(
+    command: str | None, width: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main([command, "--help"] if command else []) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: fullattn")
+    assert max(map(len, text.splitlines())) <= width, text
+
+
 @pytest.mark.parametrize("command", ["bench", "info"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"examples:\n  fullattn {command}" in capsys.readouterr().out
 
 
-def test_info_says_of_every_backend_whether_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_says_of_every_backend_whether_it_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
     assert main(["info", "--layer", "fully", "--shape", "64x32x32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in lines[0]
     start = lines.index("FullyAttentional at 64x32x32, float32, cpu:")
-    said = dict(line.strip().split(maxsplit=1) for line in lines[start + 1 :])
+    *rows, empty, verdict = lines[start + 1 :]
+    said = dict(line.strip().split(maxsplit=1) for line in rows)
     assert list(said) == [backend.name for backend in BACKENDS]
     assert sum(sentence.startswith("runs: ") for sentence in said.values()) == 1
     assert said["linear"].startswith("cannot run: ")
+    assert empty == ""
+    runs = next(name for name, sentence in said.items() if sentence.startswith("runs: "))
+    assert verdict == f"At 64x32x32, float32, cpu: FullyAttentional on {runs}."
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_info_fits_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    words: list[list[str]] = []
+    for columns in (width, 10**4):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["info"]) == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= columns
+        words.append(text.split())
+    assert words[0] == words[1]
+    assert "1 thread" in text
+    assert "1 threads" not in text
 
 
 def test_info_follows_shape_and_dtype(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +254,8 @@ def test_bench_writes_tables_json_and_picture(capsys: pytest.CaptureFixture[str]
         "ChannelNonLocal reference",
     ):
         assert expected in out
-    assert out.endswith("a/b/bench.json\na/b/bench.png\n")
+    assert "\na/b/bench.json\na/b/bench.png\n\nChannelNonLocal, inference at 4x5x6: " in out
+    assert "\nChannelNonLocal, training at 4x5x6: " in out
     assert sorted(path.name for path in Path("a/b").iterdir()) == ["bench.json", "bench.png"]
     with Image.open("a/b/bench.png") as image:
         assert image.format == "PNG"
@@ -197,7 +317,8 @@ def test_conditions_are_taken_and_written_down(
     assert data["conditions"][name] == value
     assert all(row["inference"]["failure"] is None for row in data["rows"])
     projection = "with" if name == "project" else "without"
-    assert f"official implementation {projection} their 3x3 projection" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"official implementation {projection} their 3x3 projection" in said
 
 
 def test_projection_adds_its_parameters() -> None:

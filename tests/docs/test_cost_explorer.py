@@ -191,7 +191,7 @@ def test_the_reason_says_what_stands_against_a_backend(in_the_page: Callable[...
     setting = {"batch": 1, "channels": 8, "height": 600, "width": 4, "dtype": "float32"}
     setting |= {"threads": 1, "project": False}
     for layer, device, backend, said in (
-        ("channel", "cpu", "native", "runs axial channel attention, not channel attention"),
+        ("channel", "cpu", "native", "computes axial channel attention, not channel attention"),
         ("fully", "cuda", "native", "runs on cpu, not on cuda"),
         ("fully", "cuda", "triton", "takes up to 512 features, not 600"),
         ("spatial", "cuda", "chunked", "runs on cpu, not on cuda"),

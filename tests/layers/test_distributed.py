@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fullattn
+from fullattn._versions import VERSION
 from helpers.cases import assert_near
 
 pytestmark = pytest.mark.slow
@@ -139,6 +140,8 @@ def train_a_half(
 def test_two_processes_train_as_one_does(
     distribute: Callable[[nn.Sequential], nn.Module], tmp_path: Path
 ) -> None:
+    if distribute is not replicated and VERSION < (2, 9):
+        pytest.skip("on a CPU FSDP2 fails in PyTorch 2.6, and in 2.8 doubles float32 gradients")
     # All layers in one launch: most of its time goes into starting the processes.
     arguments = (str(tmp_path / "store"), str(tmp_path / "results"), distribute)
     mp.spawn(train_a_half, arguments, nprocs=PROCESSES)

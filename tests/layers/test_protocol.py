@@ -140,7 +140,8 @@ def test_it_is_benched_and_explained_by_its_file_without_an_import(tmp_path: Pat
     assert "RowAttention at 512x97x97" in said.stdout
     assert "rows          RowAttention, none: a toy" in said.stdout
     assert (
-        "native        cannot run: runs axial channel attention, not row attention" in said.stdout
+        "native        cannot run: computes axial channel attention, not row attention"
+        in said.stdout
     )
     layers = ["--layers", place, "--shape", "8x6x5", "--no-memory", "--seconds", "0.01"]
     command = [*run, "bench", *layers, "--output", str(tmp_path)]
@@ -223,7 +224,7 @@ def test_positions_that_stay_within_rows_are_drawn_there(x: Tensor) -> None:
     (panel,) = (each for each in figure.axes if each.get_title(loc="left") == "where it looks")
     shown = np.asarray(panel.get_images()[1].get_array())
     expected = np.zeros((6, 7))
-    expected[2] = layer.similarity(features)[2, 3].detach()
+    expected[2] = layer.similarity(features)[2, 3].detach().numpy()
     np.testing.assert_allclose(shown, expected, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="WithinRows has a map of positions and none of channels"):
         fullattn.plot.similarity(layer, features, channel=1)
@@ -279,7 +280,7 @@ def test_the_explorer_has_its_formulas(rows: Any) -> None:
         assert found == vars(expected)
     asked = json.dumps(setting | {"backend": "native"})
     found = json.loads(context.eval(f"JSON.stringify(fullattnCosts.cost({asked}))"))
-    assert found == {"reason": "native runs axial channel attention, not row attention"}
+    assert found == {"reason": "native computes axial channel attention, not row attention"}
 
 
 def test_timm_is_told_of_it(rows: Any) -> None:

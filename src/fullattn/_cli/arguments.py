@@ -6,39 +6,34 @@ import argparse
 import ast
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
-import torch
-
-from fullattn._cli.conditions import (
-    DTYPES,
-    MEMORY_FORMATS,
-    MODES,
-    Conditions,
-    Mode,
-    parse_device,
-)
 from fullattn._cli.errors import UsageError
-from fullattn.layers import LAYERS
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from fullattn._text import installing
 
 __all__ = [
+    "CHANNEL",
+    "DTYPES",
+    "FILE",
+    "FOLDER",
     "LAYER_HELP",
+    "LAYER_NAMES",
+    "MEMORY_FORMATS",
+    "POINT",
+    "SIZE",
     "Adds",
+    "Formatter",
     "Parser",
     "add_conditions",
     "add_device",
     "add_inputs",
+    "add_passes",
     "add_repetition",
-    "conditions_of",
-    "console",
     "count",
     "index",
-    "modes_named",
     "need_packages",
     "number",
     "point",
@@ -49,9 +44,11 @@ __all__ = [
     "words",
 ]
 
-# Columns that the tables need.
-WIDTH = 120
-LAYER_HELP = f"{', '.join(LAYERS)}, or FILE.py:CLASS of a layer that is registered there"
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+MEMORY_FORMATS = ("contiguous", "channels_last")
+# Those of `fullattn.layers.LAYERS`, which needs PyTorch.
+LAYER_NAMES = ("fully", "channel", "spatial")
+LAYER_HELP = f"{', '.join(LAYER_NAMES)}, or FILE.py:CLASS of a layer that is registered there"
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,6 +57,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the sentence and end with status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+class Formatter(argparse.HelpFormatter):
+    """Wrap a description, and leave the lines of examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 T = TypeVar("T")
@@ -105,7 +109,7 @@ size = _value(partial(_pair, separator="x"), "HxW such as 512x1024", lambda pair
 point = _value(partial(_pair, separator=","), "X,Y such as 320,240", lambda pair: True)
 
 
-def words(values: Sequence[str]) -> list[str]:
+def words(values: Iterable[str]) -> list[str]:
     """Split values that are given one by one or with commas between them."""
     return [word for value in values for word in value.split(",") if word]
 
@@ -143,8 +147,15 @@ def add_inputs(parser: Adds) -> None:
     parser.add_argument("--threads", type=count, help="PyTorch's threads (PyTorch's own choice)")
 
 
-def add_repetition(parser: Adds) -> None:
-    """Add --seconds, --repeats and --no-memory."""
+def add_repetition(parser: Adds, *, limit: float, budget: float, when: str = "") -> None:
+    """Add --seconds, --repeats, --limit, --budget and --no-memory.
+
+    Args:
+        parser: to add to.
+        limit: default of --limit.
+        budget: default of --budget, which the command sets if it has a condition.
+        when: the condition.
+    """
     parser.add_argument(
         "--seconds",
         type=seconds,
@@ -153,6 +164,19 @@ def add_repetition(parser: Adds) -> None:
     )
     parser.add_argument("--repeats", type=count, help="time exactly so many calls of each instead")
     parser.add_argument(
+        "--limit",
+        type=seconds,
+        default=limit,
+        help=f"leave out what takes more seconds than this in one call ({limit:g})",
+    )
+    parser.add_argument(
+        "--budget",
+        type=seconds,
+        default=None if when else budget,
+        help="seconds for the whole run; what does not fit is timed less often or left out "
+        f"({budget:g}{when})",
+    )
+    parser.add_argument(
         "--no-memory",
         action="store_true",
         help="do not measure peak memory; saves one process and one call for every figure, and the "
@@ -160,37 +184,26 @@ def add_repetition(parser: Adds) -> None:
     )
 
 
-def conditions_of(args: argparse.Namespace) -> Conditions:
-    """Read the options of `add_conditions` and `add_inputs`."""
-    parse_device(args.device)
-    return Conditions(
-        device=args.device,
-        dtype=args.dtype,
-        memory_format=args.memory_format,
-        project=args.project,
-        threads=args.threads or torch.get_num_threads(),
-        seed=args.seed,
-        image=args.image,
-    )
-
-
 def need_packages(what: str, extra: str, *names: str) -> None:
     """Raise UsageError unless packages are installed, naming the extra that holds them."""
     missing = [name for name in names if not importlib.util.find_spec(name)]
     if missing:
-        raise UsageError(f"{what} needs {', '.join(missing)}: pip install 'fullattn[{extra}]'")
+        raise UsageError(f"{what} needs {', '.join(missing)}: {installing(extra)}")
 
 
-def modes_named(chosen: str | None) -> tuple[Mode, ...]:
-    """Return the mode of that name, or both for None and "both"."""
-    return tuple(mode for mode in MODES if mode == chosen) or MODES
+# Kinds of values that several options take.
+FILE: Any = {"type": Path, "metavar": "FILE"}
+FOLDER: Any = {"type": Path, "metavar": "DIR"}
+POINT: Any = {"type": point, "metavar": "X,Y"}
+CHANNEL: Any = {"type": index, "metavar": "C"}
+SIZE: Any = {"type": size, "metavar": "HxW"}
 
 
-def console() -> Console:
-    """Make a console that is wide enough for the tables."""
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal or console.width < WIDTH:
-        console = Console(width=WIDTH)
-    return console
+def add_passes(parser: Parser) -> None:
+    """Add --scales, --flip, --window and --stride."""
+    add = parser.add_argument_group("segmentation").add_argument
+    scales = "average over images scaled by these factors (1)"
+    add("--scales", nargs="+", type=number, default=[1.0], metavar="SCALE", help=scales)
+    add("--flip", action="store_true", help="average over images and their mirror images")
+    add("--window", **SIZE, help="size in pixels of a sliding window")
+    add("--stride", **SIZE, help="step of the window (two thirds of it)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
@@ -19,24 +20,19 @@ from fullattn._cli.errors import UsageError, describe
 from fullattn._version import __version__
 
 __all__ = [
-    "DTYPES",
     "MEMORY_FORMATS",
     "MODES",
     "Conditions",
     "Environment",
     "Mode",
     "available_bytes",
+    "conditions_of",
     "device_name",
     "environment",
+    "modes_named",
     "parse_device",
 ]
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 MEMORY_FORMATS = {
     "contiguous": torch.contiguous_format,
     "channels_last": torch.channels_last,
@@ -53,7 +49,7 @@ class Conditions:
 
     Attributes:
         device: such as "cpu" or "cuda:0".
-        dtype: a name of `DTYPES`.
+        dtype: name of a floating-point dtype of PyTorch.
         memory_format: a name of `MEMORY_FORMATS`.
         project: whether layers that have a projection and the official implementation end with it.
         threads: PyTorch's threads within an operator.
@@ -74,7 +70,7 @@ class Conditions:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype."""
-        return DTYPES[self.dtype]
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @property
     def device_type(self) -> str:
@@ -188,3 +184,22 @@ def parse_device(text: str) -> torch.device:
         reason = describe(error).partition(". ")[0]  # PyTorch goes on with a list of backends
         raise UsageError(f"device {text!r} cannot be used: {reason}") from error
     return device
+
+
+def conditions_of(args: argparse.Namespace) -> Conditions:
+    """Read the options of `add_conditions` and `add_inputs`."""
+    parse_device(args.device)
+    return Conditions(
+        device=args.device,
+        dtype=args.dtype,
+        memory_format=args.memory_format,
+        project=args.project,
+        threads=args.threads or torch.get_num_threads(),
+        seed=args.seed,
+        image=args.image,
+    )
+
+
+def modes_named(chosen: str | None) -> tuple[Mode, ...]:
+    """Return the mode of that name, or both for None and "both"."""
+    return tuple(mode for mode in MODES if mode == chosen) or MODES

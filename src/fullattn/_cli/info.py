@@ -4,60 +4,42 @@ from __future__ import annotations
 
 import argparse
 import platform
+import shutil
+import textwrap
 from importlib import metadata
+from typing import Any
 
 import einops
 import torch
 
 from fullattn import costs
-from fullattn._cli.arguments import LAYER_HELP, Parser, add_conditions, words
-from fullattn._cli.conditions import DTYPES, device_name, parse_device
+from fullattn._cli.arguments import words
+from fullattn._cli.conditions import device_name, parse_device
 from fullattn._cli.errors import UsageError
 from fullattn._cli.loading import layer_named
 from fullattn._cli.shapes import parse_shape
+from fullattn._text import counted, installing
 from fullattn._version import __version__
 from fullattn.attention import dispatch
 from fullattn.layers import LAYERS
 
-__all__ = ["configure"]
+__all__ = ["run"]
 
+_WHOLE_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 _EXTRA = ("rich", "matplotlib", "pillow")
 
-_INFO_EXAMPLES = """\
-examples:
-  fullattn info
-  fullattn info --shape 4x128x64x64 --dtype bfloat16 --layer fully
-  FULLATTN_BACKEND=sdpa fullattn info
-"""
 
-
-def configure(parser: Parser) -> None:
-    """Add the arguments of `fullattn info`."""
-    parser.description = (
-        "Versions, the device, and for a shape, dtype and device which backend runs "
-        "and why each other one does not."
-    )
-    parser.epilog = _INFO_EXAMPLES
-    parser.add_argument(
-        "--shape", default="512x97x97", metavar="SHAPE", help="CxHxW or BxCxHxW (512x97x97)"
-    )
-    parser.add_argument(
-        "--layer", nargs="+", default=list(LAYERS), metavar="LAYER", help=LAYER_HELP
-    )
-    add_conditions(parser)
-    parser.set_defaults(run=_info)
-
-
-def _info(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Run `fullattn info`."""
     shape = parse_shape(args.shape)
-    dtype = DTYPES[args.dtype]
+    dtype = getattr(torch, args.dtype)
     device = parse_device(args.device)
-    layers = [layer_named(layer) for layer in words(args.layer)]
+    layers = [layer_named(layer) for layer in words(args.layer or LAYERS)]
     lines = [
         f"fullattn {__version__}, torch {torch.__version__}, "
         f"einops {einops.__version__}, Python {platform.python_version()}",
         f"device: {device}, {device_name(device)}"
-        + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""),
+        + (f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""),
         f"benchmark: {_versions('bench', *_EXTRA)}",
         f"training: {_versions('train', 'timm', 'torchvision', 'lightning', 'torchmetrics')}",
         f"GPU kernels: {_versions('triton', 'triton')}",
@@ -66,6 +48,7 @@ def _info(args: argparse.Namespace) -> None:
         "layers:",
         *(f"  {name:<13} {layer.__name__}, {layer.paper}" for name, layer in LAYERS.items()),
     ]
+    running = []
     for layer in layers:
         lines += ["", f"{LAYERS[layer].__name__} at {shape}, {args.dtype}, {device}:"]
         try:
@@ -77,7 +60,17 @@ def _info(args: argparse.Namespace) -> None:
         except ValueError as error:  # FULLATTN_BACKEND does not name a backend
             raise UsageError(str(error)) from error
         lines += [f"  {entry.name:<13} {sentence}" for entry, sentence in explained]
-    print("\n".join(lines))  # noqa: T201
+        running += [
+            f"{LAYERS[layer].__name__} on {entry.name}"
+            for entry, sentence in explained
+            if sentence.startswith("runs:")
+        ]
+    lines += ["", f"At {shape}, {args.dtype}, {device}: {', '.join(running) or 'nothing runs'}."]
+    width = shutil.get_terminal_size().columns
+    for line in lines:  # of two columns
+        left = 16 if line.startswith("  ") else 4
+        rows = textwrap.wrap(line, width, subsequent_indent=" " * left, **_WHOLE_WORDS) or [""]
+        print("\n".join(rows))  # noqa: T201
 
 
 def _versions(extra: str, *names: str) -> str:
@@ -86,5 +79,5 @@ def _versions(extra: str, *names: str) -> str:
         try:
             versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
-            return f"{name} is missing: pip install 'fullattn[{extra}]'"
+            return f"{name} is missing: {installing(extra)}"
     return ", ".join(versions)

@@ -100,9 +100,8 @@ def photograph(path: str, shape: Shape) -> Tensor:
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.BILINEAR))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(
-            f"expected an image that can be read at {path!r}: {describe(error)}"
-        ) from error
+        reason = getattr(error, "strerror", None) or describe(error)
+        raise UsageError(f"expected an image that can be read at {path!r}: {reason}") from error
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
     x = (x - x.mean()) / x.std().clamp(min=1e-3)
     shift = size[0] // shape.batch

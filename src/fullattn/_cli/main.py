@@ -8,38 +8,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from fullattn._cli.arguments import Parser
+from fullattn._cli.arguments import Formatter, Parser, need_packages
 from fullattn._cli.errors import UsageError, sentences
+from fullattn._cli.terminal import doing
 from fullattn._version import __version__
 
-__all__ = ["COMMANDS", "main", "parser_of"]
+__all__ = ["COMMANDS", "main", "parser_of", "run"]
 
-# Each command: where the function is that adds its arguments to a parser, and a line of help. Only
-# the module of the command that runs is imported.
+# Each command and a line of help. Its arguments are in a module of its name in `parsers`; only that
+# of the command that runs is imported.
 COMMANDS = {
-    "bench": ("fullattn.bench.command:configure", "compare what layers and backends cost"),
-    "swap": (
-        "fullattn.swap.command:configure",
-        "put a layer into a network and see what that costs",
-    ),
-    "train": ("fullattn.segmentation.training.command:configure", "train a network on a data set"),
-    "evaluate": (
-        "fullattn.segmentation.evaluation.command:configure_evaluate",
-        "score a trained network on a data set",
-    ),
-    "predict": (
-        "fullattn.segmentation.evaluation.command:configure_predict",
-        "segment photographs, and show what the layer attends to",
-    ),
-    "maps": (
-        "fullattn.segmentation.evaluation.command:configure_maps",
-        "see what the layers attend to in a photograph",
-    ),
-    "yolo": ("fullattn.integrations.command:configure", "Ultralytics' command, with the layers"),
-    "info": ("fullattn._cli.info:configure", "say which backend runs, and why the others do not"),
+    "bench": "compare what layers and backends cost",
+    "swap": "put a layer into a network and see what that costs",
+    "train": "train a network on a data set",
+    "evaluate": "score a trained network on a data set",
+    "predict": "segment photographs, and show what the layer attends to",
+    "maps": "see what the layers attend to in a photograph",
+    "yolo": "Ultralytics' command, with the layers",
+    "info": "say which backend runs, and why the others do not",
 }
 
 
@@ -51,30 +40,42 @@ def parser_of(*chosen: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fullattn {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (place, help_line) in COMMANDS.items():
-        command = commands.add_parser(
-            name, help=help_line, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+    for name, help_line in COMMANDS.items():
+        command = commands.add_parser(name, help=help_line, formatter_class=Formatter)
         if name in chosen:
-            module, _, configure = place.partition(":")
-            with sentences():  # a missing package
-                getattr(import_module(module), configure)(command)
+            import_module(f"fullattn._cli.parsers.{name}").configure(command)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(args: argparse.Namespace, load: Callable[[], object] = lambda: None) -> None:
+    """Run a command whose arguments were read; `load` is that of `main`.
+
+    Raises:
+        UsageError: a package is missing, or the request cannot be done.
+    """
+    if "needs" in args:
+        need_packages(*args.needs)
+    module, _, function = args.run.partition(":")
+    with doing(f"fullattn {args.command}: importing PyTorch"), sentences():
+        load()
+        command = getattr(import_module(module), function)
+    command(args)
+
+
+def main(argv: Sequence[str] | None = None, load: Callable[[], object] = lambda: None) -> int:
     """Run the command line.
 
     Args:
         argv: arguments without the program's name; None for the process's own.
+        load: imports the package `fullattn`, after the arguments were read without it.
 
     Returns:
         Exit status: 0; 2 for bad input; 130 for an interruption.
     """
     try:
-        arguments = sys.argv[1:] if argv is None else list(argv)
+        arguments = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
         args = parser_of(*arguments[:1]).parse_args(arguments)
-        args.run(args)
+        run(args, load)
     except SystemExit as end:  # argparse has printed its help or its sentence
         return end.code if isinstance(end.code, int) else 2
     except UsageError as error:

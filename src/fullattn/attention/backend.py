@@ -376,7 +376,7 @@ class Backend:
         whole = inputs.operation in self.operations and inputs.score is ScoreFunction.SOFTMAX
         if not whole and inputs.score not in self.attend:
             runs = ", ".join([*self.operations, *(score.value for score in self.attend)])
-            reasons.append(f"runs {runs}, not {described(inputs)}")
+            reasons.append(f"computes {runs}, not {described(inputs)}")
         if self.devices is not None and inputs.device not in self.devices:
             reasons.append(f"runs on {', '.join(sorted(self.devices))}, not on {inputs.device}")
         dtypes = self.dtypes.get(inputs.device, self.dtypes.get("*", ()))

@@ -9,10 +9,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fullattn._cli.conditions import Conditions, Mode
+from fullattn._cli.conditions import MODES, Conditions, Mode
 from fullattn._cli.errors import UsageError
 from fullattn._text import digits
 from fullattn.bench.results import Measurement, Results, Row
+from fullattn.bench.verdict import relative_spread
 
 __all__ = ["Difference", "check_comparable", "differences", "lost", "print_differences"]
 
@@ -108,16 +109,6 @@ def _ratio(old: Measurement, new: Measurement) -> float:
     return (new.median_ms or 0.0) / (old.median_ms or 1.0)
 
 
-def _noise(*measurements: Measurement) -> float:
-    """Return the relative spread that a ratio inherits from measurements."""
-    return math.hypot(
-        *(
-            math.inf if each.spread_ms is None else each.spread_ms / (each.median_ms or 1.0)
-            for each in measurements
-        )
-    )
-
-
 def differences(old: Results, new: Results) -> list[Difference]:
     """Compare every row and mode that both runs have times for, except the baseline's own.
 
@@ -137,7 +128,7 @@ def differences(old: Results, new: Results) -> list[Difference]:
             if base and base_before and base.value("time", mode) is not None:
                 machine = _ratio(base_before, base.measured[mode])
                 spreads += [base_before, base.measured[mode]]
-            noise = max(_LEAST, _SPREADS * _noise(*spreads))
+            noise = max(_LEAST, _SPREADS * relative_spread(*spreads))
             found.append(Difference(row, mode, before, now, machine, noise))
     return found
 
@@ -156,8 +147,9 @@ def print_differences(old: Results, new: Results, console: Console) -> None:
     """Print what got slower or faster beyond the noise, and a sentence for the rest."""
     found = differences(old, new)
     console.print(f"\nCompared with the run of {old.environment.date}:", highlight=False)
-    if shown := [each for each in found if each.verdicts]:
-        console.print(_table(shown))
+    for mode in MODES:
+        if shown := [each for each in found if each.verdicts and each.mode == mode]:
+            console.print(_table(mode, shown))
     for row, mode in lost(old, new):
         console.print(
             f"{row.implementation.name} at {row.shape}, {mode}: had a time, has none any more."
@@ -195,23 +187,26 @@ def print_differences(old: Results, new: Results, console: Console) -> None:
         console.print(line, style="dim", highlight=False, markup=False)
 
 
-def _table(shown: list[Difference]) -> Table:
-    table = Table(title="Differences", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("implementation", "shape", "mode"):
-        table.add_column(heading, no_wrap=True)
+def _table(mode: Mode, shown: list[Difference]) -> Table:
+    title = f"Differences: {mode}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("implementation", overflow="ellipsis")
     for heading in ("old\nms", "new\nms", "time\nover old", "noise", "memory\nover old"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for each in shown:
-        table.add_row(
-            each.row.implementation.name,
-            str(each.row.shape),
-            each.mode,
-            digits(each.old.median_ms or 0),
-            digits(each.new.median_ms or 0),
-            f"{each.time:.2f}×",
-            "unknown" if math.isinf(each.noise) else f"±{each.noise:.0%}",
-            "–" if each.memory is None else f"{each.memory:.2f}×",
-            each.verdicts,
-        )
+    table.add_column("")
+    for shape in dict.fromkeys(each.row.shape for each in shown):
+        table.add_section()
+        table.add_row(f"[bold]{shape}[/bold]")
+        for each in shown:
+            if each.row.shape != shape:
+                continue
+            table.add_row(
+                f" {each.row.implementation.name}",
+                digits(each.old.median_ms or 0),
+                digits(each.new.median_ms or 0),
+                f"{each.time:.2f}×",
+                "unknown" if math.isinf(each.noise) else f"±{each.noise:.0%}",
+                "–" if each.memory is None else f"{each.memory:.2f}×",
+                each.verdicts,
+            )
     return table

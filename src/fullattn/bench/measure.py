@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,9 +16,10 @@ from fullattn.bench.memory import cpu_peak, cuda_peak
 from fullattn.bench.results import Failure, Measurement
 from fullattn.bench.workload import Recipe, Workload
 
-__all__ = ["Plan", "interleave", "measure_group", "warm_up"]
+__all__ = ["Plan", "interleave", "measure_group", "sharing", "warm_up"]
 
 Key = TypeVar("Key", bound=Hashable)
+Group = TypeVar("Group")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,16 @@ class Plan:
             return self.repeats
         fit = int(self.seconds / max(seconds_per_call, 1e-9))
         return min(max(fit, self.at_least), self.at_most)
+
+
+def sharing(groups: Sequence[Group], budget: float | None) -> Iterator[tuple[Group, float]]:
+    """Yield each group with the time (monotonic) at which its share of the budget ends.
+
+    What a group leaves of its share goes to those after it.
+    """
+    began = time.monotonic()
+    for number, group in enumerate(groups, start=1):
+        yield group, math.inf if budget is None else began + number / len(groups) * budget
 
 
 def warm_up(workload: Workload, mode: Mode, forecast: float | None = None) -> float:

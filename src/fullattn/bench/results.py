@@ -14,6 +14,7 @@ import torch
 from fullattn._cli.conditions import MODES, Conditions, Environment, Mode
 from fullattn._cli.errors import UsageError, describe
 from fullattn._cli.shapes import Shape
+from fullattn._text import counted
 from fullattn.attention import BackendError
 from fullattn.bench.implementations import Formula, Implementation
 
@@ -157,7 +158,7 @@ class Results:
     def caption(self) -> list[str]:
         """Describe the conditions of the figures, line by line."""
         here, how = self.environment, self.conditions
-        threads = f", {how.threads} thread{'s' if how.threads != 1 else ''}"
+        threads = f", {counted(how.threads, 'thread')}"
         device = f"{here.device_name} ({how.device}{threads if how.device == 'cpu' else ''})"
         load = "" if here.load is None else f", load {here.load:g} before"
         projection = "with" if how.project else "without"

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from fullattn._cli.conditions import Conditions, Mode, environment
@@ -21,11 +19,13 @@ from fullattn._cli.errors import UsageError
 from fullattn._cli.inputs import check_fits, check_image, feature_map, random_like
 from fullattn._cli.output import written_together
 from fullattn._cli.shapes import Shape
+from fullattn._cli.terminal import progress
 from fullattn.bench import chart, compare, memory
 from fullattn.bench.implementations import OFFICIAL, Implementation, implementations_at
-from fullattn.bench.measure import Plan, measure_group
+from fullattn.bench.measure import Plan, measure_group, sharing
 from fullattn.bench.results import Failure, Measurement, Results, Row
 from fullattn.bench.table import print_results
+from fullattn.bench.verdict import headline
 from fullattn.bench.workload import LayerRecipe, ShapeError, Workload
 from fullattn.layers import LAYERS
 
@@ -93,6 +93,9 @@ def bench(options: Options, folder: Path, old: Results | None, console: Console)
         markup=False,
         soft_wrap=True,
     )
+    for mode in results.modes:
+        if said := headline(results, mode):
+            console.print(f"\n{said}", highlight=False, markup=False)
     return results
 
 
@@ -108,7 +111,7 @@ def measure_all(options: Options) -> Results:
     Raises:
         UsageError: a module or the baseline does not exist, or a module returns another shape.
     """
-    conditions, budget = options.conditions, options.plan.budget
+    conditions = options.conditions
     chosen = {
         shape: implementations_at(
             shape,
@@ -135,19 +138,17 @@ def measure_all(options: Options) -> Results:
         memory.start()
     here = environment(torch.device(conditions.device))
     measured: dict[tuple[Shape, Implementation], dict[Mode, Measurement]] = defaultdict(dict)
-    began = time.monotonic()
     with (
         conditions.limited_threads(),
-        _progress(sum(len(chosen[shape]) for shape, _ in groups)) as advance,
+        progress(sum(len(chosen[shape]) for shape, _ in groups), "rows") as advance,
     ):
         module_of = cache(lambda each, channels: each.build(channels, conditions))
         for shape in {shape.channels: shape for shape in chosen}.values():
             for target in options.modules:
                 module = module_of(Implementation(target), shape.channels)
                 _check_output(target, module, shape, conditions)
-        for number, (shape, mode) in enumerate(groups, start=1):
-            # Each group ends when its part of the budget is used, and begins rows in half of that.
-            end = math.inf if budget is None else began + number / len(groups) * budget
+        # Each group ends when its part of the budget is used, and begins rows in half of that.
+        for (shape, mode), end in sharing(groups, options.plan.budget):
             modules = {each: module_of(each, shape.channels) for each in chosen[shape]}
             for each, found in _measure(options, shape, mode, modules, end, advance).items():
                 measured[shape, each][mode] = found
@@ -165,23 +166,6 @@ def _check_baseline(baseline: str, implementations: list[Implementation]) -> Non
         automatic = [each.layer for each in implementations if each.automatic]
         names = dict.fromkeys([*(each.name for each in implementations), *automatic])
         raise UsageError(f"expected a baseline of {', '.join(names)}, got {baseline!r}")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[float, str], None]]:
-    """Show a progress bar in which each row of the table in each mode counts as 1."""
-    columns = (
-        TextColumn("{task.description:<48}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda part, what: progress.update(task, advance=part, description=what)
 
 
 def _check_output(target: str, module: nn.Module, shape: Shape, conditions: Conditions) -> None:

@@ -1,8 +1,8 @@
-"""Results as tables for a terminal of 120 columns."""
+"""Results as tables: few wide ones on a wide terminal, more narrow ones in 80 columns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -10,7 +10,6 @@ from rich.table import Table
 
 from fullattn._cli.conditions import Mode
 from fullattn._text import NOTHING, digits, si
-from fullattn.bench.implementations import Formula
 from fullattn.bench.results import Measurement, Results, Row
 
 __all__ = ["mebibytes", "print_results", "ratio", "time"]
@@ -46,60 +45,63 @@ def ratio(number: float | None) -> str:
     return NOTHING if number is None else f"{digits(number)}×"
 
 
-def _table(
-    results: Results, title: str, headings: list[str], cells: Callable[[Row], list[str]]
-) -> Table:
+# Heading and cell of each column.
+_Columns = Sequence[tuple[str, Callable[[Row], str]]]
+
+
+def _table(results: Results, title: str, columns: _Columns) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("implementation, backend", no_wrap=True)
-    for heading in headings:
+    table.add_column("implementation, backend", overflow="ellipsis")
+    for heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for shape in results.shapes:
+        rows = [(_name(row), [cell(row) for _, cell in columns]) for row in results.at(shape)]
+        if {cell for _, cells in rows for cell in cells} == {NOTHING}:  # not run in this mode
+            continue
         table.add_section()
         table.add_row(f"[bold]{shape}[/bold]")
-        for row in results.at(shape):
-            table.add_row(_name(row), *cells(row))
+        for name, cells in rows:
+            table.add_row(name, *cells)
     return table
 
 
-def _measured(results: Results) -> Table:
-    modes = results.modes
+def _tables(
+    results: Results, title: str, groups: Mapping[str, _Columns], console: Console
+) -> list[Table]:
+    """Make one table with the columns of all groups, or one a group where that is too wide."""
+    table = _table(results, title, [column for columns in groups.values() for column in columns])
+    unlimited = console.options.update(max_width=10**4)
+    if console.measure(table, options=unlimited).maximum <= console.width:
+        return [table]
+    return [_table(results, f"{title}: {name}", columns) for name, columns in groups.items()]
 
-    def cells(row: Row) -> list[str]:
-        found = []
-        for mode in modes:
-            slower = results.ratio(row, "time", mode)
-            found += [
-                time(row.measured.get(mode)),
-                ratio(1 / slower if slower else None),
-                mebibytes(row.value("memory", mode)),
-                ratio(results.ratio(row, "memory", mode)),
-            ]
-        return found
 
-    headings = [
-        heading
-        for mode in modes
-        for heading in (f"{_CALL[mode]}\nms", "speed\n× base", "peak\nMiB", "peak\n× base")
+def _measured(results: Results, mode: Mode) -> _Columns:
+    def speed(row: Row) -> str:
+        slower = results.ratio(row, "time", mode)
+        return ratio(1 / slower if slower else None)
+
+    return [
+        (f"{_CALL[mode]}\nms", lambda row: time(row.measured.get(mode))),
+        ("speed\n× base", speed),
+        ("peak\nMiB", lambda row: mebibytes(row.value("memory", mode))),
+        ("peak\n× base", lambda row: ratio(results.ratio(row, "memory", mode))),
     ]
-    return _table(results, "Measured", headings, cells)
 
 
-_FORMULA: dict[str, Callable[[Formula], str]] = {
-    "parameters": lambda formula: si(formula.parameters),
-    "FLOPs by\nformula": lambda formula: si(formula.flops),
-    "FLOPs by\nPyTorch": lambda formula: si(formula.counted_flops),
-    "elements\nin maps": lambda formula: si(formula.map_numel),
-    "maps\nMiB": lambda formula: mebibytes(formula.map_bytes),
-    "peak MiB\ninference": lambda formula: mebibytes(formula.inference_bytes),
-    "peak MiB\ntraining": lambda formula: mebibytes(formula.training_bytes),
+_FORMULA: dict[str, _Columns] = {
+    "parameters and FLOPs": [
+        ("parameters", lambda row: si(row.formula.parameters)),
+        ("FLOPs by\nformula", lambda row: si(row.formula.flops)),
+        ("FLOPs by\nPyTorch", lambda row: si(row.formula.counted_flops)),
+        ("elements\nin maps", lambda row: si(row.formula.map_numel)),
+    ],
+    "memory": [
+        ("maps\nMiB", lambda row: mebibytes(row.formula.map_bytes)),
+        ("peak MiB\ninference", lambda row: mebibytes(row.formula.inference_bytes)),
+        ("peak MiB\ntraining", lambda row: mebibytes(row.formula.training_bytes)),
+    ],
 }
-
-
-def _by_formula(results: Results) -> Table:
-    def cells(row: Row) -> list[str]:
-        return [cell(row.formula) for cell in _FORMULA.values()]
-
-    return _table(results, "By formula", list(_FORMULA), cells)
 
 
 def _notes(results: Results) -> list[str]:
@@ -130,15 +132,17 @@ def _notes(results: Results) -> list[str]:
 
 
 def print_results(results: Results, console: Console) -> None:
-    """Print both tables with the conditions and notes.
+    """Print the tables with the conditions and notes.
 
     Args:
         results: what to print.
         console: where to.
     """
     console.print()
-    for table in (_by_formula(results), _measured(results)):
-        console.print(table)
-        console.print()
+    measured: dict[str, _Columns] = {mode: _measured(results, mode) for mode in results.modes}
+    for title, groups in (("By formula", _FORMULA), ("Measured", measured)):
+        for table in _tables(results, title, groups, console):
+            console.print(table)
+            console.print()
     for line in (*results.caption(), *_notes(results)):
         console.print(line, style="dim", highlight=False, markup=False)

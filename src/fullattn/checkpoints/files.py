@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from fullattn._text import installing
+
 __all__ = ["CheckpointError", "contents", "load"]
 
 # Keys under which training programs save the weights.
@@ -111,7 +113,7 @@ def _read(path: Path, file: BinaryIO) -> Any:
             import safetensors.torch
         except ImportError as error:
             raise ImportError(
-                f"cannot load {path}: safetensors is missing: pip install 'fullattn[checkpoints]'"
+                f"cannot load {path}: safetensors is missing: {installing('checkpoints')}"
             ) from error
         return safetensors.torch.load_file(path)
     protocol = head[:2]

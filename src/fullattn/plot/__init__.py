@@ -4,11 +4,13 @@
 matplotlib: `pip install 'fullattn[plot]'`.
 """
 
+from fullattn._text import installing
+
 try:
     import matplotlib as _  # noqa: F401
 except ImportError as _error:
     raise ImportError(
-        f"fullattn.plot needs matplotlib: pip install 'fullattn[plot]' ({_error})"
+        f"fullattn.plot needs matplotlib: {installing('plot')} ({_error})"
     ) from _error
 
 from fullattn.plot.draw import similarity

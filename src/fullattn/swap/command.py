@@ -4,85 +4,21 @@ from __future__ import annotations
 
 import argparse
 
-from fullattn._cli.arguments import (
-    LAYER_HELP,
-    Parser,
-    add_conditions,
-    add_inputs,
-    add_repetition,
-    conditions_of,
-    console,
-    modes_named,
-    need_packages,
-    setting,
-)
+from rich.console import Console
+
+from fullattn._cli.conditions import conditions_of, modes_named
 from fullattn._cli.errors import UsageError
 from fullattn._cli.loading import layer_named
 from fullattn._cli.shapes import parse_shape
+from fullattn.bench.measure import Plan
+from fullattn.swap.before_after import compare
+from fullattn.swap.network import Network
 
-__all__ = ["configure"]
-
-_SWAP_EXAMPLES = """\
-examples:
-  fullattn swap torchvision.models.segmentation:deeplabv3_resnet50 --target classifier.0 \\
-      --model-options weights=None weights_backbone=None --shape 2x3x512x512
-  fullattn swap my_net.py:Net --insert --target backbone.layer4 --layer-options project=False
-  fullattn swap segmentation_models_pytorch:Unet --model-options encoder_weights=None \\
-      --insert --target encoder.layer4 --shape 2x3x256x256 --image street.jpg
-"""
+__all__ = ["run"]
 
 
-def configure(parser: Parser) -> None:
-    """Add the arguments of `fullattn swap`."""
-    parser.description = (
-        "Put one of the layers into a network that can be imported, in place of a "
-        "module or behind it, and print parameters, FLOPs, time and memory before and after."
-    )
-    parser.epilog = _SWAP_EXAMPLES
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="package.module:FACTORY or FILE.py:FACTORY; the factory builds the network",
-    )
-    parser.add_argument(
-        "--target",
-        required=True,
-        metavar="NAME",
-        help="dotted name of the module, or a glob over dotted names",
-    )
-    parser.add_argument("--layer", default="fully", metavar="LAYER", help=f"{LAYER_HELP} (fully)")
-    parser.add_argument("--insert", action="store_true", help="behind the target, not in its place")
-    for name, what in (("--model-options", "the factory"), ("--layer-options", "the layer")):
-        parser.add_argument(
-            name,
-            nargs="+",
-            type=setting,
-            default=[],
-            metavar="NAME=VALUE",
-            help=f"what {what} is called with, beside its defaults",
-        )
-    parser.add_argument(
-        "--shape",
-        default="1x3x512x512",
-        metavar="SHAPE",
-        help="of the images, CxHxW or BxCxHxW (1x3x512x512)",
-    )
-    parser.add_argument("--image", metavar="PHOTO", help="a photograph as input, in place of noise")
-    parser.add_argument(
-        "--mode", choices=("inference", "training", "both"), default="both", help="(both)"
-    )
-    add_conditions(parser)
-    add_inputs(parser)
-    add_repetition(parser)
-    parser.set_defaults(run=_swap, project=False)
-
-
-def _swap(args: argparse.Namespace) -> None:
-    need_packages("the comparison", "bench", "rich", "matplotlib", "PIL")
-    from fullattn.bench.measure import Plan
-    from fullattn.swap.before_after import compare
-    from fullattn.swap.network import Network
-
+def run(args: argparse.Namespace) -> None:
+    """Run `fullattn swap`."""
     shape = parse_shape(args.shape)
     if args.image is not None and shape.channels != 3:
         raise UsageError(f"expected a shape of 3 channels for --image, got {shape}")
@@ -96,6 +32,5 @@ def _swap(args: argparse.Namespace) -> None:
         layer_options=dict(args.layer_options),
         behind=args.insert,
     )
-    # A network takes longer than a layer.
-    plan = Plan(args.seconds, args.repeats, limit=100.0, memory=not args.no_memory)
-    compare(network, modes_named(args.mode), plan, console())
+    plan = Plan(args.seconds, args.repeats, args.limit, args.budget, not args.no_memory)
+    compare(network, modes_named(args.mode), plan, Console())

@@ -15,7 +15,7 @@ from fullattn.swap.inserted import Insertion
 from fullattn.swap.shapes import count_flops
 from fullattn.swap.targets import Site
 
-__all__ = ["Change", "Report", "count_parameters"]
+__all__ = ["Change", "Report", "columns", "count_parameters", "notes"]
 
 
 @dataclass(eq=False)
@@ -180,21 +180,13 @@ class Report:
     def __repr__(self) -> str:
         rows = [
             ("", "old", "new", "channels", "parameters", "FLOPs", "at"),
-            *map(_row, self.changes),
+            *map(columns, self.changes),
             ("the model", *[""] * 3, _pair(self.parameters_before, self.parameters_after), "", ""),
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
-        for change in self.changes:
-            if change.adapter is not None:
-                lines.append(
-                    f"{change.name}: a 1×1 convolution from {change.in_channels} to "
-                    f"{change.out_channels} channels precedes the layer"
-                )
-            if len(change.names) > 1:
-                lines.append(f"{change.name} is shared: also {', '.join(change.names[1:])}")
-            lines += [f"{change.name}: no longer called: {hook}" for hook in change.hooks]
+        lines += [note for change in self.changes for note in notes(change)]
         if self.removed:
             lines.append("removed: the original modules are back")
         return "\n".join(lines)
@@ -205,7 +197,8 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _row(change: Change) -> tuple[str, ...]:
+def columns(change: Change) -> tuple[str, ...]:
+    """Format a change: where, old, new, channels, parameters, FLOPs and the shape they are at."""
     old, new = type(change.old).__name__, type(change.layer).__name__
     if change.insertion is not None:
         new = f"{old}, {new}"
@@ -223,6 +216,19 @@ def _row(change: Change) -> tuple[str, ...]:
         _pair(change.flops_before, change.flops_after),
         "×".join(map(str, change.input)),
     )
+
+
+def notes(change: Change) -> list[str]:
+    """Say in sentences what the columns of a change do not."""
+    found = []
+    if change.adapter is not None:
+        found.append(
+            f"{change.name}: a 1×1 convolution from {change.in_channels} to "
+            f"{change.out_channels} channels precedes the layer"
+        )
+    if len(change.names) > 1:
+        found.append(f"{change.name} is shared: also {', '.join(change.names[1:])}")
+    return found + [f"{change.name}: no longer called: {hook}" for hook in change.hooks]
 
 
 def _sum(counts: Iterable[int | None]) -> int | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fullattn.integrations.torchvision import ensure_importable
 from fullattn.segmentation.evaluation import Scores, confusion_matrix
 from fullattn.segmentation.evaluation.scores import table
+from helpers.terminal import each_width, fitting
 
 NAMES = ("Sky", "Pole", "Road", "Tree", "Car", "Sign")
 
@@ -153,3 +154,12 @@ def test_without_torchmetrics_the_error_names_the_extra(monkeypatch: pytest.Monk
     monkeypatch.setitem(__import__("sys").modules, "torchmetrics.classification", None)
     with pytest.raises(ImportError, match=r"pip install 'fullattn\[train\]'"):
         confusion_matrix(2)
+
+
+@each_width
+def test_the_table_fits_the_terminal(width: int) -> None:
+    names = ["a class of nine words that is longer than most", "Pole"]
+    scores = Scores(torch.tensor([[3, 1], [0, 4]]) * 10**9, names, {"thin": ["Pole"]})
+    text = fitting(lambda console: console.print(table(scores)), width)
+    assert "mean of thin" in text
+    assert "100.00" in text

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.status import Status
 
+from fullattn.segmentation.training import fit
 from fullattn.segmentation.training.config import read
 from helpers import tiny_data
-from helpers.processes import run_program
 from helpers.tiny_training import processes
 
 pytestmark = pytest.mark.slow
@@ -41,18 +45,9 @@ def _command(printed: Path, arguments: list[str]) -> None:
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
-        from fullattn._cli.arguments import Parser
-        from fullattn._cli.errors import UsageError
-        from fullattn.segmentation.training.command import configure
+        from fullattn._cli.main import main
 
-        parser = Parser(prog="fullattn")
-        configure(parser)
-        try:
-            args = parser.parse_args(arguments)
-            args.run(args)
-        except UsageError as error:
-            file.write(f"fullattn: {error}\n")
-            sys.exit(2)
+        sys.exit(main(["train", *arguments]))
 
 
 def command(folder: Path, *arguments: object) -> tuple[int, str]:
@@ -123,7 +118,11 @@ def test_a_finished_run_is_unchanged_and_must_be_resumed(copied: Path, root: Pat
     assert "holds files: continue its run with --resume" in error_of(copied, root)
     status, printed = train(copied, root, "--resume")
     assert status == 0, printed
-    assert "step 2:" in printed
+    last = copied / "out" / "last.ckpt"
+    assert printed.splitlines()[-2:] == [
+        f"step 2: {last}",
+        f"next: fullattn evaluate {last} --data camvid {root} --split val",
+    ]
     assert (copied / "out" / "last.ckpt").read_bytes() == before
 
 
@@ -206,7 +205,7 @@ def test_a_damaged_checkpoint_cannot_be_resumed(size: int, copied: Path, root: P
         (["--devices", "4"], "training.batch_size: expected a multiple of 4 "),
         (["--strategy", "fsdp", "training.average_decay=0"], "got 0.0 and 32-true"),
         (["--strategy", "fsdp", "training.precision=64-true"], "got None and 64-true"),
-        (["training.step=3"], "did you mean 'steps'"),
+        (["training.step=3"], "did you mean 'training.steps'"),
     ],
     ids=str,
 )
@@ -251,14 +250,35 @@ def test_images_smaller_than_the_crop_are_padded_with_pad(root: Path, tmp_path: 
     assert status == 0, printed
 
 
-def test_the_parser_needs_no_slow_imports() -> None:
-    code = (
-        "import sys\n"
-        "from fullattn._cli.arguments import Parser\n"
-        "from fullattn.segmentation.training.command import configure\n"
-        "configure(Parser())\n"
-        "heavy = {'lightning', 'pydantic', 'timm', 'yaml'}\n"
-        "print(heavy & set(sys.modules))\n"
-    )
-    found = run_program(code)
-    assert found.stdout.strip() == "set()"
+def _trainer(step: int, **values: float) -> SimpleNamespace:
+    metrics = {"train/loss": torch.tensor(0.51234)} | {f"val/{k}": v for k, v in values.items()}
+    return SimpleNamespace(global_step=step, max_steps=40000, callback_metrics=metrics)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_one_line_that_fits(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(fit, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal)
+    said: list[str] = []
+    monkeypatch.setattr(Status, "update", lambda self, text: said.append(text))
+    progress = fit.Progress(console, every=100, batch_size=8)
+    progress.on_train_start(_trainer(0), None)
+    for step in (0, 50, 100):
+        now[0] = step
+        progress.on_train_batch_end(_trainer(step))
+    progress.on_validation_start(_trainer(100), None)
+    now[0] = 1000
+    progress.on_validation_end(_trainer(100, mean_iou=0.4), None)
+    now[0] = 1100
+    progress.on_train_batch_end(_trainer(200, mean_iou=0.4))
+    progress.teardown(_trainer(200), None, "fit")
+    printed = [line for line in console.file.getvalue().splitlines() if line.startswith("step")]
+    first = "step 50/40000, loss 0.5123, 8.00 images/s, 11:05:50 left"
+    second = "step 100/40000, loss 0.5123, 8.00 images/s, 11:05:00 left"
+    third = "step 200/40000, loss 0.5123, mIoU 0.4000, 8.00 images/s, 11:03:20 left"
+    if terminal:
+        assert said == [first, second, "step 100/40000, evaluating", third]
+    else:
+        assert printed == [second, "step 100/40000, val mIoU 0.4000", third]
+    assert max(map(len, said + printed)) < 80

@@ -58,7 +58,7 @@ def test_overrides_replace_values_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.step=3", "unknown key 'training.step'; did you mean 'steps'?"),
+        ("training.step=3", "unknown key 'training.step'; did you mean 'training.steps'?"),
         ("training.xyz=3", "unknown key 'training.xyz'; expected one of steps, batch_size, "),
         ("trainings.steps=3", "unknown key 'trainings'; did you mean 'training'?"),
         ("training.steps=0", "training.steps should be greater than 0, got 0"),
@@ -109,7 +109,7 @@ def test_an_invalid_override_is_named(override: str, message: str, tmp_path: Pat
         (SMALL.replace("steps: 10, ", ""), "training.steps is missing"),
         (SMALL.replace("backbone: resnet18", ""), "model.backbone is missing"),
         (SMALL.replace("data:", "dat:"), "unknown key 'dat'; did you mean 'data'?"),
-        (SMALL.replace("crop", "crops"), "unknown key 'data.crops'; did you mean 'crop'?"),
+        (SMALL.replace("crop", "crops"), "unknown key 'data.crops'; did you mean 'data.crop'?"),
         (SMALL.replace("size: 2", "size: two"), "batch_size should be a valid integer, got 'two'"),
         (SMALL + "training: {steps: 20}\n", "invalid YAML: duplicate key 'training'"),
         (SMALL.replace("steps: 10", "steps: 10, steps: 20"), "duplicate key 'steps'"),

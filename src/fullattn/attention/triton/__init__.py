@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fullattn._text import installing
 from fullattn._versions import allows_tf32
 from fullattn.attention import chunked, flops, operators, reference
 from fullattn.attention.backend import (
@@ -53,7 +54,7 @@ _failed: dict[tuple[Any, ...], str] = {}
 @functools.cache
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install 'fullattn[triton]')"
+        return f"Triton is not installed ({installing('triton')})"
     try:
         import triton
     except Exception as error:

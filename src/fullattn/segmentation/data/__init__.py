@@ -9,13 +9,14 @@
 ... )
 """
 
+from fullattn._text import installing
+
 try:
     import numpy  # noqa: F401
     import PIL  # noqa: F401
 except ImportError as _error:
     raise ImportError(
-        "fullattn.segmentation.data needs NumPy and Pillow: pip install 'fullattn[data]' "
-        f"({_error})"
+        f"fullattn.segmentation.data needs NumPy and Pillow: {installing('data')} ({_error})"
     ) from _error
 
 from fullattn.segmentation.data.classes import IGNORE_INDEX, Classes

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fullattn._text import installing
 from fullattn.segmentation.data.classes import IGNORE_INDEX
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Augment", "Normalize"]
@@ -161,7 +162,7 @@ def _torchvision() -> Any:
         return tuple(map(importlib.import_module, modules))
     except ImportError as error:
         raise ImportError(
-            f"augmentation needs torchvision: pip install 'fullattn[data]' ({error})"
+            f"augmentation needs torchvision: {installing('data')} ({error})"
         ) from error
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fullattn._text import installing
+
 if TYPE_CHECKING:
     from rich.table import Table
     from torchmetrics.classification import MulticlassConfusionMatrix
@@ -45,7 +47,7 @@ def confusion_matrix(num_classes: int, ignore_index: int = 255) -> MulticlassCon
     try:
         from torchmetrics.classification import MulticlassConfusionMatrix
     except ImportError as error:
-        raise ImportError("scores need torchmetrics: pip install 'fullattn[train]'") from error
+        raise ImportError(f"scores need torchmetrics: {installing('train')}") from error
     # The dataset has checked the labels; validate_args would sort every mask at every call.
     return MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index, validate_args=False)
 

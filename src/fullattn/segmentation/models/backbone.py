@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fullattn import checkpoints
+from fullattn._text import installing
 
 __all__ = ["Stages", "build", "channels_first", "load_state_dict", "load_weights"]
 
@@ -66,7 +67,7 @@ def build(
     try:
         import timm
     except ImportError as error:
-        raise ImportError("backbones need timm: pip install 'fullattn[models]'") from error
+        raise ImportError(f"backbones need timm: {installing('models')}") from error
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.partition('.')[0][:6]}*")[:5]
         hint = f"; similar names are {', '.join(near)}" if near else ""

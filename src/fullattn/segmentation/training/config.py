@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from fullattn._text import did_you_mean
+from fullattn._text import did_you_mean, installing
 
 try:
     import yaml
@@ -29,7 +29,7 @@ try:
     )
 except ImportError as _error:
     raise ImportError(
-        f"configurations need PyYAML and pydantic: pip install 'fullattn[train]' ({_error})"
+        f"configurations need PyYAML and pydantic: {installing('train')} ({_error})"
     ) from _error
 
 __all__ = [
@@ -312,7 +312,8 @@ def _problem(keys: Sequence[str], error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         model = Config.model_fields[keys[0]].annotation if len(keys) > 1 else Config
         known = list(model.model_fields)  # type: ignore[union-attr]
-        hint = did_you_mean(keys[-1], known) or f"; expected one of {', '.join(known)}"
+        prefix = name.removesuffix(keys[-1])
+        hint = did_you_mean(keys[-1], known, prefix) or f"; expected one of {', '.join(known)}"
         return f"unknown key {name!r}{hint}"
     expected = re.sub("^(Input|Tuple|Value error,) ", "", error["msg"])
     return f"{name} {expected}, got {error['input']!r}"

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 
+from fullattn._text import digits
 from fullattn.segmentation.data import SegmentationDataset
 from fullattn.segmentation.evaluation.scores import Scores
 from fullattn.segmentation.models import FLANet
@@ -30,8 +32,9 @@ from fullattn.segmentation.training.saving import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
-__all__ = ["LAST", "Result", "fit", "list_skipped"]
+__all__ = ["LAST", "Progress", "Result", "fit", "list_skipped"]
 
 LAST = "last.ckpt"
 
@@ -130,9 +133,8 @@ def _trainer(
     callbacks: list[Callback] = [best, last] if best else [last]
     if training.average_decay is not None:
         callbacks.append(EMAWeightAveraging(decay=training.average_decay))
-    terminal = console is not None and console.is_terminal
-    if console is not None and not terminal:
-        callbacks.append(_ProgressLines(console, training.log_every))
+    if console is not None:
+        callbacks.append(Progress(console, training.log_every, training.batch_size))
     strategy: str | Strategy = training.strategy
     if strategy == "fsdp":  # PyTorch's fully_shard, which replaces what FSDPStrategy uses
         strategy = ModelParallelStrategy(
@@ -158,39 +160,75 @@ def _trainer(
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,
-        enable_progress_bar=terminal,
+        enable_progress_bar=False,
         enable_model_summary=False,
     )
 
 
-class _ProgressLines(Callback):
-    """Print a line for every entry of the log, in place of a progress bar."""
+class Progress(Callback):
+    """Show step, loss, mIoU, images a second and the time left.
 
-    def __init__(self, console: Console, every: int) -> None:
+    On a terminal this is one line that changes, elsewhere a line for every entry of the log.
+
+    Args:
+        console: where to show it.
+        every: steps between two entries of the log.
+        batch_size: images in a step.
+    """
+
+    def __init__(self, console: Console, every: int, batch_size: int) -> None:
         self.console = console
         self.every = every
+        self.batch_size = batch_size
+        self.status: Status = console.status("")
+        self.start: int = 0
+        self.started: float = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to measure the time of a step."""
         self.start, self.started = trainer.global_step, time.monotonic()
+        if self.console.is_terminal:
+            self.status.start()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Show what the step has found."""
         step, values = trainer.global_step, trainer.callback_metrics
-        if step == self.start or step % self.every:
+        if step == self.start:  # the first of several passes of the step
             return
         seconds = (time.monotonic() - self.started) / (step - self.start)
-        self._print(
-            trainer,
-            f"loss {values['train/loss']:.4f}, learning rate {values['train/learning_rate']:.3g}, "
-            f"{seconds:.2f} s/step",
-        )
+        left = timedelta(seconds=round(seconds * (trainer.max_steps - step)))
+        parts = [f"loss {values['train/loss']:.4f}"]
+        if "val/mean_iou" in values:
+            parts.append(f"mIoU {values['val/mean_iou']:.4f}")
+        parts += [f"{digits(self.batch_size / seconds)} images/s", f"{left} left"]
+        said = f"{self._step(trainer)}, {', '.join(parts)}"
+        if self.console.is_terminal:
+            self.status.update(said)
+        elif step % self.every == 0:
+            self.console.print(said, highlight=False, soft_wrap=True)
+            self.start, self.started = step, time.monotonic()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say why no step follows for a while."""
+        self.status.update(f"{self._step(trainer)}, evaluating")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._print(trainer, f"val mIoU {trainer.callback_metrics['val/mean_iou']:.4f}")
-
-    def _print(self, trainer: Trainer, values: str) -> None:
-        step = f"step {trainer.global_step}/{trainer.max_steps}"
-        self.console.print(f"{step}, {values}", highlight=False)
+        """Print the score, and measure the time of a step from here."""
+        score = f"val mIoU {trainer.callback_metrics['val/mean_iou']:.4f}"
+        self.console.print(f"{self._step(trainer)}, {score}", highlight=False, soft_wrap=True)
         self.start, self.started = trainer.global_step, time.monotonic()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the line away."""
+        self.status.stop()
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        """Take the line away before the error is told."""
+        self.status.stop()
+
+    @staticmethod
+    def _step(trainer: Trainer) -> str:
+        return f"step {trainer.global_step}/{trainer.max_steps}"
 
 
 def list_skipped(output: Path, files: set[str]) -> list[str]:

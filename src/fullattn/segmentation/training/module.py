@@ -216,7 +216,7 @@ class Segmentation(LightningModule):
             factor = factor * (limit / norm.clamp(min=limit))
         for gradient in gradients:
             gradient.mul_(factor.to(gradient.dtype))
-        self.log("train/loss", total / labelled, prog_bar=True)
+        self.log("train/loss", total / labelled)
         self.log("train/gradient_norm", norm)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         self._sums, self._images = [], []
@@ -247,7 +247,7 @@ class Segmentation(LightningModule):
         values = {"mean_iou": self.scores.mean_iou, "pixel_accuracy": self.scores.pixel_accuracy}
         values |= {f"mean_iou_{group}": mean for group, mean in self.scores.group_means.items()}
         for name, value in values.items():
-            self.log(f"val/{name}", value, prog_bar=name == "mean_iou", sync_dist=True)
+            self.log(f"val/{name}", value, sync_dist=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `models.files.load` needs, and the configuration for resumed runs."""

@@ -100,7 +100,8 @@ def train(
     if console is not None:
         console.print(_summary(config, model, datasets), highlight=False)
         if resume and not resumed:
-            console.print(f"{last} does not exist: training starts at the first step")
+            said = f"{last} does not exist: training starts at the first step"
+            console.print(said, markup=False, soft_wrap=True)
     return fit(
         model,
         config,
@@ -230,7 +231,7 @@ def _check(dataset: SegmentationDataset, console: Console, skip_bad: bool) -> Se
     if not any(report.pixels.values()):
         raise DataError(f"no pixel of {dataset.name} {dataset.split} has a label")
     for path, reason in report.problems:
-        console.print(f"skipped: {path} {reason}", markup=False, highlight=False)
+        console.print(f"skipped: {path} {reason}", markup=False, highlight=False, soft_wrap=True)
     return dataset.without(report.problems)
 
 
