@@ -33,8 +33,11 @@ SUITE = (
     "tests/export/test_compile.py",
     "tests/test_reshape.py",
 )
-# Where the packages of the extras are: networks, data, training, pictures and commands.
-EXTRAS_SUITE = ("tests/segmentation", "tests/plot", "tests/cli")
+# Where the packages of the extras are: networks, data, evaluation, pictures and commands.
+EXTRAS_SUITE = (
+    *("tests/segmentation/models", "tests/segmentation/data", "tests/segmentation/evaluation"),
+    *("tests/plot", "tests/cli"),
+)
 EXTRAS = ("timm", "lightning", "torchmetrics", "pydantic", "pyyaml", "tensorboard")
 TOOLS = (
     *("pytest>=8", "pytest-timeout", "pytest-xdist", "hypothesis", "safetensors"),
@@ -131,8 +134,8 @@ def page(results: list[dict[str, object]]) -> str:
         "",
         "What `make versions` ran, one environment at a time: layers on every backend against the "
         "NumPy oracle, gradients, options, changes of networks, weights of other projects, compile "
-        "and export where the version can; where torchvision is named, networks, data, training, "
-        "pictures and commands too. On the CPU, Linux, x86-64.",
+        "and export where the version can; where torchvision is named, networks, data, "
+        "evaluation, pictures and commands too. On the CPU, Linux, x86-64.",
         "",
         "| Python | torch | numpy | einops | torchvision | passed | failed | skipped | seconds |",
         "| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |",

@@ -228,7 +228,8 @@ def test_a_damaged_or_foreign_file_in_the_cache_is_compiled_again(damage, tmp_pa
     ):
         assert native._build() == built
     ctypes.CDLL(str(built)).fullattn_forward  # noqa: B018 - it has the function
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         native._build()
 
 

@@ -205,7 +205,8 @@ class Segmentation(LightningModule):
         # The gradient of a batch without labels is 0, not 0 / 0.
         total, labelled = sums[0], sums[1].clamp(min=1)
         gradients = [each.grad for each in self.parameters() if each.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+        norm: Any = torch.linalg.vector_norm(torch.stack(norms))
         if hasattr(norm, "full_tensor"):  # a sharded network
             norm = norm.full_tensor()
         # From the mean over all pixels of the step to the mean over the labelled ones.
