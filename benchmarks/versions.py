@@ -124,7 +124,13 @@ def run(versions: Versions, jobs: int, keep: Path | None) -> dict[str, object]:
             name: int(number)
             for number, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)", done.stdout)
         }
-        return {"outcome": counts, "seconds": round(time.monotonic() - start)}
+        seconds = round(time.monotonic() - start)
+        return {"outcome": counts, "seconds": seconds, "failed": failed(done.stdout)}
+
+
+def failed(output: str) -> list[str]:
+    """Return the names of the tests that failed, without their parameters."""
+    return sorted(set(re.findall(r"^(?:FAILED|ERROR) tests/\S+?::(\w+)", output, re.MULTILINE)))
 
 
 def page(results: list[dict[str, object]]) -> str:
@@ -149,6 +155,10 @@ def page(results: list[dict[str, object]]) -> str:
         else:
             cells = (outcome, "", "", "")
         lines.append(f"| {' | '.join(map(str, (*names, *cells)))} |")
+    for row in results:
+        if names := row.get("failed"):
+            listed = ", ".join(f"`{name}`" for name in names)
+            lines += ["", f"On torch {row['torch']} failed: {listed}."]
     return "\n".join(lines) + "\n"
 
 
