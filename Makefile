@@ -32,7 +32,7 @@ bench: $(BENCH)  ## compare the layers and their backends: a table, out/bench/be
 	$(BIN)/fullattn bench --output out/bench
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen from the start.
-test: $(READY)  ## every test but those of `make networks` and `make browser`
+test: $(READY)  ## every test but those of `make networks`, `wheels` and `browser`
 	$(PYTEST)
 	$(TESTS) -m 'isolated and not network' $(ISOLATED)
 	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
